@@ -1,0 +1,133 @@
+//! What a machine asks of a disk or of shared memory, and how the answer comes back.
+//!
+//! Owns: the vocabulary between the machines and the shell's executors (the real one on io_uring,
+//! the simulator's on a model). Invariant: every [`DiskRequest`] gets exactly one answer with its
+//! token; a buffer is shared and immutable from submission to that answer.
+
+use aligned_vec::{AVec, ConstAlign};
+use bytes::Bytes;
+use std::fmt;
+
+/// A buffer that O_DIRECT accepts: 4096-byte aligned. Freeze it with [`freeze`] to share it.
+pub type AlignedBuf = AVec<u8, ConstAlign<4096>>;
+
+/// An empty aligned buffer with room for `capacity` bytes.
+pub fn aligned(capacity: usize) -> AlignedBuf {
+    AVec::with_capacity(0, capacity)
+}
+
+/// The buffer as shared bytes, without a copy; the start stays aligned.
+pub fn freeze(buf: AlignedBuf) -> Bytes {
+    Bytes::from_owner(buf)
+}
+
+/// The files of one group on one node.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum File {
+    /// Two superblock slots; see `format::superblock`.
+    Superblock,
+    /// The ring of journal segments.
+    Journal,
+    /// The dirty maps. Written through [`Memory`]; only `Sync` is asked of it here.
+    DirtyMaps,
+    /// The backing of the volume with this number.
+    Backing(u8),
+}
+
+/// One operation. Offsets and lengths are in bytes; those of `Read` and `Write` are multiples of
+/// 512, on [`File::Journal`] and [`File::Superblock`] of 4096.
+#[derive(Clone, Debug)]
+pub enum DiskOp {
+    /// Read `len` bytes. A short file is an error. The answer's bytes are 4096-aligned in memory.
+    Read {
+        /// Where.
+        offset: u64,
+        /// How much.
+        len: usize,
+    },
+    /// Write all of `data` (start 4096-aligned in memory).
+    Write {
+        /// Where.
+        offset: u64,
+        /// What.
+        data: Bytes,
+        /// Durable when it completes (RWF_DSYNC). Says nothing of earlier writes.
+        dsync: bool,
+    },
+    /// Make the range read as zeroes: deallocated where the file can, written otherwise.
+    Zero {
+        /// Where.
+        offset: u64,
+        /// How much.
+        len: u64,
+    },
+    /// Make every write that completed before this was submitted durable (fdatasync, or msync).
+    Sync,
+}
+
+/// The name of a request in flight; opaque to the executor.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Token(pub u64);
+
+/// One operation on one file.
+#[derive(Clone, Debug)]
+pub struct DiskRequest {
+    /// Comes back with the answer.
+    pub token: Token,
+    /// On what.
+    pub file: File,
+    /// What.
+    pub op: DiskOp,
+}
+
+/// Bytes of a `Read`, nothing otherwise.
+pub type DiskResult = Result<Bytes, IoError>;
+
+/// An operation that the kernel (or the model) failed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct IoError {
+    /// The errno; EIO when there is none.
+    pub errno: i32,
+}
+
+impl IoError {
+    /// Input/output error.
+    pub const EIO: IoError = IoError { errno: 5 };
+    /// Out of range, or malformed.
+    pub const EINVAL: IoError = IoError { errno: 22 };
+    /// No space, or a write past the end of the device.
+    pub const ENOSPC: IoError = IoError { errno: 28 };
+    /// The device is read-only here.
+    pub const EROFS: IoError = IoError { errno: 30 };
+    /// The device is going away.
+    pub const ESHUTDOWN: IoError = IoError { errno: 108 };
+}
+
+impl fmt::Display for IoError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        std::io::Error::from_raw_os_error(self.errno).fmt(f)
+    }
+}
+
+/// Memory that outlives the process: the write cache's ring, or the dirty maps.
+pub trait Memory: Send {
+    /// All of it.
+    fn bytes(&self) -> &[u8];
+    /// All of it, to write. Plain stores: their order against each other is not promised.
+    fn bytes_mut(&mut self) -> &mut [u8];
+    /// Stores `word` at byte `at` (8-aligned, little endian) after every earlier store.
+    fn publish(&mut self, at: usize, word: u64);
+}
+
+/// Plain memory, for tests and the simulator.
+impl Memory for Vec<u8> {
+    fn bytes(&self) -> &[u8] {
+        self
+    }
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        self
+    }
+    fn publish(&mut self, at: usize, word: u64) {
+        self[at..at + 8].copy_from_slice(&word.to_le_bytes());
+    }
+}

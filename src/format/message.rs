@@ -1,0 +1,391 @@
+//! Messages between nodes, and the frame around each.
+//!
+//! ```text
+//! frame: length of body u32, kind u8, version u8, reserved u16 (0), check u64, body
+//! check = first 8 bytes of blake3(bytes 0..8 of the frame, body); for a record, whose body has its
+//! own hashes, of blake3(bytes 0..8) alone
+//! ```
+//! The first message on a connection is the acceptor's [`Message::Challenge`]; the dialler answers
+//! with [`Message::Hello`], the acceptor with [`Message::Welcome`] or [`Message::Refuse`]. Each
+//! proves the group's shared key: blake3 keyed with it over the other's nonce and its own message.
+//!
+//! Owns: this layout. Invariant: no length is believed before it is within [`MAX_BODY`].
+
+use super::FormatError;
+use super::fields::{Reader, Writer};
+use super::record::{MAX_RECORD, Record};
+use crate::units::{Generation, GroupId, HistoryPoint, Lsn, NodeId, Term};
+use bytes::Bytes;
+
+/// The link protocol's version; both ends must speak the same one.
+pub const VERSION: u8 = 1;
+/// Bytes of a frame's header.
+pub const FRAME: usize = 16;
+/// Most bytes of a body.
+pub const MAX_BODY: usize = MAX_RECORD;
+/// Most volumes of a group.
+pub const MAX_VOLUMES: usize = 256;
+/// Longest name of a node, group or volume, bytes.
+pub const MAX_NAME: usize = 64;
+/// Most generations kept and told.
+pub const MAX_GENERATIONS: usize = 128;
+/// Longest text of a refusal, bytes.
+pub const MAX_TEXT: usize = 250;
+
+/// Which role a node has.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, PartialOrd, Ord)]
+pub enum Role {
+    /// It writes.
+    Primary,
+    /// It follows.
+    Shadow,
+}
+
+/// A generation and the point at which it was opened: the last record before it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Opening {
+    /// Which run.
+    pub generation: Generation,
+    /// The history it continues.
+    pub at: HistoryPoint,
+}
+
+/// What a node says of itself when a connection opens.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Identity {
+    /// Group.
+    pub group: GroupId,
+    /// Node.
+    pub node: NodeId,
+    /// The node's name.
+    pub name: String,
+    /// Role.
+    pub role: Role,
+    /// Highest term seen.
+    pub term: Term,
+    /// Number and size (bytes) of every volume, in order.
+    pub volumes: Vec<(u8, u64)>,
+    /// Last record in its journal; on a shadow, durable there.
+    pub tail: HistoryPoint,
+    /// Generation of that record.
+    pub tail_generation: Generation,
+    /// Oldest point from which its journal can continue a history.
+    pub oldest: HistoryPoint,
+    /// On a shadow: no record up to here may ever be taken back.
+    pub applied: Lsn,
+    /// The newest openings it knows, oldest first.
+    pub openings: Vec<Opening>,
+}
+
+/// The acceptor's verdict on the dialling shadow.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Verdict {
+    /// Compare your chain hash at this point; if equal, cut what lies beyond, then `Begin`.
+    Compare(HistoryPoint),
+    /// The journal no longer holds what you lack: a resync is needed. Why, and the journal's oldest point.
+    Resync(HistoryPoint),
+    /// The histories differ; both sides stop. The last LSN that may be common.
+    Diverged(Lsn),
+}
+
+/// What goes over a link.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Message {
+    /// First word of the acceptor: prove the key over this.
+    Challenge {
+        /// Fresh random bytes.
+        nonce: [u8; 32],
+    },
+    /// The dialler: who it is.
+    Hello {
+        /// Itself.
+        identity: Identity,
+        /// Fresh random bytes, for the acceptor's proof.
+        nonce: [u8; 32],
+        /// Keyed hash of the challenge and the identity.
+        proof: [u8; 32],
+    },
+    /// The acceptor: who it is and what it decided.
+    Welcome {
+        /// Itself.
+        identity: Identity,
+        /// On the dialler's history.
+        verdict: Verdict,
+        /// Keyed hash of the dialler's nonce, the identity and the verdict.
+        proof: [u8; 32],
+    },
+    /// Either: no, and why. The connection closes.
+    Refuse {
+        /// What happened and what to do.
+        text: String,
+    },
+    /// The shadow: send records from here; everything before is equal and durable here.
+    Begin {
+        /// First LSN wanted.
+        from: Lsn,
+    },
+    /// The primary: the next record.
+    Record(Record),
+    /// The primary: everything up to here is durable in its own journal.
+    Durable {
+        /// That LSN.
+        lsn: Lsn,
+    },
+    /// The shadow: how far it is.
+    Positions {
+        /// Last received.
+        received: Lsn,
+        /// Last durable.
+        durable: Lsn,
+        /// Last applied.
+        applied: Lsn,
+    },
+    /// Either, at intervals and as an answer: the clocks, and that it lives.
+    Heartbeat {
+        /// The sender's wall clock, ns since 1970.
+        wall: u64,
+        /// The other's `wall` of the heartbeat that this answers, or 0.
+        echo: u64,
+        /// On a primary: its newest record, durable or not; on a shadow: its last received.
+        tail: Lsn,
+        /// On a primary: that record's seal time, ns since 1970; 0 on a shadow.
+        time: u64,
+        /// On a primary: journal bytes ever written; on a shadow 0. Differences give lag in bytes.
+        bytes: u64,
+    },
+}
+
+/// A frame's header: what follows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct FrameHeader {
+    /// Bytes of the body; at most [`MAX_BODY`].
+    pub len: usize,
+    kind: u8,
+    check: u64,
+    head: [u8; 8],
+}
+
+const RECORD: u8 = 6;
+
+impl FrameHeader {
+    /// Reads and bounds a header; nothing is allocated.
+    pub fn decode(bytes: &[u8; FRAME]) -> Result<FrameHeader, FormatError> {
+        let mut r = Reader(bytes);
+        let (len, kind, version) = (r.u32()? as usize, r.u8()?, r.u8()?);
+        if version != VERSION {
+            return Err(FormatError::Version(u16::from(version)));
+        }
+        if r.u16()? != 0 || kind > 9 {
+            return Err(FormatError::Magic);
+        }
+        if len > MAX_BODY {
+            return Err(FormatError::Field("length"));
+        }
+        let head = bytes[..8].try_into().expect("a frame has 16 bytes");
+        Ok(FrameHeader { len, kind, check: r.u64()?, head })
+    }
+
+    /// Verifies and decodes the body, which must be exactly `len` bytes.
+    pub fn body(&self, body: Bytes) -> Result<Message, FormatError> {
+        if body.len() != self.len {
+            return Err(FormatError::Short);
+        }
+        let covered: &[u8] = if self.kind == RECORD { &[] } else { &body };
+        if check(&self.head, covered) != self.check {
+            return Err(FormatError::Checksum);
+        }
+        Message::decode(self.kind, body)
+    }
+}
+
+fn check(head: &[u8], body: &[u8]) -> u64 {
+    let hash = *blake3::Hasher::new().update(head).update(body).finalize().as_bytes();
+    u64::from_le_bytes(hash[..8].try_into().expect("a hash has 32 bytes"))
+}
+
+/// A message as bytes: the frame's header with any small body, then a record's bytes, shared.
+#[derive(Clone, Debug)]
+pub struct Frame {
+    /// Header, and the body of everything but a record.
+    pub head: Vec<u8>,
+    /// A record's bytes; empty otherwise.
+    pub record: Bytes,
+}
+
+impl Message {
+    /// The frame for this message.
+    pub fn encode(&self) -> Frame {
+        let mut w = Writer(vec![0; FRAME]);
+        let kind = self.write(&mut w);
+        let record = if let Message::Record(r) = self { r.wire() } else { Bytes::new() };
+        let mut head = w.0;
+        let len = (head.len() - FRAME + record.len()) as u32;
+        head[..4].copy_from_slice(&len.to_le_bytes());
+        head[4] = kind;
+        head[5] = VERSION;
+        let sum = check(&head[..8], &head[FRAME..]);
+        head[8..16].copy_from_slice(&sum.to_le_bytes());
+        Frame { head, record }
+    }
+
+    fn write(&self, w: &mut Writer) -> u8 {
+        match self {
+            Message::Challenge { nonce } => {
+                w.bytes(nonce);
+                1
+            }
+            Message::Hello { identity, nonce, proof } => {
+                identity.write(w);
+                w.bytes(nonce).bytes(proof);
+                2
+            }
+            Message::Welcome { identity, verdict, proof } => {
+                identity.write(w);
+                verdict.write(w);
+                w.bytes(proof);
+                3
+            }
+            Message::Refuse { text } => {
+                w.name(text);
+                4
+            }
+            Message::Begin { from } => {
+                w.lsn(*from);
+                5
+            }
+            Message::Record(_) => RECORD,
+            Message::Durable { lsn } => {
+                w.lsn(*lsn);
+                7
+            }
+            Message::Positions { received, durable, applied } => {
+                w.lsn(*received).lsn(*durable).lsn(*applied);
+                8
+            }
+            Message::Heartbeat { wall, echo, tail, time, bytes } => {
+                w.u64(*wall).u64(*echo).lsn(*tail).u64(*time).u64(*bytes);
+                9
+            }
+        }
+    }
+
+    fn decode(kind: u8, body: Bytes) -> Result<Message, FormatError> {
+        if kind == RECORD {
+            let record = Record::decode(body.clone())?;
+            let whole = record.wire().len() == body.len();
+            return if whole { Ok(Message::Record(record)) } else { Err(FormatError::Field("length")) };
+        }
+        let mut r = Reader(&body);
+        let message = match kind {
+            1 => Message::Challenge { nonce: r.array()? },
+            2 => Message::Hello {
+                identity: Identity::read(&mut r)?,
+                nonce: r.array()?,
+                proof: r.array()?,
+            },
+            3 => Message::Welcome {
+                identity: Identity::read(&mut r)?,
+                verdict: Verdict::read(&mut r)?,
+                proof: r.array()?,
+            },
+            4 => Message::Refuse { text: r.name(MAX_TEXT, "text")? },
+            5 => Message::Begin { from: r.lsn()? },
+            7 => Message::Durable { lsn: r.lsn()? },
+            8 => Message::Positions { received: r.lsn()?, durable: r.lsn()?, applied: r.lsn()? },
+            9 => Message::Heartbeat {
+                wall: r.u64()?,
+                echo: r.u64()?,
+                tail: r.lsn()?,
+                time: r.u64()?,
+                bytes: r.u64()?,
+            },
+            _ => return Err(FormatError::Magic),
+        };
+        r.end()?;
+        Ok(message)
+    }
+}
+
+/// A refusal whose text is cut to [`MAX_TEXT`] bytes.
+pub fn refuse(text: &str) -> Message {
+    let mut end = text.len().min(MAX_TEXT);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    Message::Refuse { text: text[..end].to_owned() }
+}
+
+/// The proof of the shared key for [`Message::Hello`] and (with the verdict) [`Message::Welcome`].
+pub fn proof(key: &[u8; 32], nonce: &[u8; 32], identity: &Identity, verdict: Option<&Verdict>) -> [u8; 32] {
+    let mut w = Writer::default();
+    w.bytes(nonce).u8(u8::from(verdict.is_some()));
+    identity.write(&mut w);
+    if let Some(verdict) = verdict {
+        verdict.write(&mut w);
+    }
+    *blake3::keyed_hash(key, &w.0).as_bytes()
+}
+
+impl Verdict {
+    fn write(&self, w: &mut Writer) {
+        match *self {
+            Verdict::Compare(at) => w.u8(0).point(at),
+            Verdict::Resync(oldest) => w.u8(1).point(oldest),
+            Verdict::Diverged(lsn) => w.u8(2).lsn(lsn),
+        };
+    }
+    fn read(r: &mut Reader) -> Result<Verdict, FormatError> {
+        Ok(match r.u8()? {
+            0 => Verdict::Compare(r.point()?),
+            1 => Verdict::Resync(r.point()?),
+            2 => Verdict::Diverged(r.lsn()?),
+            _ => return Err(FormatError::Field("verdict")),
+        })
+    }
+}
+
+impl Role {
+    pub(super) fn write(self, w: &mut Writer) {
+        w.flag(self == Role::Primary);
+    }
+    pub(super) fn read(r: &mut Reader) -> Result<Role, FormatError> {
+        Ok(if r.flag("role")? { Role::Primary } else { Role::Shadow })
+    }
+}
+
+impl Opening {
+    pub(super) fn write(&self, w: &mut Writer) {
+        w.generation(self.generation).point(self.at);
+    }
+    pub(super) fn read(r: &mut Reader) -> Result<Opening, FormatError> {
+        Ok(Opening { generation: r.generation()?, at: r.point()? })
+    }
+}
+
+impl Identity {
+    fn write(&self, w: &mut Writer) {
+        w.group(self.group).node(self.node).name(&self.name);
+        self.role.write(w);
+        w.term(self.term);
+        w.list(&self.volumes, |w, (number, size)| {
+            w.u8(*number).u64(*size);
+        });
+        w.point(self.tail).generation(self.tail_generation).point(self.oldest).lsn(self.applied);
+        w.list(&self.openings, |w, o| o.write(w));
+    }
+    fn read(r: &mut Reader) -> Result<Identity, FormatError> {
+        Ok(Identity {
+            group: r.group()?,
+            node: r.node()?,
+            name: r.name(MAX_NAME, "name")?,
+            role: Role::read(r)?,
+            term: r.term()?,
+            volumes: r.list(MAX_VOLUMES, "volumes", |r| Ok((r.u8()?, r.u64()?)))?,
+            tail: r.point()?,
+            tail_generation: r.generation()?,
+            oldest: r.point()?,
+            applied: r.lsn()?,
+            openings: r.list(MAX_GENERATIONS, "openings", Opening::read)?,
+        })
+    }
+}

@@ -1,0 +1,2 @@
+//! The `volrep` program.
+fn main() {}

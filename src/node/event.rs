@@ -1,0 +1,262 @@
+//! What the shell tells a node and what a node asks of the shell.
+//!
+//! Owns: the complete boundary between decisions and effects. Invariant: whatever a node does is a
+//! function of its configuration, its files and the sequence of (now, event); so a simulator that
+//! repeats the sequence repeats the run.
+
+use crate::disk::{DiskRequest, DiskResult, IoError, Token};
+use crate::format::message::Message;
+use crate::format::record::{EncodeJob, Encoded};
+use crate::node::status::Status;
+use crate::units::{Extent, Lsn};
+use bytes::Bytes;
+
+/// A front end's name for a request in flight; opaque to the node.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct RequestId(pub u64);
+
+/// A connection to a peer. The shell draws a new number for each; never reused in a process.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct LinkId(pub u64);
+
+/// An administrator's request in flight; opaque to the node.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct AdminId(pub u64);
+
+/// A block request. The front end has checked that the extent lies within its volume.
+#[derive(Clone, Debug)]
+pub enum Op {
+    /// Answered with exactly the extent's bytes.
+    Read(Extent),
+    /// `data` is exactly the extent's length, at most [`MAX_REQUEST`].
+    Write {
+        /// Where.
+        extent: Extent,
+        /// What; the node copies it before it answers.
+        data: Bytes,
+        /// Durable (to the group's ack level) when answered.
+        fua: bool,
+    },
+    /// TRIM and WRITE_ZEROES: reads as zeroes afterwards, on every node.
+    Zero {
+        /// Where.
+        extent: Extent,
+        /// Durable when answered.
+        fua: bool,
+    },
+    /// Every write answered before this was submitted is durable (to the ack level) when answered.
+    Flush,
+}
+
+/// Largest payload of one request, bytes.
+pub const MAX_REQUEST: u64 = 32 << 20;
+
+/// What the shell tells the node.
+#[derive(Debug)]
+pub enum Event {
+    /// A front end's request.
+    Request {
+        /// Comes back in [`Action::Complete`].
+        id: RequestId,
+        /// What.
+        op: Op,
+    },
+    /// The answer to [`Action::Disk`].
+    Disk {
+        /// Of the request.
+        token: Token,
+        /// Its outcome.
+        result: DiskResult,
+    },
+    /// The answer to [`Action::Encode`].
+    Encoded {
+        /// Of the job.
+        token: Token,
+        /// Its product.
+        encoded: Encoded,
+    },
+    /// A connection stands: one that [`Action::Dial`] asked for, or one from a peer.
+    LinkUp {
+        /// Its number.
+        link: LinkId,
+        /// The index of the dialled peer in the configuration; `None` for an accepted one.
+        dialed: Option<usize>,
+        /// Fresh random bytes for the proof of the shared key.
+        nonce: [u8; 32],
+    },
+    /// A whole message arrived, its frame already checked and decoded.
+    Message {
+        /// On which connection.
+        link: LinkId,
+        /// What.
+        message: Message,
+    },
+    /// The connection is gone. Also told for one that the node closed; nothing follows it.
+    LinkDown {
+        /// Which.
+        link: LinkId,
+    },
+    /// [`Action::Dial`] failed.
+    DialFailed {
+        /// Which peer.
+        peer: usize,
+    },
+    /// An administrator's request.
+    Admin {
+        /// Comes back in [`Action::Answer`].
+        id: AdminId,
+        /// What.
+        op: AdminOp,
+    },
+    /// The deadline of [`Actions::wake`] has come (early or spurious ones do no harm).
+    Wake,
+}
+
+/// What an administrator asks of a running node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AdminOp {
+    /// The state now. Always answered at once.
+    Status,
+    /// Answered `Done` once the node is a primary that serves requests; refused on a shadow.
+    Open,
+    /// Every accepted write into the journal and the backing, checkpointed. Never waits for a shadow.
+    Drain,
+    /// `Drain`, then the superblock marked clean; later requests are refused with ESHUTDOWN.
+    Shutdown,
+    /// Become the primary.
+    Promote {
+        /// The operator's word that the old primary can no longer write.
+        fenced: bool,
+        /// Only say what would happen.
+        dry_run: bool,
+    },
+}
+
+/// Why an administrator's request was not done. Each maps to one exit code of the CLI.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Refusal {
+    /// It failed (exit 1).
+    Failed,
+    /// The node is in a state in which it cannot be done now (exit 11).
+    Busy,
+    /// A peer that is needed cannot be reached (exit 12).
+    Unreachable,
+    /// It would lose data (exit 13).
+    WouldLoseData,
+    /// The histories have diverged (exit 14).
+    Diverged,
+    /// The old primary may still be writing (exit 15).
+    Unfenced,
+}
+
+/// The outcome of an [`AdminOp`].
+#[derive(Clone, Debug)]
+pub enum Answer {
+    /// To [`AdminOp::Status`].
+    Status(Box<Status>),
+    /// Done; what to tell the administrator.
+    Done(String),
+    /// Not done: why, and what to do next.
+    Refused(Refusal, String),
+}
+
+/// What the node asks of the shell.
+#[derive(Debug)]
+pub enum Action {
+    /// Answer with [`Event::Disk`].
+    Disk(DiskRequest),
+    /// Compress and hash; answer with [`Event::Encoded`]. Any order, any thread.
+    Encode {
+        /// Comes back with the answer.
+        token: Token,
+        /// The work.
+        job: EncodeJob,
+    },
+    /// A front end's request is finished: a read's bytes, nothing otherwise.
+    Complete {
+        /// Which.
+        id: RequestId,
+        /// Its outcome.
+        result: Result<Bytes, IoError>,
+    },
+    /// Connect to the peer with this index; answer with `LinkUp` or `DialFailed`.
+    Dial {
+        /// Which.
+        peer: usize,
+    },
+    /// Send, in order. The node bounds what it has in flight.
+    Send {
+        /// On which connection.
+        link: LinkId,
+        /// What.
+        message: Message,
+    },
+    /// Close after what was sent; answer with `LinkDown`.
+    Close {
+        /// Which.
+        link: LinkId,
+    },
+    /// An administrator's request is finished.
+    Answer {
+        /// Which.
+        id: AdminId,
+        /// Its outcome.
+        answer: Answer,
+    },
+    /// Say it in the log.
+    Log {
+        /// How loud.
+        level: Level,
+        /// What happened, to what, and what to do.
+        text: String,
+    },
+    /// The node can't go on; the process is to end with this text. Nothing more is promised.
+    Stop {
+        /// What happened and what to do.
+        text: String,
+    },
+}
+
+/// Loudness of a log line.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Level {
+    /// Needs a person.
+    Error,
+    /// May need a person.
+    Warn,
+    /// A change of state.
+    Info,
+    /// For developers.
+    Debug,
+}
+
+/// What one step asks for.
+#[derive(Debug, Default)]
+pub struct Actions {
+    /// In order.
+    pub list: Vec<Action>,
+    /// When to send [`Event::Wake`], on the monotonic clock; replaces the earlier wish.
+    pub wake: Option<u64>,
+}
+
+impl Actions {
+    /// Adds one.
+    pub fn push(&mut self, action: Action) {
+        self.list.push(action);
+    }
+    /// Logs.
+    pub fn log(&mut self, level: Level, text: impl Into<String>) {
+        self.list.push(Action::Log { level, text: text.into() });
+    }
+}
+
+/// How far a shadow is: each includes all before it.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Positions {
+    /// Last record received.
+    pub received: Lsn,
+    /// Last record durable in the shadow's journal.
+    pub durable: Lsn,
+    /// Last record in the shadow's image.
+    pub applied: Lsn,
+}
