@@ -11,6 +11,7 @@
 #![warn(missing_docs)]
 
 pub mod disk;
+pub mod extents;
 pub mod format;
 pub mod node;
 pub mod units;
