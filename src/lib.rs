@@ -10,8 +10,11 @@
 //! - layer 0, vocabulary: [`units`], [`disk`], [`extents`], [`format`]
 #![warn(missing_docs)]
 
+pub mod apply;
+pub mod cache;
 pub mod disk;
 pub mod extents;
 pub mod format;
+pub mod journal;
 pub mod node;
 pub mod units;

@@ -62,7 +62,9 @@ impl<V: Piece> ExtentMap<V> {
     pub fn remove_if(&mut self, extent: Extent, mut which: impl FnMut(&V) -> bool) {
         let (start, end) = (extent.start(), extent.end());
         let mut at = self.first_overlap(start).unwrap_or(start);
-        while let Some((&s, &(e, _))) = self.ranges.range(at..end).next() {
+        while at < end
+            && let Some((&s, &(e, _))) = self.ranges.range(at..end).next()
+        {
             at = e;
             if e <= start || !which(&self.ranges[&s].1) {
                 continue;
@@ -124,7 +126,7 @@ mod tests {
         /// Against an array of sectors that remembers who wrote each, and from where.
         #[test]
         fn agrees_with_an_array(ops in prop::collection::vec((0u8..4, 0u64..60, 1u64..20), 1..80)) {
-            let mut map = ExtentMap::default();
+            let mut map: ExtentMap<From> = ExtentMap::default();
             let mut model: Vec<Option<(u32, u64)>> = vec![None; 80];
             for (i, (op, start, len)) in ops.into_iter().enumerate() {
                 let e = extent(start, len);
