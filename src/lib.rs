@@ -16,5 +16,7 @@ pub mod disk;
 pub mod extents;
 pub mod format;
 pub mod journal;
+pub mod link;
 pub mod node;
+pub mod role;
 pub mod units;
