@@ -13,4 +13,5 @@
 pub mod disk;
 pub mod format;
 pub mod node;
+pub mod sys;
 pub mod units;
