@@ -12,6 +12,7 @@
 
 pub mod disk;
 pub mod format;
+pub mod front;
 pub mod node;
 pub mod sys;
 pub mod units;
