@@ -10,6 +10,7 @@
 //! - layer 0, vocabulary: [`units`], [`disk`], [`extents`], [`format`]
 #![warn(missing_docs)]
 
+pub mod daemon;
 pub mod disk;
 pub mod format;
 pub mod front;

@@ -276,3 +276,6 @@ fn aligned_bytes(data: Bytes) -> Bytes {
 pub fn io_error(error: &std::io::Error) -> IoError {
     IoError { errno: errno(error) }
 }
+
+#[cfg(test)]
+mod tests;

@@ -202,15 +202,40 @@ pub fn open(path: &Path, direct: bool, patience: Duration) -> Result<OpenFile, O
         None => (attempt(exclusive)?, false),
     };
     lock(&file, path, patience)?;
+    measure(file, path, direct)
+}
+
+/// Measures a file that is open and locked.
+pub fn measure(file: File, path: &Path, direct: bool) -> Result<OpenFile, OpenError> {
     let failed = |e| OpenError::io("measure", path, e);
-    let size = if device { device_size(&file).map_err(failed)? } else { file.metadata().map_err(failed)?.len() };
+    let meta = file.metadata().map_err(failed)?;
+    let device = meta.file_type().is_block_device();
+    let size = if device { device_size(&file).map_err(failed)? } else { meta.len() };
     let block = match (device, direct) {
-        (true, _) => device_block(&file).map_err(failed)?,
+        (true, true) => device_block(&file).map_err(failed)?,
         (false, true) => direct_block(&file),
-        (false, false) => 512,
+        // The page cache takes any unit.
+        (_, false) => 512,
     };
-    // A file system may accept O_DIRECT and then do none of it.
     Ok(OpenFile { fd: Rc::new(OwnedFd::from(file)), path: path.into(), direct, block, size, device })
+}
+
+impl OpenFile {
+    /// Refuses a file smaller than `needed`.
+    pub fn at_least(&self, needed: u64) -> Result<(), OpenError> {
+        if self.size >= needed {
+            return Ok(());
+        }
+        Err(OpenError::Small { path: self.path.clone(), has: self.size, needed })
+    }
+
+    /// Refuses a file that can't be read and written in units of `configured` bytes.
+    pub fn addresses(&self, configured: u64) -> Result<(), OpenError> {
+        if self.block <= configured {
+            return Ok(());
+        }
+        Err(OpenError::Block { path: self.path.clone(), has: self.block, configured })
+    }
 }
 
 mod ioctls {

@@ -73,8 +73,8 @@ pub enum Operation {
         fd: Fd,
         /// Received bytes are appended.
         buf: BytesMut,
-        /// Wait until the capacity is full (or the stream ends).
-        whole: bool,
+        /// Exactly so many bytes (fewer only when the stream ends), not whatever is there.
+        exactly: Option<usize>,
     },
     /// Send all of `pieces`.
     Send {
@@ -309,10 +309,13 @@ impl<T> Flight<T> {
             Operation::Fallocate { fd, mode, offset, len } => {
                 opcode::Fallocate::new(ring_fd(fd), *len).offset(*offset).mode(*mode).build()
             }
-            Operation::Receive { fd, buf, whole } => {
+            Operation::Receive { fd, buf, exactly } => {
                 let spare = buf.spare_capacity_mut();
-                let flags = if *whole { libc::MSG_WAITALL } else { 0 };
-                opcode::Recv::new(ring_fd(fd), spare.as_mut_ptr().cast(), spare.len() as u32).flags(flags).build()
+                let (len, flags) = match exactly {
+                    Some(n) => (spare.len().min(*n - done), libc::MSG_WAITALL),
+                    None => (spare.len(), 0),
+                };
+                opcode::Recv::new(ring_fd(fd), spare.as_mut_ptr().cast(), len as u32).flags(flags).build()
             }
             Operation::Send { fd, pieces } => send_entry(fd, pieces, done, self.gather.as_deref_mut()),
             Operation::Accept { fd, .. } => {
@@ -353,10 +356,10 @@ impl<T> Flight<T> {
                 (_, len) if done < len => return None,
                 _ => {}
             },
-            Operation::Receive { buf, whole, .. } => {
+            Operation::Receive { buf, exactly, .. } => {
                 // SAFETY: the kernel has filled `n` bytes of the spare capacity it was given.
                 unsafe { buf.set_len(buf.len() + n) };
-                if *whole && n > 0 && buf.len() < buf.capacity() {
+                if n > 0 && exactly.is_some_and(|wanted| done < wanted) && buf.len() < buf.capacity() {
                     return None;
                 }
             }
@@ -416,3 +419,6 @@ fn send_entry(fd: &Fd, pieces: &[Bytes], mut done: usize, gather: Option<&mut Ga
 pub fn errno(error: &io::Error) -> i32 {
     error.raw_os_error().unwrap_or(Errno::EIO as i32)
 }
+
+#[cfg(test)]
+mod tests;
