@@ -73,6 +73,12 @@ impl Intake {
         self.body.len()
     }
 
+    /// Memory made for the current body, bytes.
+    #[cfg(test)]
+    pub fn room(&self) -> usize {
+        self.body.capacity()
+    }
+
     /// Drops everything.
     pub fn clear(&mut self) {
         *self = Intake::default();

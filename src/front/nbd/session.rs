@@ -263,6 +263,6 @@ impl Session {
     /// Bytes of memory that incoming data occupies.
     #[cfg(test)]
     pub(super) fn held(&self) -> usize {
-        self.intake.held()
+        self.intake.room()
     }
 }
