@@ -4,8 +4,8 @@
 //! instead of spinning on it.
 
 use super::reactor::Tag;
-use crate::sys::uring::{Fd, Key, Ring};
 use crate::sys::uring::{Completion, Operation};
+use crate::sys::uring::{Fd, Key, Ring};
 use crate::units::MILLIS;
 use nix::libc;
 use std::os::fd::OwnedFd;

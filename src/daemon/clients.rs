@@ -1,8 +1,8 @@
 //! NBD clients on the ring.
 //!
 //! Owns: their sockets and the bytes on the way in and out. Invariant: what one client can make us
-//! hold is bounded (above [`BOUND`] nothing more of it reaches the node, and nothing is received); a client that vanishes takes
-//! nothing with it: its requests finish, and their answers are dropped.
+//! hold is bounded (above [`BOUND`] nothing more of it reaches the node, and nothing is received); a
+//! client that vanishes takes nothing with it: its requests finish, and their answers are dropped.
 
 use super::acceptor::Acceptor;
 use super::handle::ListenId;
@@ -78,7 +78,13 @@ pub(super) struct Clients {
 
 impl Clients {
     /// Accepts clients from `listener`.
-    pub fn listen(&mut self, id: ListenId, listener: UnixListener, exports: Arc<[Export]>, ring: &mut Ring<Tag>) {
+    pub fn listen(
+        &mut self,
+        id: ListenId,
+        listener: UnixListener,
+        exports: Arc<[Export]>,
+        ring: &mut Ring<Tag>,
+    ) {
         // On a non-blocking one io_uring would answer EAGAIN.
         if let Err(error) = listener.set_nonblocking(false) {
             tracing::error!("an NBD listener can't be used: {error}");
@@ -100,7 +106,8 @@ impl Clients {
         } else {
             self.listeners.remove(key);
         }
-        let slots: Vec<usize> = self.clients.iter().filter(|(_, c)| c.listen == id).map(|(slot, _)| slot).collect();
+        let slots: Vec<usize> =
+            self.clients.iter().filter(|(_, c)| c.listen == id).map(|(slot, _)| slot).collect();
         for slot in slots {
             self.hang_up(slot);
         }
@@ -164,7 +171,13 @@ impl Clients {
         self.mark(slot);
     }
 
-    fn received(&mut self, slot: usize, done: Completion<Tag>, requests: &mut Slab<Origin>, events: &mut VecDeque<Event>) {
+    fn received(
+        &mut self,
+        slot: usize,
+        done: Completion<Tag>,
+        requests: &mut Slab<Origin>,
+        events: &mut VecDeque<Event>,
+    ) {
         let client = &mut self.clients[slot];
         client.receiving = false;
         let Operation::Receive { mut buf, .. } = done.operation else { return };
@@ -255,7 +268,13 @@ impl Client {
     }
 
     /// Gives a request to the node.
-    fn admit(&mut self, slot: usize, request: Request, requests: &mut Slab<Origin>, events: &mut VecDeque<Event>) {
+    fn admit(
+        &mut self,
+        slot: usize,
+        request: Request,
+        requests: &mut Slab<Origin>,
+        events: &mut VecDeque<Event>,
+    ) {
         let Request { cookie, op } = request;
         let held = match &op {
             Op::Read(extent) => extent.len() as usize,

@@ -104,7 +104,14 @@ impl Links {
     }
 
     /// Dials the peer with this index.
-    pub fn dial(&mut self, peer: usize, ring: &mut Ring<Tag>, encoders: &Encoders, now: u64, events: &mut VecDeque<Event>) {
+    pub fn dial(
+        &mut self,
+        peer: usize,
+        ring: &mut Ring<Tag>,
+        encoders: &Encoders,
+        now: u64,
+        events: &mut VecDeque<Event>,
+    ) {
         match self.peers.get(peer).and_then(Option::as_ref) {
             None => events.push_back(Event::DialFailed { peer }),
             Some(name) => match name.parse() {
@@ -181,7 +188,13 @@ impl Links {
         self.receive(slot, BytesMut::with_capacity(RECEIVE), ring);
     }
 
-    fn accept(&mut self, done: Completion<Tag>, ring: &mut Ring<Tag>, now: u64, events: &mut VecDeque<Event>) {
+    fn accept(
+        &mut self,
+        done: Completion<Tag>,
+        ring: &mut Ring<Tag>,
+        now: u64,
+        events: &mut VecDeque<Event>,
+    ) {
         let Some(acceptor) = &mut self.acceptor else { return };
         let accepted: Option<OwnedFd> = acceptor.accepted(done, now);
         if acceptor.retry_at().is_none() {
@@ -195,12 +208,23 @@ impl Links {
         }
     }
 
-    fn connected(&mut self, key: usize, done: Completion<Tag>, ring: &mut Ring<Tag>, now: u64, events: &mut VecDeque<Event>) {
+    fn connected(
+        &mut self,
+        key: usize,
+        done: Completion<Tag>,
+        ring: &mut Ring<Tag>,
+        now: u64,
+        events: &mut VecDeque<Event>,
+    ) {
         let dial = self.dials.remove(key);
         match done.result {
             Ok(_) => self.add(dial.fd, Some(dial.peer), ring, events),
             Err(errno) => {
-                tracing::debug!("connecting to peer {} failed: {}", dial.peer, std::io::Error::from_raw_os_error(errno));
+                tracing::debug!(
+                    "connecting to peer {} failed: {}",
+                    dial.peer,
+                    std::io::Error::from_raw_os_error(errno)
+                );
                 self.connect(dial.peer, dial.rest, ring, now, events);
             }
         }
@@ -210,11 +234,21 @@ impl Links {
         let link = &mut self.links[slot];
         buf.clear();
         link.receiving = true;
-        ring.submit(Operation::Receive { fd: link.fd.clone(), buf, exactly: None }, Tag::Link(LinkTag::Receive(slot)));
+        ring.submit(
+            Operation::Receive { fd: link.fd.clone(), buf, exactly: None },
+            Tag::Link(LinkTag::Receive(slot)),
+        );
     }
 
     /// Takes a finished operation.
-    pub fn complete(&mut self, tag: LinkTag, done: Completion<Tag>, ring: &mut Ring<Tag>, now: u64, events: &mut VecDeque<Event>) {
+    pub fn complete(
+        &mut self,
+        tag: LinkTag,
+        done: Completion<Tag>,
+        ring: &mut Ring<Tag>,
+        now: u64,
+        events: &mut VecDeque<Event>,
+    ) {
         match tag {
             LinkTag::Accept => self.accept(done, ring, now, events),
             LinkTag::Connect(key) => self.connected(key, done, ring, now, events),
@@ -223,7 +257,13 @@ impl Links {
         }
     }
 
-    fn received(&mut self, slot: usize, done: Completion<Tag>, ring: &mut Ring<Tag>, events: &mut VecDeque<Event>) {
+    fn received(
+        &mut self,
+        slot: usize,
+        done: Completion<Tag>,
+        ring: &mut Ring<Tag>,
+        events: &mut VecDeque<Event>,
+    ) {
         let link = &mut self.links[slot];
         link.receiving = false;
         let Operation::Receive { buf, .. } = done.operation else { return };
@@ -351,8 +391,12 @@ impl Links {
             }
         }
         if self.closing > 0 {
-            let late: Vec<usize> =
-                self.links.iter().filter(|(_, l)| l.closing.is_some_and(|at| at <= now)).map(|(slot, _)| slot).collect();
+            let late: Vec<usize> = self
+                .links
+                .iter()
+                .filter(|(_, l)| l.closing.is_some_and(|at| at <= now))
+                .map(|(slot, _)| slot)
+                .collect();
             for slot in late {
                 self.bring_down(slot, events);
             }

@@ -104,13 +104,16 @@ pub enum Error {
 /// loop begins; its handle works from any thread.
 pub fn run(options: DaemonOptions, ready: impl FnOnce(Handle)) -> Result<(), Error> {
     let paths = [&options.superblock, &options.journal, &options.dirty_maps, &options.cache];
-    let paths: Vec<&Path> = paths.into_iter().chain(options.backings.iter().map(|b| &b.path)).map(PathBuf::as_path).collect();
+    let paths: Vec<&Path> =
+        paths.into_iter().chain(options.backings.iter().map(|b| &b.path)).map(PathBuf::as_path).collect();
     check_distinct(&paths)?;
     let files = open_files(&options)?;
     let maps = Mapping::open(&options.dirty_maps, options.dirty_maps_bytes, PATIENCE)?;
     let cache = Mapping::open_or_create(&options.cache, options.cache_bytes, PATIENCE)?;
     if !cache.lock_in_memory() {
-        tracing::info!("the write cache may be swapped out: raise the limit on locked memory (LimitMEMLOCK) to prevent it");
+        tracing::info!(
+            "the write cache may be swapped out: raise the limit on locked memory (LimitMEMLOCK) to prevent it"
+        );
     }
     if !process::become_io_flusher() {
         tracing::debug!("not an I/O flusher: CAP_SYS_RESOURCE is missing");
@@ -155,3 +158,7 @@ fn listen(address: Option<SocketAddr>) -> Result<(Option<Fd>, Option<SocketAddr>
     let (fd, bound) = net::listen_tcp(address).map_err(|source| Error::Listen { address, source })?;
     Ok((Some(fd), Some(bound)))
 }
+
+#[cfg(test)]
+#[path = "opening_tests.rs"]
+mod opening_tests;

@@ -155,7 +155,8 @@ impl<M: Machine> Reactor<M> {
 
     /// Submits, and sleeps until there is something to do.
     fn turn(&mut self) -> Result<(), Error> {
-        let deadline = [self.wake_at, self.links.deadline(), self.clients.deadline()].into_iter().flatten().min();
+        let deadline =
+            [self.wake_at, self.links.deadline(), self.clients.deadline()].into_iter().flatten().min();
         let mut timeout = deadline.map(|at| at.saturating_sub(clock::now().mono));
         self.waker.going_to_sleep();
         if !(self.commands.is_empty() && self.encoders.is_idle() && self.events.is_empty()) {
@@ -178,7 +179,9 @@ impl<M: Machine> Reactor<M> {
                     let id = AdminId(self.admins.insert(reply) as u64);
                     self.events.push_back(Event::Admin { id, op });
                 }
-                Command::ListenNbd(id, listener, exports) => self.clients.listen(id, listener, exports, &mut self.ring),
+                Command::ListenNbd(id, listener, exports) => {
+                    self.clients.listen(id, listener, exports, &mut self.ring)
+                }
                 Command::CloseNbd(id) => self.clients.close(id, &mut self.ring),
                 Command::Stop => self.end = Some(Ok(())),
             }
@@ -209,7 +212,9 @@ impl<M: Machine> Reactor<M> {
                     events.extend(answers.map(|(token, result)| Event::Disk { token, result }));
                 }
                 Tag::Link(tag) => self.links.complete(tag, completion, ring, now, events),
-                Tag::Client(tag) => self.clients.complete(tag, completion, ring, now, &mut self.requests, events),
+                Tag::Client(tag) => {
+                    self.clients.complete(tag, completion, ring, now, &mut self.requests, events)
+                }
             }
         }
         self.done = done;
@@ -229,13 +234,15 @@ impl<M: Machine> Reactor<M> {
     /// starts the sends and receives that are due, which may end a link, which is an event again.
     fn step_all(&mut self) {
         loop {
-            while let Some(event) = self.events.pop_front() {
+            while self.end.is_none()
+                && let Some(event) = self.events.pop_front()
+            {
                 self.machine.step(self.now, event, &mut self.actions);
                 self.perform();
             }
             self.clients.flush(&mut self.ring, &mut self.requests, &mut self.events);
             self.links.flush(&mut self.ring, &mut self.events);
-            if self.events.is_empty() {
+            if self.events.is_empty() || self.end.is_some() {
                 return;
             }
         }

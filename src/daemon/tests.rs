@@ -197,7 +197,11 @@ fn small_and_large_payloads_are_encoded_and_disk_requests_answered() {
                     for (token, len) in [(1, 4096), (2, 1 << 20)] {
                         let mut buf = aligned(room(1) + len);
                         buf.resize(room(1) + len, 0);
-                        let job = EncodeJob { extents: vec![(extent(0, len as u64), Content::Data)], buf, level: Some(1) };
+                        let job = EncodeJob {
+                            extents: vec![(extent(0, len as u64), Content::Data)],
+                            buf,
+                            level: Some(1),
+                        };
                         actions.push(Action::Encode { token: Token(token), job });
                     }
                     let op = DiskOp::Read { offset: 4096, len: 4096 };
@@ -321,14 +325,24 @@ fn connect(path: &std::path::Path) -> UnixStream {
     let mut greeting = [0; 18];
     s.read_exact(&mut greeting).unwrap();
     assert_eq!(&greeting[..16], b"NBDMAGICIHAVEOPT");
-    s.write_all(&[&3u32.to_be_bytes()[..], b"IHAVEOPT", &1u32.to_be_bytes(), &1u32.to_be_bytes(), b"v"].concat()).unwrap();
+    s.write_all(
+        &[&3u32.to_be_bytes()[..], b"IHAVEOPT", &1u32.to_be_bytes(), &1u32.to_be_bytes(), b"v"].concat(),
+    )
+    .unwrap();
     s.read_exact(&mut [0; 10]).unwrap();
     s
 }
 
 fn request(kind: u16, handle: u64, offset: u64, len: u32) -> Vec<u8> {
-    [&0x2560_9513u32.to_be_bytes()[..], &[0, 0], &kind.to_be_bytes(), &handle.to_be_bytes(), &offset.to_be_bytes(), &len.to_be_bytes()]
-        .concat()
+    [
+        &0x2560_9513u32.to_be_bytes()[..],
+        &[0, 0],
+        &kind.to_be_bytes(),
+        &handle.to_be_bytes(),
+        &offset.to_be_bytes(),
+        &len.to_be_bytes(),
+    ]
+    .concat()
 }
 
 fn reply(s: &mut UnixStream) -> (u32, u64) {

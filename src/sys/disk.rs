@@ -178,7 +178,9 @@ impl Disk {
                 let error = IoError { errno };
                 if !s.latched {
                     let path = s.file.path.display();
-                    tracing::error!("{what} of {path} failed: {error}; nothing more is written to it: replace the disk or free space, then restart");
+                    tracing::error!(
+                        "{what} of {path} failed: {error}; nothing more is written to it: replace the disk or free space, then restart"
+                    );
                 }
                 s.latched = true;
                 Err(error)

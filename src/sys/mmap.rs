@@ -55,7 +55,9 @@ impl Mapping {
         }
         lock(&file, path, patience)?;
         // Gives a file with holes its blocks, and changes nothing else.
-        fallocate(&file, FallocateFlags::empty(), 0, len as i64).map_err(io::Error::from).map_err(fail("preallocate"))?;
+        fallocate(&file, FallocateFlags::empty(), 0, len as i64)
+            .map_err(io::Error::from)
+            .map_err(fail("preallocate"))?;
         // SAFETY: the file is locked by us, is ours alone (0600 when we made it) and is never
         // truncated by this program, so the mapping stays valid and nobody else writes through it.
         let map = unsafe { MmapOptions::new().populate().map_mut(&file) }.map_err(fail("map"))?;
@@ -106,7 +108,10 @@ impl Memory for Mapping {
         &mut self.map
     }
     fn publish(&mut self, at: usize, word: u64) {
-        assert!(at.is_multiple_of(8) && at + 8 <= self.map.len(), "a published word lies aligned within the memory");
+        assert!(
+            at.is_multiple_of(8) && at + 8 <= self.map.len(),
+            "a published word lies aligned within the memory"
+        );
         // SAFETY: in bounds and aligned by the assertion; `&mut self` excludes other access from
         // this process, and atomic access to shared memory is what atomics are for.
         let cell = unsafe { AtomicU64::from_ptr(self.map.as_mut_ptr().add(at).cast()) };
@@ -134,7 +139,10 @@ mod tests {
         let again = Mapping::open(&path, 8192, Duration::ZERO);
         assert!(matches!(again, Err(OpenError::Busy { .. })), "{again:?}");
         drop(m);
-        assert!(matches!(Mapping::open(&path, 4096, Duration::ZERO), Err(OpenError::Length { has: 8192, needed: 4096, .. })));
+        assert!(matches!(
+            Mapping::open(&path, 4096, Duration::ZERO),
+            Err(OpenError::Length { has: 8192, needed: 4096, .. })
+        ));
     }
 
     #[test]

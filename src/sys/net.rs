@@ -5,7 +5,8 @@
 
 use super::uring::Fd;
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, listen, setsockopt, shutdown, socket, sockopt,
+    AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, listen, setsockopt, shutdown, socket,
+    sockopt,
 };
 use std::io;
 use std::net::{SocketAddr, TcpListener};

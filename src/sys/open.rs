@@ -155,7 +155,11 @@ pub fn lock(file: &File, path: &Path, patience: Duration) -> Result<(), OpenErro
 }
 
 /// Repeats `attempt` while something else holds the file.
-fn patiently<R>(path: &Path, patience: Duration, mut attempt: impl FnMut() -> io::Result<R>) -> Result<R, OpenError> {
+fn patiently<R>(
+    path: &Path,
+    patience: Duration,
+    mut attempt: impl FnMut() -> io::Result<R>,
+) -> Result<R, OpenError> {
     let deadline = Instant::now() + patience;
     loop {
         match attempt() {
@@ -193,11 +197,15 @@ pub fn open(path: &Path, direct: bool, patience: Duration) -> Result<OpenFile, O
     let device = matches!(identity(path)?, Identity::Device(_));
     // O_EXCL on a block device: no mount, no RAID, no other O_EXCL opener at the same time.
     let exclusive = if device { libc::O_EXCL } else { 0 };
-    let attempt = |flags| patiently(path, patience, || OpenOptions::new().read(true).write(true).custom_flags(flags).open(path));
+    let attempt = |flags| {
+        patiently(path, patience, || OpenOptions::new().read(true).write(true).custom_flags(flags).open(path))
+    };
     let (file, direct) = match direct.then(|| attempt(exclusive | libc::O_DIRECT)) {
         Some(Ok(file)) => (file, true),
         // tmpfs and some others refuse O_DIRECT.
-        Some(Err(OpenError::Io { source, .. })) if source.raw_os_error() == Some(libc::EINVAL) => (attempt(exclusive)?, false),
+        Some(Err(OpenError::Io { source, .. })) if source.raw_os_error() == Some(libc::EINVAL) => {
+            (attempt(exclusive)?, false)
+        }
         Some(Err(e)) => return Err(e),
         None => (attempt(exclusive)?, false),
     };

@@ -141,6 +141,7 @@ pub struct Ring<T> {
     flights: Slab<Flight<T>>,
     /// Accepted by us, not yet in the submission queue because the kernel would not empty it.
     backlog: VecDeque<squeue::Entry>,
+    #[expect(clippy::vec_box, reason = "the kernel reads a gather where it lies: it must not move")]
     spare: Vec<Box<Gather>>,
     again: Vec<usize>,
 }
@@ -158,7 +159,10 @@ impl<T> Ring<T> {
         let ring = best.or_else(|_| IoUring::builder().setup_cqsize(entries * 4).build(entries))?;
         let p = ring.params();
         if !(p.is_feature_nodrop() && p.is_feature_ext_arg() && p.is_feature_submit_stable()) {
-            return Err(io::Error::new(io::ErrorKind::Unsupported, "this kernel's io_uring is too old (5.11 is needed)"));
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "this kernel's io_uring is too old (5.11 is needed)",
+            ));
         }
         let flights = Slab::with_capacity(entries as usize);
         Ok(Ring { ring, flights, backlog: VecDeque::new(), spare: Vec::new(), again: Vec::new() })
@@ -183,7 +187,9 @@ impl<T> Ring<T> {
 
     fn issue(&mut self, key: usize) {
         let flight = &mut self.flights[key];
-        if flight.gather.is_none() && matches!(&flight.operation, Operation::Send { pieces, .. } if pieces.len() > 1) {
+        if flight.gather.is_none()
+            && matches!(&flight.operation, Operation::Send { pieces, .. } if pieces.len() > 1)
+        {
             flight.gather = Some(self.spare.pop().unwrap_or_else(Gather::empty));
         }
         let entry = flight.entry().user_data(key as u64);
@@ -372,7 +378,10 @@ impl<T> Flight<T> {
                 // SAFETY: a successful accept gives a new descriptor that nobody else knows.
                 *accepted = Some(unsafe { OwnedFd::from_raw_fd(answer) });
             }
-            Operation::Sync { .. } | Operation::Fallocate { .. } | Operation::Connect { .. } | Operation::Event { .. } => {}
+            Operation::Sync { .. }
+            | Operation::Fallocate { .. }
+            | Operation::Connect { .. }
+            | Operation::Event { .. } => {}
         }
         Some(Ok(done))
     }

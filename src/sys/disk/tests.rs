@@ -103,7 +103,8 @@ fn syncs_that_wait_together_are_answered_by_one() {
     let dir = tempfile::tempdir().unwrap();
     let mut bench = Bench::new([(File::Journal, filled(&dir.path().join("a"), 8192))]);
     let mut answers = Vec::new();
-    let tokens: Vec<Token> = (0..10).map(|_| bench.start(File::Journal, DiskOp::Sync, &mut answers)).collect();
+    let tokens: Vec<Token> =
+        (0..10).map(|_| bench.start(File::Journal, DiskOp::Sync, &mut answers)).collect();
     assert_eq!(bench.ring.in_flight(), 1);
     bench.finish(&mut answers);
     assert_eq!(answers.iter().map(|(t, _)| *t).collect::<Vec<_>>(), tokens);
@@ -116,7 +117,8 @@ fn a_failed_write_latches_its_file_and_no_other() {
     let path = Path::new("/dev/full");
     let full = fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
     let full = measure(full, path, false).unwrap();
-    let mut bench = Bench::new([(File::Backing(0), full), (File::Journal, filled(&dir.path().join("a"), 8192))]);
+    let mut bench =
+        Bench::new([(File::Backing(0), full), (File::Journal, filled(&dir.path().join("a"), 8192))]);
     let file = File::Backing(0);
     let mut answers = Vec::new();
     // In flight beside the failing one: neither is called durable.
