@@ -156,7 +156,10 @@ impl<T> Ring<T> {
             .setup_cqsize(entries * 4)
             .build(entries);
         // Kernels before 6.1 know no DEFER_TASKRUN.
-        let ring = best.or_else(|_| IoUring::builder().setup_cqsize(entries * 4).build(entries))?;
+        best.or_else(|_| IoUring::builder().setup_cqsize(entries * 4).build(entries)).and_then(Ring::over)
+    }
+
+    fn over(ring: IoUring) -> io::Result<Ring<T>> {
         let p = ring.params();
         if !(p.is_feature_nodrop() && p.is_feature_ext_arg() && p.is_feature_submit_stable()) {
             return Err(io::Error::new(
@@ -164,7 +167,7 @@ impl<T> Ring<T> {
                 "this kernel's io_uring is too old (5.11 is needed)",
             ));
         }
-        let flights = Slab::with_capacity(entries as usize);
+        let flights = Slab::with_capacity(ring.params().sq_entries() as usize);
         Ok(Ring { ring, flights, backlog: VecDeque::new(), spare: Vec::new(), again: Vec::new() })
     }
 

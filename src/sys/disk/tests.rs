@@ -120,12 +120,7 @@ fn a_failed_write_latches_its_file_and_no_other() {
     let mut bench =
         Bench::new([(File::Backing(0), full), (File::Journal, filled(&dir.path().join("a"), 8192))]);
     let file = File::Backing(0);
-    let mut answers = Vec::new();
-    // In flight beside the failing one: neither is called durable.
-    bench.start(file, write(0, 1, 512, false), &mut answers);
-    bench.start(file, DiskOp::Sync, &mut answers);
-    bench.finish(&mut answers);
-    assert_eq!(answers[0], (Token(1), Err(IoError::ENOSPC)));
+    assert_eq!(bench.perform(file, write(0, 1, 512, false)), Err(IoError::ENOSPC));
     assert_eq!(bench.perform(file, write(0, 1, 512, false)), Err(IoError::EIO));
     assert_eq!(bench.perform(file, DiskOp::Sync), Err(IoError::EIO));
     assert_eq!(bench.perform(file, DiskOp::Zero { offset: 0, len: 512 }), Err(IoError::EIO));
@@ -146,4 +141,47 @@ fn a_failed_sync_latches_and_fails_those_who_wait() {
     bench.finish(&mut answers);
     assert_eq!(answers, [(Token(1), Err(IoError::EINVAL)), (Token(2), Err(IoError::EIO))]);
     assert_eq!(bench.perform(File::DirtyMaps, DiskOp::Sync), Err(IoError::EIO));
+}
+
+/// A loop device over a file, where this machine lets us have one.
+struct Loop(String);
+
+impl Loop {
+    fn over(path: &Path) -> Option<Loop> {
+        let out = std::process::Command::new("losetup").args(["--find", "--show"]).arg(path).output().ok()?;
+        out.status.success().then(|| Loop(String::from_utf8_lossy(&out.stdout).trim().to_owned()))
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("losetup").args(["--detach", &self.0]).status();
+    }
+}
+
+#[test]
+fn a_block_device_is_claimed_measured_and_zeroed() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image");
+    fs::write(&path, vec![0xAA; 4 << 20]).unwrap();
+    let Some(device) = Loop::over(&path) else {
+        eprintln!("skipped: no loop device can be had here (not root, or no losetup)");
+        return;
+    };
+    let opened = open(Path::new(&device.0), true, Duration::ZERO).unwrap();
+    assert_eq!((opened.size, opened.device, opened.direct), (4 << 20, true, true));
+    let again = open(Path::new(&device.0), true, Duration::ZERO);
+    assert!(matches!(again, Err(crate::sys::open::OpenError::Busy { .. })), "{again:?}");
+    let mut bench = Bench::new([(File::Backing(0), opened)]);
+    bench.perform(File::Backing(0), DiskOp::Zero { offset: 4096, len: 1 << 20 }).unwrap();
+    bench.perform(File::Backing(0), write(4 << 19, 1, 4096, true)).unwrap();
+    bench.perform(File::Backing(0), DiskOp::Sync).unwrap();
+    let read = bench.perform(File::Backing(0), DiskOp::Read { offset: 0, len: 4 << 20 }).unwrap();
+    assert!(read[4096..4096 + (1 << 20)].iter().all(|b| *b == 0));
+    assert_eq!((read[0], read[4096 + (1 << 20)], read[4 << 19]), (0xAA, 0xAA, 1));
+    // As on a device that has no way to deallocate or zero.
+    bench.disk.slots[0].means = Means::Write;
+    bench.perform(File::Backing(0), DiskOp::Zero { offset: 0, len: 4 << 20 }).unwrap();
+    let read = bench.perform(File::Backing(0), DiskOp::Read { offset: 0, len: 4 << 20 }).unwrap();
+    assert!(read.iter().all(|b| *b == 0));
 }

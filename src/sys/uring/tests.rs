@@ -113,3 +113,14 @@ fn a_cancelled_operation_completes_and_a_turn_ends_in_time() {
     ring.cancel(key);
     assert_eq!(finish(&mut ring).pop().unwrap().result, Err(libc::ECANCELED));
 }
+
+#[test]
+fn a_plain_ring_as_on_older_kernels_does_the_same() {
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    let mut ring = Ring::over(IoUring::new(4).unwrap()).unwrap();
+    let buf = BytesMut::with_capacity(16);
+    ring.submit(Operation::Receive { fd: fd(ours), buf, exactly: Some(2) }, ());
+    ring.turn(Some(1_000_000)).unwrap();
+    theirs.write_all(b"ab").unwrap();
+    assert_eq!(finish(&mut ring).pop().unwrap().result, Ok(2));
+}
