@@ -192,10 +192,9 @@ fn nbdcopy_there_and_back() {
 #[test]
 fn nbdsh_provokes_every_error_and_the_session_goes_on() {
     let server = Server::start(SIZE, 512);
-    client(
-        "nbdsh",
-        &["-c", include_str!("nbd_session.py"), "-c", &format!("everything('{}')", server.path("socket"))],
-    );
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/nbd_session.py");
+    let socket = server.path("socket");
+    client("nbdsh", &["-c", &format!("exec(open('{script}').read()); everything('{socket}')")]);
 }
 
 #[test]
