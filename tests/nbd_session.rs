@@ -116,7 +116,8 @@ fn run(program: &str, args: &[&str]) -> Option<Output> {
     };
     // The distribution's python holds libnbd's bindings; another one may come first in PATH.
     let search = format!("/usr/bin:/bin:{}", std::env::var("PATH").unwrap_or_default());
-    Some(Command::new(path).args(args).env("PATH", search).output().unwrap())
+    // A client that waits for a reply that never comes must not wait for ever.
+    Some(Command::new("timeout").args(["120", &path]).args(args).env("PATH", search).output().unwrap())
 }
 
 /// As `run`; the client must succeed. Its standard output.
