@@ -116,7 +116,8 @@ fn run(program: &str, args: &[&str]) -> Option<Output> {
     };
     // The distribution's python holds libnbd's bindings; another one may come first in PATH.
     let search = format!("/usr/bin:/bin:{}", std::env::var("PATH").unwrap_or_default());
-    Some(Command::new(path).args(args).env("PATH", search).output().unwrap())
+    // A client that waits for a reply that never comes must not wait for ever.
+    Some(Command::new("timeout").args(["120", &path]).args(args).env("PATH", search).output().unwrap())
 }
 
 /// As `run`; the client must succeed. Its standard output.
@@ -163,7 +164,10 @@ fn nbdinfo_sees_what_the_server_offers() {
         assert!(info.contains(line), "no {line:?} in\n{info}");
     }
     let list = client("nbdinfo", &["--list", "--json", &server.uri()]).unwrap();
-    assert!(list.contains("\"export-name\": \"data\"") && list.contains("\"export-name\": \"again\""), "{list}");
+    assert!(
+        list.contains("\"export-name\": \"data\"") && list.contains("\"export-name\": \"again\""),
+        "{list}"
+    );
     let map = client("nbdinfo", &["--map", &server.uri()]).unwrap();
     assert_eq!(map.split_whitespace().collect::<Vec<_>>(), ["0", "67108864", "0", "data"]);
     let unknown = run("nbdinfo", &[&server.uri().replace("///", "///nothing")]).unwrap();
@@ -189,7 +193,9 @@ fn nbdcopy_there_and_back() {
 #[test]
 fn nbdsh_provokes_every_error_and_the_session_goes_on() {
     let server = Server::start(SIZE, 512);
-    client("nbdsh", &["-c", include_str!("nbd_session.py"), "-c", &format!("everything('{}')", server.path("socket"))]);
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/nbd_session.py");
+    let socket = server.path("socket");
+    client("nbdsh", &["-c", &format!("exec(open('{script}').read()); everything('{socket}')")]);
 }
 
 #[test]
@@ -208,11 +214,27 @@ fn qemu_converts_compares_and_checks_patterns() {
     assert!(std::fs::read(&back).unwrap() == data);
 
     let commands = [
-        "write -P 0x11 0 1M", "write -f -P 0x22 4k 512", "write -P 0x33 1536 1000", "write -z 64k 64k",
-        "write -z -u 256k 4k", "write -z -n 512k 4k", "discard 128k 64k", "write -P 0x44 32M 32M", "flush",
-        "read -P 0x11 0 1536", "read -P 0x33 1536 1000", "read -P 0x22 4k 512", "read -P 0x11 4608 60928",
-        "read -P 0 64k 128k", "read -P 0 256k 4k", "read -P 0 512k 4k", "read -P 0x44 32M 32M",
-        "aio_write -P 0x55 2M 64k", "aio_write -P 0x66 3M 64k", "aio_flush", "read -P 0x55 2M 64k",
+        "write -P 0x11 0 1M",
+        "write -f -P 0x22 4k 512",
+        "write -P 0x33 1536 1000",
+        "write -z 64k 64k",
+        "write -z -u 256k 4k",
+        "write -z -n 512k 4k",
+        "discard 128k 64k",
+        "write -P 0x44 32M 32M",
+        "flush",
+        "read -P 0x11 0 1536",
+        "read -P 0x33 1536 1000",
+        "read -P 0x22 4k 512",
+        "read -P 0x11 4608 60928",
+        "read -P 0 64k 128k",
+        "read -P 0 256k 4k",
+        "read -P 0 512k 4k",
+        "read -P 0x44 32M 32M",
+        "aio_write -P 0x55 2M 64k",
+        "aio_write -P 0x66 3M 64k",
+        "aio_flush",
+        "read -P 0x55 2M 64k",
     ];
     let mut args = vec!["-f", "raw"];
     commands.iter().for_each(|c| args.extend(["-c", c]));
@@ -227,10 +249,14 @@ fn qemu_keeps_to_a_smallest_block_of_4096() {
     let server = Server::start(SIZE, 4096);
     let uri = server.uri();
     let args = ["-f", "raw", "-c", "write -P 1 0 64k", "-c", "write -P 2 512 512", "-c", "read -P 1 0 512"];
-    let Some(out) = client("qemu-io", &[&args[..], &["-c", "read -P 2 512 512", &uri]].concat()) else { return };
+    let Some(out) = client("qemu-io", &[&args[..], &["-c", "read -P 2 512 512", &uri]].concat()) else {
+        return;
+    };
     assert!(!out.contains("failed"), "{out}");
     let disk = server.disk.lock().unwrap();
-    assert!(disk[..512] == [1; 512] && disk[512..1024] == [2; 512] && disk[1024..65536].iter().all(|&b| b == 1));
+    assert!(
+        disk[..512] == [1; 512] && disk[512..1024] == [2; 512] && disk[1024..65536].iter().all(|&b| b == 1)
+    );
 }
 
 #[test]

@@ -5,7 +5,7 @@
 //! - the outcome depends on the bytes received and on the completions, not on how the bytes were cut;
 //! - every request gets exactly one reply, and a disconnect waits for all of them;
 //! - whatever the client sends, what a session holds is bounded: one payload of at most
-//!   [`MAX_REQUEST`](crate::node::event::MAX_REQUEST), one option of at most 64 KiB, and what
+//!   [`MAX_REQUEST`], one option of at most 64 KiB, and what
 //!   [`Session::outstanding`] tells, above which the shell stops receiving.
 //!
 //! What is advertised, and why it is true: a FLUSH reaches the one node behind all connections and

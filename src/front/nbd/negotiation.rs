@@ -112,7 +112,12 @@ impl Negotiation {
         always | if self.structured { flag::SEND_DF } else { 0 }
     }
 
-    fn export_name(&mut self, exports: &[Export], name: &[u8], replies: &mut Replies) -> Result<Next, ProtocolError> {
+    fn export_name(
+        &mut self,
+        exports: &[Export],
+        name: &[u8],
+        replies: &mut Replies,
+    ) -> Result<Next, ProtocolError> {
         let index = find(exports, name).ok_or(ProtocolError::UnknownExport)?;
         replies.export(exports[index].offered(), self.flags(), !self.no_zeroes);
         Ok(Next::Transmission(index))

@@ -37,12 +37,27 @@ pub struct Session {
 enum Phase {
     ClientFlags,
     OptionHeader,
-    OptionData { option: u32, len: u32 },
-    OptionSkip { left: u32 },
+    OptionData {
+        option: u32,
+        len: u32,
+    },
+    OptionSkip {
+        left: u32,
+    },
     RequestHeader(Rules),
-    Payload { rules: Rules, handle: u64, extent: Extent, fua: bool },
+    Payload {
+        rules: Rules,
+        handle: u64,
+        extent: Extent,
+        fua: bool,
+    },
     /// The payload of a write that is not done; it is answered when it has passed.
-    PayloadSkip { rules: Rules, handle: u64, left: u32, fault: Fault },
+    PayloadSkip {
+        rules: Rules,
+        handle: u64,
+        left: u32,
+        fault: Fault,
+    },
     /// The client has taken its leave.
     Ended,
 }
@@ -76,6 +91,9 @@ impl Session {
 
     /// Takes what was received, cut anywhere; appends what the node is to do. After an error the
     /// session is [`closing`](Session::closing) and gives the same error again.
+    ///
+    /// A write's data shares the memory of `input` until it is dropped: receive into one buffer and
+    /// split off what came, or a small write holds a large buffer.
     pub fn receive(&mut self, input: Bytes, requests: &mut Vec<Request>) -> Result<(), ProtocolError> {
         if let Some(error) = self.failed {
             return Err(error);
@@ -189,7 +207,11 @@ impl Session {
                 }
                 let (option, len) = ((header >> 32) as u32, header as u32);
                 let admitted = self.negotiation.admit(option, len, &mut self.replies)?;
-                self.phase = if admitted { Phase::OptionData { option, len } } else { Phase::OptionSkip { left: len } };
+                self.phase = if admitted {
+                    Phase::OptionData { option, len }
+                } else {
+                    Phase::OptionSkip { left: len }
+                };
             }
             Phase::OptionData { option, len } => {
                 let Some(data) = self.intake.body(len as usize) else { return Ok(false) };
@@ -212,7 +234,11 @@ impl Session {
             Next::End => Phase::Ended,
             Next::Transmission(index) => {
                 let allocation = self.negotiation.allocation_of(index);
-                Phase::RequestHeader(Rules::new(&self.exports[index], self.negotiation.structured, allocation))
+                Phase::RequestHeader(Rules::new(
+                    &self.exports[index],
+                    self.negotiation.structured,
+                    allocation,
+                ))
             }
         }
     }
@@ -232,7 +258,9 @@ impl Session {
                 pending.read = Some(header.offset);
                 self.submit(pending, Op::Read(extent), requests);
             }
-            Ok(Verdict::Zero(extent)) => self.submit(pending, Op::Zero { extent, fua: header.fua() }, requests),
+            Ok(Verdict::Zero(extent)) => {
+                self.submit(pending, Op::Zero { extent, fua: header.fua() }, requests)
+            }
             Ok(Verdict::Flush) => self.submit(pending, Op::Flush, requests),
             Ok(Verdict::Status) => self.replies.status(handle, header.len, 0),
             Ok(Verdict::Empty) if header.command == cmd::READ && structured => self.replies.none(handle),

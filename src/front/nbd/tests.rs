@@ -1,3 +1,7 @@
+//! The session byte for byte: negotiation, requests, errors, and any cut of any stream.
+//!
+//! Owns: nothing. Invariant: expected bytes are written out here, never taken from the encoder.
+
 use super::wire::{cmd, cmd_flag, flag, opt, rep};
 use super::*;
 use crate::disk::IoError;
@@ -27,7 +31,8 @@ fn option(number: u32, data: &[u8]) -> Vec<u8> {
 /// A reply to an option as the server sends it.
 fn answer(number: u32, reply: u32, data: &[u8]) -> Vec<u8> {
     let magic = 0x0003_e889_0455_65a9_u64.to_be_bytes();
-    [&magic[..], &number.to_be_bytes(), &reply.to_be_bytes(), &(data.len() as u32).to_be_bytes(), data].concat()
+    [&magic[..], &number.to_be_bytes(), &reply.to_be_bytes(), &(data.len() as u32).to_be_bytes(), data]
+        .concat()
 }
 
 fn name(name: &str) -> Vec<u8> {
@@ -191,7 +196,9 @@ fn metadata_contexts_are_listed_selected_and_replaced() {
     ];
     for (number, queries, id) in cases {
         feed(&mut session, option(*number, &context("data", queries)));
-        let found = id.map(|id| answer(*number, rep::META_CONTEXT, &[&id.to_be_bytes()[..], b"base:allocation"].concat()));
+        let found = id.map(|id| {
+            answer(*number, rep::META_CONTEXT, &[&id.to_be_bytes()[..], b"base:allocation"].concat())
+        });
         let expected = [found.unwrap_or_default(), answer(*number, rep::ACK, b"")].concat();
         assert_eq!(sent(&mut session), expected, "{queries:?}");
     }
@@ -410,7 +417,8 @@ fn errors_are_told_in_the_protocols_numbers() {
 #[test]
 fn a_disconnect_waits_for_requests_in_flight_and_hears_nothing_more() {
     let mut session = ready(false);
-    let bytes = [request(0, cmd::FLUSH, 1, 0, 0), request(0, cmd::DISC, 2, 0, 0), request(0, cmd::FLUSH, 3, 0, 0)];
+    let bytes =
+        [request(0, cmd::FLUSH, 1, 0, 0), request(0, cmd::DISC, 2, 0, 0), request(0, cmd::FLUSH, 3, 0, 0)];
     let requests = feed(&mut session, bytes.concat());
     assert_eq!((requests.len(), session.in_flight(), session.closing()), (1, 1, false));
     session.complete(requests[0].cookie, Ok(Bytes::new()));
@@ -423,7 +431,8 @@ fn the_remainder_of_a_block_is_not_offered() {
     let mut export = exports()[0].clone();
     (export.size, export.min_block, export.max_block) = (10_000, 4096, u32::MAX);
     let mut session = Session::new(Arc::new([export]));
-    let bytes = [&[0, 0, 0, 3][..], &option(opt::EXPORT_NAME, b""), &request(0, cmd::READ, 1, 512, 512)].concat();
+    let bytes =
+        [&[0, 0, 0, 3][..], &option(opt::EXPORT_NAME, b""), &request(0, cmd::READ, 1, 512, 512)].concat();
     assert!(feed(&mut session, bytes).is_empty());
     let out = sent(&mut session);
     assert_eq!(out[18..26], 8192_u64.to_be_bytes());
@@ -488,7 +497,10 @@ fn run(bytes: &[u8], cuts: &[usize]) -> (String, Vec<u8>, Option<ProtocolError>,
 
 proptest! {
     #[test]
-    fn every_cut_of_a_stream_has_the_same_outcome(bytes in stream(), cuts in proptest::collection::vec(any::<prop::sample::Index>(), 0..20)) {
+    fn every_cut_of_a_stream_has_the_same_outcome(
+        bytes in stream(),
+        cuts in proptest::collection::vec(any::<prop::sample::Index>(), 0..20),
+    ) {
         let mut cuts: Vec<usize> = cuts.iter().map(|c| c.index(bytes.len() + 1)).collect();
         cuts.sort_unstable();
         let whole = run(&bytes, &[]);
