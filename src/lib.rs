@@ -10,10 +10,16 @@
 //! - layer 0, vocabulary: [`units`], [`disk`], [`extents`], [`format`]
 #![warn(missing_docs)]
 
+pub mod apply;
+pub mod cache;
 pub mod daemon;
 pub mod disk;
+pub mod extents;
 pub mod format;
 pub mod front;
+pub mod journal;
+pub mod link;
 pub mod node;
+pub mod role;
 pub mod sys;
 pub mod units;

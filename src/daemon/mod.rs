@@ -56,11 +56,11 @@ pub struct DaemonOptions {
     pub journal: PathBuf,
     /// Dirty maps file; made when the group is set up.
     pub dirty_maps: PathBuf,
-    /// Bytes of the dirty maps file.
+    /// Bytes of the dirty maps file: `journal::maps::maps_len` of the volumes.
     pub dirty_maps_bytes: u64,
     /// Write cache file; made here if it is not there.
     pub cache: PathBuf,
-    /// Bytes of the write cache file.
+    /// Bytes of the write cache file: `cache::ring_len` of its payload.
     pub cache_bytes: u64,
     /// Backings, one per volume.
     pub backings: Vec<BackingPath>,
