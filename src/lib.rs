@@ -12,5 +12,6 @@
 
 pub mod disk;
 pub mod format;
+pub mod front;
 pub mod node;
 pub mod units;
