@@ -10,6 +10,9 @@
 //! - layer 0, vocabulary: [`units`], [`disk`], [`extents`], [`format`]
 #![warn(missing_docs)]
 
+pub mod cli;
+pub mod control;
+pub mod daemon;
 pub mod disk;
 pub mod format;
 pub mod node;
