@@ -15,5 +15,6 @@ pub mod control;
 pub mod daemon;
 pub mod disk;
 pub mod format;
+pub mod front;
 pub mod node;
 pub mod units;
