@@ -4,6 +4,8 @@
 //! within its volume and is aligned to its block; each gets exactly one answer. Front ends never
 //! see each other.
 
+pub mod fuse;
+pub mod loopdev;
 pub mod nbd;
 
 use crate::disk::IoError;
