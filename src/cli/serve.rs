@@ -5,14 +5,17 @@
 
 use super::config::{self, Config};
 use super::failure::{Exit, Failure};
+use super::output::Output;
 use super::places::Places;
 use super::{interrupt, state};
 use crate::control::fronts::{Facts, Fronts};
 use crate::control::{DeviceKind, Reply, server};
 use crate::daemon::{self, BackingPath, DaemonOptions, Handle};
 use crate::node::event::{AdminOp, Answer};
+use crate::node::status::SCHEMA_VERSION;
 use nix::fcntl::{Flock, FlockArg};
 use sd_notify::NotifyState;
+use serde_json::json;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -44,16 +47,21 @@ struct Running {
 
 impl Serve {
     /// Does it.
-    pub fn run(&self, places: &Places) -> Result<(), Failure> {
+    pub fn run(&self, places: &Places, out: &Output) -> Result<(), Failure> {
         let config = config::load(places, &self.group)?;
         let superblock = places.superblock(&self.group);
         state::check(&state::read(&superblock)?, &config, &superblock)?;
         places.check_sockets(&self.group)?;
         let options = self.options(&config, places)?;
         if self.dry_run {
-            eprintln!("volrep: `{}` can be served", self.group);
+            let document = json!({ "schema_version": SCHEMA_VERSION, "group": self.group, "dry_run": true });
+            out.document(&document, || format!("`{}` can be served", self.group));
             return Ok(());
         }
+        self.serve(&config, options, places)
+    }
+
+    fn serve(&self, config: &Config, options: DaemonOptions, places: &Places) -> Result<(), Failure> {
         let _lock = lock(&places.lock(&self.group), &self.group)?;
         let running = Arc::new(OnceLock::<Running>::new());
         let on_signal = running.clone();

@@ -13,21 +13,19 @@ use std::time::Instant;
 pub struct Rates {
     at: Instant,
     sent: HashMap<String, u64>,
-    records: u64,
 }
 
 /// Bytes per second between two instants.
 #[derive(Clone, Debug, Default)]
 pub struct Speeds {
     sent: HashMap<String, f64>,
-    records: f64,
 }
 
 impl Rates {
     /// The counters of a state.
     pub fn new(s: &Status, at: Instant) -> Rates {
         let sent = s.peers.iter().map(|p| (p.name.clone(), p.sent_bytes)).collect();
-        Rates { at, sent, records: s.record_bytes }
+        Rates { at, sent }
     }
 
     /// Per second since an earlier instant. A counter that went back (a daemon that started anew)
@@ -36,7 +34,7 @@ impl Rates {
         let seconds = self.at.duration_since(before.at).as_secs_f64();
         let speed = |now: u64, was: u64| now.checked_sub(was).filter(|_| seconds > 0.0).map(|n| n as f64 / seconds);
         let sent = self.sent.iter().filter_map(|(name, now)| Some((name.clone(), speed(*now, *before.sent.get(name)?)?)));
-        Speeds { sent: sent.collect(), records: speed(self.records, before.records).unwrap_or(0.0) }
+        Speeds { sent: sent.collect() }
     }
 }
 
@@ -202,7 +200,6 @@ mod tests {
         assert!(b.since(&b).sent.is_empty());
         let c = Rates::new(&s, t + std::time::Duration::from_secs(2));
         assert!(c.since(&b).sent.is_empty());
-        assert_eq!(c.since(&b).records, 0.0);
     }
 
     #[test]

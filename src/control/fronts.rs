@@ -6,6 +6,7 @@
 
 use super::{Attached, DeviceKind, Kind, Reply};
 use crate::daemon::{Handle, ListenId};
+use crate::front::fuse::{FuseDevice, FuseError, FuseOptions, FuseVolume};
 use crate::front::nbd::Export;
 use crate::node::config::VolumeConfig;
 use crate::node::event::MAX_REQUEST;
@@ -16,7 +17,7 @@ use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// What the front ends need to know of the group.
 #[derive(Clone, Debug)]
@@ -42,6 +43,7 @@ pub struct Fronts {
 
 enum Front {
     Nbd { listener: ListenId, socket: PathBuf },
+    Fuse(FuseDevice),
 }
 
 #[derive(Serialize, Deserialize)]
@@ -94,15 +96,18 @@ impl Fronts {
         }
     }
 
+    /// A real block device needs root and the kernel's help; anybody can have an NBD server.
     fn best(&self) -> DeviceKind {
-        DeviceKind::Nbd
+        let usable = nix::unistd::geteuid().is_root()
+            && ["/dev/fuse", "/dev/loop-control"].iter().all(|path| Path::new(path).exists());
+        if usable { DeviceKind::Fuse } else { DeviceKind::Nbd }
     }
 
     fn open(&self, kind: DeviceKind) -> Result<Front, Refused> {
         let front = match kind {
             DeviceKind::Nbd | DeviceKind::Auto => self.open_nbd()?,
             DeviceKind::Ublk => return Err((Kind::Failed, "ublk is not in this build: use --device nbd or fuse".into())),
-            DeviceKind::Fuse => return Err((Kind::Failed, "fuse is not in this build: use --device nbd".into())),
+            DeviceKind::Fuse => self.open_fuse()?,
         };
         self.remember(kind).map_err(|e| {
             let text = format!("can't write {}: {e}; free some space there", self.memory().display());
@@ -127,6 +132,25 @@ impl Fronts {
         Ok(Front::Nbd { listener, socket })
     }
 
+    fn open_fuse(&self) -> Result<Front, Refused> {
+        let single = self.facts.volumes.len() == 1;
+        let volume = |v: &VolumeConfig| FuseVolume {
+            volume: v.number,
+            name: v.name.clone(),
+            size: v.size,
+            block: v.block as u32,
+            link: if single { self.facts.group.clone().into() } else { Path::new(&self.facts.group).join(&v.name) },
+        };
+        let options = FuseOptions {
+            mount_dir: self.facts.run.join("fuse"),
+            dev_dir: self.facts.dev.clone(),
+            volumes: self.facts.volumes.iter().map(volume).collect(),
+            loop_device: nix::unistd::geteuid().is_root(),
+            submit: Arc::new(self.handle.clone()),
+        };
+        FuseDevice::attach(options).map(Front::Fuse).map_err(|e| refused(&e))
+    }
+
     fn attached(&self, front: &Front) -> Reply {
         let devices = self.devices(front);
         let volumes = self.facts.volumes.iter().zip(devices);
@@ -137,6 +161,7 @@ impl Fronts {
     fn devices(&self, front: &Front) -> Vec<String> {
         match front {
             Front::Nbd { socket, .. } => self.facts.volumes.iter().map(|v| nbd_uri(&v.name, socket)).collect(),
+            Front::Fuse(device) => device.paths().iter().map(|p| p.display().to_string()).collect(),
         }
     }
 
@@ -152,21 +177,30 @@ impl Fronts {
         }
     }
 
-    /// Closes the front end as the daemon ends; the next one opens it again.
+    /// Closes the front end as the daemon ends; the next one opens it again. Whoever still uses it
+    /// gets errors from now on, as after a crash.
     pub fn shut(&self) {
-        if let Err((_, text)) = self.close(&mut self.lock(), true) {
+        let mut open = self.lock();
+        let closed = self.close(&mut open, false).or_else(|(_, text)| {
+            tracing::warn!("{text}; its users get errors now");
+            self.close(&mut open, true)
+        });
+        if let Err((_, text)) = closed {
             tracing::warn!("{text}");
         }
     }
 
-    fn close(&self, open: &mut Option<Front>, _force: bool) -> Result<(), Refused> {
-        match open.take() {
-            None => Ok(()),
+    fn close(&self, open: &mut Option<Front>, force: bool) -> Result<(), Refused> {
+        match open {
+            None => {}
             Some(Front::Nbd { listener, socket }) => {
-                self.handle.close_nbd(listener);
-                remove(&socket).map_err(|e| (Kind::Failed, format!("can't remove {}: {e}", socket.display())))
+                self.handle.close_nbd(*listener);
+                remove(socket).map_err(|e| (Kind::Failed, format!("can't remove {}: {e}", socket.display())))?;
             }
+            Some(Front::Fuse(device)) => device.detach(force).map_err(|e| refused(&e))?,
         }
+        *open = None;
+        Ok(())
     }
 
     /// Adds to a node's state what only its daemon knows.
@@ -187,8 +221,13 @@ impl Front {
     fn kind(&self) -> DeviceKind {
         match self {
             Front::Nbd { .. } => DeviceKind::Nbd,
+            Front::Fuse(_) => DeviceKind::Fuse,
         }
     }
+}
+
+fn refused(e: &FuseError) -> Refused {
+    (if e.is_busy() { Kind::Busy } else { Kind::Failed }, e.to_string())
 }
 
 fn remove(path: &Path) -> io::Result<()> {

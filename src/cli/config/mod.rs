@@ -7,6 +7,7 @@ mod render;
 mod settings;
 
 pub use render::render;
+pub use settings::boot_id;
 
 use super::failure::{Exit, Failure};
 use super::places::{Places, check_name};
