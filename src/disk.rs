@@ -69,6 +69,22 @@ pub enum DiskOp {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Token(pub u64);
 
+impl Token {
+    /// The `id`-th request (below 2^56) of an owner.
+    pub fn new(owner: u8, id: u64) -> Token {
+        debug_assert!(id < 1 << 56);
+        Token(u64::from(owner) << 56 | id)
+    }
+    /// Who asked.
+    pub fn owner(self) -> u8 {
+        (self.0 >> 56) as u8
+    }
+    /// Which of his requests.
+    pub fn id(self) -> u64 {
+        self.0 & ((1 << 56) - 1)
+    }
+}
+
 /// One operation on one file.
 #[derive(Clone, Debug)]
 pub struct DiskRequest {

@@ -10,11 +10,17 @@
 //! - layer 0, vocabulary: [`units`], [`disk`], [`extents`], [`format`]
 #![warn(missing_docs)]
 
+pub mod apply;
+pub mod cache;
 pub mod cli;
 pub mod control;
 pub mod daemon;
 pub mod disk;
+pub mod extents;
 pub mod format;
 pub mod front;
+pub mod journal;
+pub mod link;
 pub mod node;
+pub mod role;
 pub mod units;

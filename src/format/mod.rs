@@ -7,6 +7,7 @@
 pub mod fields;
 pub mod message;
 pub mod record;
+pub mod segment;
 pub mod superblock;
 
 /// Why bytes were not accepted.

@@ -119,6 +119,11 @@ pub struct Record {
     bytes: Bytes,
 }
 
+/// The chain hash that stands before a group's first record.
+pub fn origin(group: GroupId) -> Hash {
+    Hash(*blake3::Hasher::new().update(b"volrep origin").update(&group.0).finalize().as_bytes())
+}
+
 /// Work for an encoder: gathered payload behind `room` bytes for the header and table.
 #[derive(Debug)]
 pub struct EncodeJob {

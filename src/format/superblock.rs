@@ -65,6 +65,18 @@ pub struct Peer {
     pub behind: bool,
 }
 
+/// A dirty map: which slot of the map file holds it, and after which record it begins.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct MapRange {
+    /// Slot.
+    pub slot: u8,
+    /// Every later record's extents are in it, or in a later range's.
+    pub from: HistoryPoint,
+}
+
+/// Most dirty maps.
+pub const MAX_MAPS: usize = 16;
+
 /// The state that a node keeps beside its journal.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Superblock {
@@ -106,6 +118,8 @@ pub struct Superblock {
     pub volumes: Vec<Volume>,
     /// Openings known, oldest first; the newest [`MAX_GENERATIONS`].
     pub openings: Vec<Opening>,
+    /// Dirty maps, oldest first; never empty once the node has started.
+    pub maps: Vec<MapRange>,
     /// Members of the sync set.
     pub sync_set: Vec<NodeId>,
     /// Peers.
@@ -128,6 +142,9 @@ impl Superblock {
             w.u8(v.number).u64(v.size).name(&v.name);
         });
         w.list(&self.openings, |w, o| o.write(w));
+        w.list(&self.maps, |w, m| {
+            w.u8(m.slot).point(m.from);
+        });
         w.list(&self.sync_set, |w, n| {
             w.node(*n);
         });
@@ -195,6 +212,7 @@ impl Superblock {
                 Ok(Volume { number: r.u8()?, size: r.u64()?, name: r.name(MAX_NAME, "volume name")? })
             })?,
             openings: r.list(MAX_GENERATIONS, "openings", Opening::read)?,
+            maps: r.list(MAX_MAPS, "maps", |r| Ok(MapRange { slot: r.u8()?, from: r.point()? }))?,
             sync_set: r.list(MAX_PEERS, "sync set", Reader::node)?,
             peers: r.list(MAX_PEERS, "peers", |r| {
                 Ok(Peer {

@@ -1,0 +1,241 @@
+//! Putting batches of writes into the backing: write-back on a primary, apply on a shadow, redo.
+//!
+//! Owns: the requests to the backing that change it. Invariants: one batch at a time, so writes that
+//! overlap are never in flight together (I2); a batch counts as applied only when all of it is in the
+//! backing; a checkpoint counts only after the sync of every backing that was written (I3); a failed
+//! write or sync latches (I10).
+
+use crate::disk::{DiskOp, DiskRequest, DiskResult, File, IoError, Token, aligned, freeze};
+use crate::extents::Piece;
+use crate::units::Extent;
+use bytes::Bytes;
+use std::collections::{BTreeSet, VecDeque};
+
+/// Where the bytes of an extent are.
+#[derive(Clone, Debug)]
+pub enum Source {
+    /// There are none: zeroes.
+    Zeroes,
+    /// In the write cache's ring, at this position; they stay until the batch is done.
+    Ring(u64),
+    /// Here.
+    Bytes(Bytes),
+}
+
+impl Piece for Source {
+    fn skip(&self, bytes: u64) -> Source {
+        match self {
+            Source::Zeroes => Source::Zeroes,
+            Source::Ring(at) => Source::Ring(at + bytes),
+            Source::Bytes(b) => Source::Bytes(b.slice(bytes as usize..)),
+        }
+    }
+}
+
+/// Writes in flight at once.
+const DEPTH: usize = 32;
+/// Adjacent writes are joined up to this many bytes.
+const JOINED: u64 = 256 << 10;
+
+/// What an answer brought about.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Progress {
+    /// Nothing yet.
+    More,
+    /// The batch is in the backing.
+    Applied,
+    /// Everything applied before the sync began is durable.
+    Synced,
+}
+
+/// See the module's documentation.
+pub struct Applier {
+    owner: u8,
+    queue: VecDeque<(Extent, Source)>,
+    in_flight: usize,
+    busy: bool,
+    written: BTreeSet<u8>,
+    syncs: usize,
+    failed: bool,
+    next_id: u64,
+}
+
+const SYNC: u64 = 1 << 55;
+
+impl Applier {
+    /// `owner` marks its requests' tokens.
+    pub fn new(owner: u8) -> Applier {
+        Applier {
+            owner,
+            queue: VecDeque::new(),
+            in_flight: 0,
+            busy: false,
+            written: BTreeSet::new(),
+            syncs: 0,
+            failed: false,
+            next_id: 0,
+        }
+    }
+
+    /// A batch is not done yet.
+    pub fn is_busy(&self) -> bool {
+        self.busy
+    }
+    /// A sync is not done yet.
+    pub fn is_syncing(&self) -> bool {
+        self.syncs > 0
+    }
+
+    /// Begins a batch: extents that do not overlap, in order. Not while one is busy.
+    pub fn begin(&mut self, batch: impl Iterator<Item = (Extent, Source)>) {
+        debug_assert!(!self.busy);
+        self.queue.extend(batch);
+        self.busy = true;
+    }
+
+    /// Submits what fits. `ring` gives the bytes of [`Source::Ring`]. True when there was nothing at
+    /// all to do: the batch is applied.
+    pub fn pump<'a>(&mut self, ring: impl Fn(u64, u64) -> &'a [u8], out: &mut Vec<DiskRequest>) -> bool {
+        while self.in_flight < DEPTH && !self.failed {
+            let Some((extent, source)) = self.queue.pop_front() else { break };
+            let file = File::Backing(extent.address().volume());
+            let offset = extent.address().offset();
+            let op = if matches!(source, Source::Zeroes) {
+                DiskOp::Zero { offset, len: extent.len() }
+            } else {
+                DiskOp::Write { offset, data: self.join(extent, source, &ring), dsync: false }
+            };
+            self.written.insert(extent.address().volume());
+            self.in_flight += 1;
+            self.next_id += 1;
+            out.push(DiskRequest { token: Token::new(self.owner, self.next_id), file, op });
+        }
+        let idle = self.busy && self.in_flight == 0 && self.queue.is_empty() && !self.failed;
+        if idle {
+            self.busy = false;
+        }
+        idle
+    }
+
+    /// The bytes of `extent`, with those of the extents that follow it without a gap.
+    fn join<'a>(&mut self, extent: Extent, source: Source, ring: &impl Fn(u64, u64) -> &'a [u8]) -> Bytes {
+        let mut end = extent.end();
+        let mut parts = 0;
+        for (next, source) in &self.queue {
+            let adjacent = next.start() == end && next.address().volume() == extent.address().volume();
+            if !adjacent || matches!(source, Source::Zeroes) || next.end() - extent.start() > JOINED {
+                break;
+            }
+            end = next.end();
+            parts += 1;
+        }
+        let mut buf = aligned((end - extent.start()) as usize);
+        let mut add = |extent: Extent, source: Source| match source {
+            Source::Ring(at) => buf.extend_from_slice(ring(at, extent.len())),
+            Source::Bytes(b) => buf.extend_from_slice(&b[..extent.len() as usize]),
+            Source::Zeroes => unreachable!("zeroes are not joined"),
+        };
+        add(extent, source);
+        for (extent, source) in self.queue.drain(..parts) {
+            add(extent, source);
+        }
+        freeze(buf)
+    }
+
+    /// Makes what was applied durable. Not while a sync is under way; a batch may be. `false` when
+    /// nothing was written since the last one.
+    pub fn sync(&mut self, out: &mut Vec<DiskRequest>) -> bool {
+        debug_assert!(self.syncs == 0);
+        // A batch under way writes on: its volumes stay marked for the next sync.
+        let volumes: Vec<u8> = self.written.iter().copied().collect();
+        if !self.busy {
+            self.written.clear();
+        }
+        for volume in &volumes {
+            self.syncs += 1;
+            let token = Token::new(self.owner, SYNC | u64::from(*volume));
+            out.push(DiskRequest { token, file: File::Backing(*volume), op: DiskOp::Sync });
+        }
+        !volumes.is_empty()
+    }
+
+    /// The answer to one of its requests.
+    pub fn complete(&mut self, id: u64, result: DiskResult) -> Result<Progress, IoError> {
+        if let Err(e) = result {
+            self.failed = true;
+            return Err(e);
+        }
+        if self.failed {
+            return Err(IoError::EIO);
+        }
+        if id & SYNC != 0 {
+            self.syncs -= 1;
+            return Ok(if self.syncs == 0 { Progress::Synced } else { Progress::More });
+        }
+        self.in_flight -= 1;
+        if self.in_flight > 0 || !self.queue.is_empty() {
+            return Ok(Progress::More);
+        }
+        self.busy = false;
+        Ok(Progress::Applied)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::Address;
+
+    fn extent(volume: u8, at: u64, len: u64) -> Extent {
+        Extent::new(Address::new(volume, at).unwrap(), len).unwrap()
+    }
+
+    #[test]
+    fn adjacent_writes_are_joined_and_zeroes_are_not() {
+        let mut applier = Applier::new(1);
+        let ring = vec![7u8; 4096];
+        let data = |b: u8, n| Source::Bytes(Bytes::from(vec![b; n]));
+        let batch = [
+            (extent(0, 0, 512), data(1, 512)),
+            (extent(0, 512, 1024), Source::Ring(512)),
+            (extent(0, 1536, 512), Source::Zeroes),
+            (extent(0, 2048, 512), data(3, 512)),
+            (extent(1, 0, 512), data(4, 512)),
+        ];
+        let mut out = Vec::new();
+        applier.begin(batch.into_iter());
+        applier.pump(|at, len| &ring[at as usize..(at + len) as usize], &mut out);
+        let shape: Vec<_> = out
+            .iter()
+            .map(|r| match &r.op {
+                DiskOp::Write { offset, data, .. } => (r.file, *offset, data.len() as u64, data[data.len() - 1]),
+                DiskOp::Zero { offset, len } => (r.file, *offset, *len, 0),
+                other => panic!("{other:?}"),
+            })
+            .collect();
+        let b = File::Backing;
+        assert_eq!(shape, [(b(0), 0, 1536, 7), (b(0), 1536, 512, 0), (b(0), 2048, 512, 3), (b(1), 0, 512, 4)]);
+        let ids: Vec<_> = out.iter().map(|r| r.token.id()).collect();
+        for (i, id) in ids.iter().enumerate() {
+            let expected = if i == 3 { Progress::Applied } else { Progress::More };
+            assert_eq!(applier.complete(*id, Ok(Bytes::new())), Ok(expected));
+        }
+        out.clear();
+        assert!(applier.sync(&mut out));
+        assert_eq!(out.len(), 2);
+        assert_eq!(applier.complete(out[0].token.id(), Ok(Bytes::new())), Ok(Progress::More));
+        assert_eq!(applier.complete(out[1].token.id(), Ok(Bytes::new())), Ok(Progress::Synced));
+        assert!(!applier.sync(&mut out), "nothing was written since");
+    }
+
+    #[test]
+    fn a_failed_write_latches() {
+        let mut applier = Applier::new(1);
+        let mut out = Vec::new();
+        applier.begin([(extent(0, 0, 512), Source::Zeroes), (extent(0, 4096, 512), Source::Zeroes)].into_iter());
+        applier.pump(|_, _| &[], &mut out);
+        assert!(applier.complete(out[0].token.id(), Err(IoError::EIO)).is_err());
+        assert!(applier.complete(out[1].token.id(), Ok(Bytes::new())).is_err());
+        assert!(!applier.pump(|_, _| &[], &mut out));
+    }
+}

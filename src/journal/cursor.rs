@@ -1,0 +1,145 @@
+//! Reading records out of the journal, in order, from a known place on.
+//!
+//! Owns: the walk over records and segments. Invariant: what it yields continues the chain from
+//! where it began, record by record; anything else is a gap.
+
+use crate::disk::DiskOp;
+use crate::format::record::{Header, Record, padded};
+use crate::format::segment::SegmentHeader;
+use crate::format::superblock::Geometry;
+use crate::units::{BLOCK, GroupId, HistoryPoint};
+use bytes::Bytes;
+
+/// Bytes read at a time; more than any record.
+pub const CHUNK: u64 = 2 << 20;
+
+/// A position in the journal: a segment by its sequence, and a byte offset within it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Place {
+    /// Sequence of the segment.
+    pub segment: u64,
+    /// Bytes from its start.
+    pub offset: u64,
+}
+
+impl Place {
+    /// Byte offset in the journal's file.
+    pub fn file_offset(self, g: Geometry) -> u64 {
+        self.segment % u64::from(g.segments) * g.segment + self.offset
+    }
+}
+
+/// What the cursor wants next.
+#[derive(Debug)]
+pub enum Step {
+    /// The next record and where it lies.
+    Record(Record, Place),
+    /// Read this of the journal, then [`Cursor::feed`].
+    Read(DiskOp),
+    /// Nothing that continues the chain lies at this place.
+    Gap(Place),
+}
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub struct Cursor {
+    geometry: Geometry,
+    group: GroupId,
+    place: Place,
+    last: HistoryPoint,
+    chunk: Bytes,
+    chunk_at: Place,
+    /// The end of a segment's records: the next segment is being tried.
+    gap: Option<Place>,
+}
+
+impl Cursor {
+    /// Begins at the start of segment `segment`, whose first record follows `before`.
+    pub fn new(geometry: Geometry, group: GroupId, segment: u64, before: HistoryPoint) -> Cursor {
+        let place = Place { segment, offset: 0 };
+        Cursor { geometry, group, place, last: before, chunk: Bytes::new(), chunk_at: place, gap: None }
+    }
+
+    /// The last record yielded, or where it began.
+    pub fn last(&self) -> HistoryPoint {
+        self.last
+    }
+
+    /// Bytes of the answer to [`Step::Read`].
+    pub fn feed(&mut self, bytes: Bytes) {
+        self.chunk_at = self.place;
+        self.chunk = bytes;
+    }
+
+    /// What is there, or what is needed to know. `end`: nothing beyond it needs to be read.
+    pub fn step(&mut self, end: Option<Place>) -> Step {
+        loop {
+            let rest = self.geometry.segment - self.place.offset;
+            if rest < BLOCK {
+                self.try_next();
+                continue;
+            }
+            let Some(bytes) = self.ahead(BLOCK) else { return self.read(rest, end) };
+            if self.place.offset == 0 {
+                let header = SegmentHeader::decode(&bytes);
+                let continues = header.is_ok_and(|h| {
+                    h.group == self.group && h.sequence == self.place.segment && h.before == self.last
+                });
+                if !continues {
+                    return Step::Gap(self.gap.unwrap_or(self.place));
+                }
+                self.gap = None;
+                self.place.offset = BLOCK;
+                continue;
+            }
+            let header = Header::decode(&bytes).ok().filter(|h| {
+                let next = self.last.lsn.next();
+                h.stamp.group == self.group && h.stamp.lsn == next && h.stamp.prev == self.last.hash
+            });
+            let Some(header) = header else {
+                self.try_next();
+                continue;
+            };
+            let len = padded(header.len) as u64;
+            if len > rest {
+                self.try_next();
+                continue;
+            }
+            let Some(bytes) = self.ahead(len) else { return self.read(rest, end) };
+            let Ok(record) = Record::decode(bytes) else {
+                self.try_next();
+                continue;
+            };
+            let place = self.place;
+            self.place.offset += len;
+            self.last = record.point();
+            return Step::Record(record, place);
+        }
+    }
+
+    fn try_next(&mut self) {
+        self.gap = Some(self.place);
+        self.place = Place { segment: self.place.segment + 1, offset: 0 };
+    }
+
+    /// The next `len` bytes, if the chunk has them.
+    fn ahead(&self, len: u64) -> Option<Bytes> {
+        if self.chunk_at.segment != self.place.segment {
+            return None;
+        }
+        let from = self.place.offset.checked_sub(self.chunk_at.offset)? as usize;
+        let to = from + len as usize;
+        (to <= self.chunk.len()).then(|| self.chunk.slice(from..to))
+    }
+
+    fn read(&self, rest: u64, end: Option<Place>) -> Step {
+        let known = match end {
+            Some(end) if end.segment == self.place.segment && end.offset > self.place.offset => {
+                end.offset - self.place.offset
+            }
+            _ => rest,
+        };
+        let len = known.min(CHUNK).min(rest) as usize;
+        Step::Read(DiskOp::Read { offset: self.place.file_offset(self.geometry), len })
+    }
+}

@@ -1,0 +1,429 @@
+//! Finding the end of the journal after a crash, and whether that end can be trusted.
+//!
+//! Reads every segment's header, walks the chain from the checkpoint on, looks past the first gap
+//! for records that survived, decides by [`decide`], erases what lies behind the end, syncs.
+//!
+//! Owns: the decision table. Invariants: nothing that was ever announced durable is cut off in
+//! silence: that is damage, and recovery stops; what lies behind the end is gone, durably, before
+//! anything is appended, so it can't come back.
+
+use super::cursor::{CHUNK, Cursor, Place, Step};
+use super::{Segment, Tail, tail_of};
+use crate::disk::{DiskOp, DiskRequest, DiskResult, File, IoError, Token, aligned, freeze};
+use crate::format::record::{Header, Record};
+use crate::format::segment::SegmentHeader;
+use crate::format::superblock::Superblock;
+use crate::units::{BLOCK, Hash, HistoryPoint, Lsn};
+use bytes::Bytes;
+use std::collections::BTreeMap;
+
+/// Bytes behind a gap that may hold records that survived: more than a node ever has unsynced.
+pub const SURVIVORS: u64 = 128 << 20;
+
+/// What recovery found out before it decides.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Facts {
+    /// The walk found the segment that the superblock names, continuing into it.
+    pub start_found: bool,
+    /// Nothing was ever written: checkpoint and floor are 0.
+    pub fresh: bool,
+    /// The chain reaches the superblock's floor and the checkpoint.
+    pub reaches_floor: bool,
+    /// A record that this generation wrote says that something behind the end was durable.
+    pub denied_by_watermark: bool,
+    /// Records lie behind the end.
+    pub survivors: bool,
+    /// The journal was closed cleanly at its end.
+    pub clean: bool,
+}
+
+/// What to do about it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Decision {
+    /// Go on at the end of the chain.
+    Continue,
+    /// The end is torn: erase what lies behind it, then go on.
+    Cut,
+    /// Records that were durable are gone: stop.
+    Damaged(&'static str),
+}
+
+/// The decision table; its test enumerates every combination of facts.
+pub fn decide(f: Facts) -> Decision {
+    use Decision::{Continue, Cut, Damaged};
+    match f {
+        Facts { start_found: false, fresh: false, .. } => {
+            Damaged("the segment in which redo starts is missing or unreadable")
+        }
+        Facts { reaches_floor: false, .. } => {
+            Damaged("the journal ends before a record that was durable here")
+        }
+        Facts { denied_by_watermark: true, .. } => {
+            Damaged("a record is unreadable that a later one names as durable")
+        }
+        Facts { survivors: true, clean: true, .. } => {
+            Damaged("records lie behind the end of a journal that was closed cleanly")
+        }
+        Facts { survivors: true, .. } => Cut,
+        Facts { .. } => Continue,
+    }
+}
+
+/// The outcome of a recovery.
+#[derive(Debug)]
+pub enum Outcome {
+    /// The journal's end, and what it retains.
+    Found(Box<Recovered>),
+    /// Recovery stopped. What happened and what to do.
+    Stopped(String),
+    /// The chain hash at the point that [`Recovery::compare`] asked for differs, or the point is not
+    /// here. Nothing was changed.
+    Differs,
+}
+
+/// What [`super::Journal::new`] needs.
+#[derive(Debug)]
+pub struct Recovered {
+    /// Where the next record goes.
+    pub head: Place,
+    /// Retained segments, oldest first.
+    pub segments: Vec<Segment>,
+    /// Newest record.
+    pub tail: Tail,
+    /// Records cut off.
+    pub cut: u64,
+}
+
+enum State {
+    Headers { next: u32, waiting: u32 },
+    Walk(Cursor),
+    Survivors { at: Place, until: u64 },
+    Erase { waiting: usize },
+    Sync,
+    Done,
+}
+
+/// See the module's documentation.
+pub struct Recovery {
+    owner: u8,
+    sb: Superblock,
+    /// Stop at this point, which must be in the chain, and erase everything behind it.
+    target: Option<HistoryPoint>,
+    state: State,
+    headers: BTreeMap<u64, SegmentHeader>,
+    start_found: bool,
+    tail: Tail,
+    end: Place,
+    behind: Vec<Place>,
+    watermark: Lsn,
+}
+
+/// Segment headers read at a time.
+const BATCH: u32 = 64;
+
+impl Recovery {
+    /// Finds the end of the journal that `sb` describes. `origin` is the chain hash before LSN 1.
+    pub fn new(owner: u8, sb: &Superblock, origin: Hash) -> Recovery {
+        let mut point = sb.checkpoint;
+        if point.lsn == Lsn(0) {
+            point.hash = origin;
+        }
+        let tail = Tail {
+            point,
+            generation: sb.checkpoint_generation,
+            last_write: sb.checkpoint_write,
+            time: 0,
+            durable: Lsn(0),
+        };
+        Recovery {
+            owner,
+            sb: sb.clone(),
+            target: None,
+            state: State::Headers { next: 0, waiting: 0 },
+            headers: BTreeMap::new(),
+            start_found: false,
+            tail,
+            end: Place { segment: sb.checkpoint_segment, offset: 0 },
+            behind: Vec::new(),
+            watermark: Lsn(0),
+        }
+    }
+
+    /// Cuts the journal back to `target`, if its chain has that very point at or after the checkpoint.
+    pub fn compare(owner: u8, sb: &Superblock, origin: Hash, target: HistoryPoint) -> Recovery {
+        Recovery { target: Some(target), ..Recovery::new(owner, sb, origin) }
+    }
+
+    /// Begins.
+    pub fn start(&mut self, out: &mut Vec<DiskRequest>) {
+        self.read_headers(out);
+    }
+
+    fn ask(&self, id: u64, op: DiskOp, out: &mut Vec<DiskRequest>) {
+        out.push(DiskRequest { token: Token::new(self.owner, id), file: File::Journal, op });
+    }
+
+    fn read_headers(&mut self, out: &mut Vec<DiskRequest>) {
+        let State::Headers { next, .. } = self.state else { return };
+        let g = self.sb.geometry;
+        let end = (next + BATCH).min(g.segments);
+        for index in next..end {
+            let offset = u64::from(index) * g.segment;
+            self.ask(u64::from(index), DiskOp::Read { offset, len: BLOCK as usize }, out);
+        }
+        self.state = State::Headers { next: end, waiting: end - next };
+    }
+
+    /// The answer to one of its requests. `seen` is told every record after the checkpoint that
+    /// stays, in order.
+    pub fn complete(
+        &mut self,
+        id: u64,
+        result: DiskResult,
+        seen: &mut dyn FnMut(&Record),
+        out: &mut Vec<DiskRequest>,
+    ) -> Option<Outcome> {
+        let bytes = match result {
+            Ok(bytes) => bytes,
+            Err(e) => return Some(Outcome::Stopped(unreadable(e))),
+        };
+        match &mut self.state {
+            State::Headers { waiting, .. } => {
+                *waiting -= 1;
+                let more = *waiting > 0;
+                self.note_header(id, &bytes);
+                if !more { self.headers_read(seen, out) } else { None }
+            }
+            State::Walk(cursor) => {
+                cursor.feed(bytes);
+                self.walk(seen, out)
+            }
+            State::Survivors { .. } => {
+                self.search(&bytes);
+                self.search_on(out)
+            }
+            State::Erase { waiting } => {
+                *waiting -= 1;
+                if *waiting == 0 {
+                    self.state = State::Sync;
+                    self.ask(0, DiskOp::Sync, out);
+                }
+                None
+            }
+            State::Sync => Some(self.found()),
+            State::Done => None,
+        }
+    }
+
+    fn note_header(&mut self, index: u64, block: &Bytes) {
+        let Ok(header) = SegmentHeader::decode(block) else { return };
+        let here = header.sequence % u64::from(self.sb.geometry.segments) == index;
+        if here && header.group == self.sb.group {
+            self.headers.insert(header.sequence, header);
+        }
+    }
+
+    fn headers_read(&mut self, seen: &mut dyn FnMut(&Record), out: &mut Vec<DiskRequest>) -> Option<Outcome> {
+        if matches!(self.state, State::Headers { next, .. } if next < self.sb.geometry.segments) {
+            self.read_headers(out);
+            return None;
+        }
+        let first = self.sb.checkpoint_segment;
+        let before = match self.headers.get(&first) {
+            Some(h) if h.before.lsn <= self.sb.checkpoint.lsn => {
+                self.start_found = true;
+                // The walk begins at the segment's own start and must pass the checkpoint.
+                self.tail = Tail {
+                    point: h.before,
+                    generation: h.generation,
+                    last_write: h.last_write,
+                    time: h.time,
+                    durable: Lsn(0),
+                };
+                h.before
+            }
+            // The checkpoint is at the very end of the segment before, and no record followed.
+            _ => self.tail.point,
+        };
+        self.state = State::Walk(Cursor::new(self.sb.geometry, self.sb.group, first, before));
+        self.walk(seen, out)
+    }
+
+    fn walk(&mut self, seen: &mut dyn FnMut(&Record), out: &mut Vec<DiskRequest>) -> Option<Outcome> {
+        loop {
+            let State::Walk(cursor) = &mut self.state else { return None };
+            if self.target.is_some_and(|t| t.lsn == self.tail.point.lsn) {
+                let place = self.end;
+                return self.gap(place, out);
+            }
+            match cursor.step(None) {
+                Step::Read(op) => {
+                    self.ask(0, op, out);
+                    return None;
+                }
+                Step::Record(record, place) => {
+                    self.start_found = true;
+                    self.tail = tail_of(&record);
+                    self.end = Place { offset: place.offset + record.padded_len(), ..place };
+                    if record.stamp.lsn > self.sb.checkpoint.lsn {
+                        seen(&record);
+                    }
+                }
+                Step::Gap(place) => return self.gap(place, out),
+            }
+        }
+    }
+
+    /// The chain ends at `place`.
+    fn gap(&mut self, place: Place, out: &mut Vec<DiskRequest>) -> Option<Outcome> {
+        if self.target.is_some_and(|t| t != self.tail.point) {
+            self.state = State::Done;
+            return Some(Outcome::Differs);
+        }
+        self.end = place;
+        let g = self.sb.geometry;
+        let window = (SURVIVORS.div_ceil(g.segment) + 1).min(u64::from(g.segments) - 1);
+        // Erasing on a cut goes on to the newest segment; a torn tail can't reach further than the window.
+        let newest = self.headers.last_key_value().map_or(0, |(s, _)| *s);
+        let until = if self.target.is_some() { newest.max(place.segment) } else { place.segment + window };
+        let later = self.headers.range(place.segment + 1..).map(|(s, _)| Place { segment: *s, offset: 0 });
+        self.behind.extend(later);
+        self.state = State::Survivors { at: place, until };
+        self.search_on(out)
+    }
+
+    fn search_on(&mut self, out: &mut Vec<DiskRequest>) -> Option<Outcome> {
+        let g = self.sb.geometry;
+        let State::Survivors { at, until } = &mut self.state else { return None };
+        if at.offset >= g.segment {
+            *at = Place { segment: at.segment + 1, offset: 0 };
+        }
+        if at.segment > *until {
+            return self.judge(out);
+        }
+        let len = (g.segment - at.offset).min(CHUNK) as usize;
+        let op = DiskOp::Read { offset: at.file_offset(g), len };
+        self.ask(0, op, out);
+        None
+    }
+
+    fn search(&mut self, bytes: &Bytes) {
+        let State::Survivors { at, .. } = &mut self.state else { return };
+        let place = *at;
+        at.offset += bytes.len() as u64;
+        for (i, block) in bytes.chunks_exact(BLOCK as usize).enumerate() {
+            let Ok(h) = Header::decode(block) else { continue };
+            if h.stamp.group != self.sb.group || h.stamp.lsn <= self.tail.point.lsn {
+                continue;
+            }
+            self.behind.push(Place { offset: place.offset + i as u64 * BLOCK, ..place });
+            // Only what this node's own latest run wrote says what was durable here.
+            if h.stamp.generation == self.sb.generation && h.stamp.generation.term.node == self.sb.node {
+                self.watermark = self.watermark.max(h.stamp.durable);
+            }
+        }
+    }
+
+    fn judge(&mut self, out: &mut Vec<DiskRequest>) -> Option<Outcome> {
+        let end = self.tail.point.lsn;
+        let facts = Facts {
+            start_found: self.start_found,
+            fresh: self.sb.checkpoint.lsn == Lsn(0) && self.sb.floor == Lsn(0),
+            reaches_floor: end >= self.sb.floor && end >= self.sb.checkpoint.lsn,
+            denied_by_watermark: self.watermark > end,
+            survivors: !self.behind.is_empty(),
+            clean: self.sb.clean,
+        };
+        let decision = if self.target.is_some() { Decision::Cut } else { decide(facts) };
+        match decision {
+            Decision::Continue => Some(self.found()),
+            Decision::Cut => {
+                self.erase(out);
+                None
+            }
+            Decision::Damaged(why) => {
+                self.state = State::Done;
+                Some(Outcome::Stopped(format!(
+                    "the journal is damaged: {why} (it ends at LSN {end}, segment {}, byte {}). Nothing was \
+                     changed. If a shadow holds later records, promote it; keep this journal for analysis",
+                    self.end.segment, self.end.offset
+                )))
+            }
+        }
+    }
+
+    fn erase(&mut self, out: &mut Vec<DiskRequest>) {
+        let mut blank = aligned(BLOCK as usize);
+        blank.resize(BLOCK as usize, 0);
+        let blank = freeze(blank);
+        self.behind.push(self.end);
+        self.behind.retain(|p| p.offset < self.sb.geometry.segment);
+        for place in &self.behind {
+            let offset = place.file_offset(self.sb.geometry);
+            self.ask(0, DiskOp::Write { offset, data: blank.clone(), dsync: false }, out);
+        }
+        self.state = State::Erase { waiting: self.behind.len() };
+        if self.behind.is_empty() {
+            self.state = State::Sync;
+            self.ask(0, DiskOp::Sync, out);
+        }
+    }
+
+    fn found(&mut self) -> Outcome {
+        self.state = State::Done;
+        let end = self.end;
+        let mut segments = Vec::new();
+        let mut sequence = if end.offset == 0 { end.segment - 1 } else { end.segment };
+        while let Some(header) = self.headers.get(&sequence) {
+            segments.push(Segment { sequence, before: header.before });
+            sequence -= 1;
+        }
+        segments.reverse();
+        let cut = self.behind.len() as u64;
+        Outcome::Found(Box::new(Recovered { head: end, segments, tail: self.tail, cut }))
+    }
+}
+
+fn unreadable(e: IoError) -> String {
+    format!("reading the journal failed: {e}. Check the disk that holds it; nothing was changed")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every combination of facts, and the only safe answer to it.
+    #[test]
+    fn the_table_answers_every_combination() {
+        let mut answers = [0; 3];
+        for bits in 0..64u32 {
+            let bit = |i: u32| bits >> i & 1 == 1;
+            let f = Facts {
+                start_found: bit(0),
+                fresh: bit(1),
+                reaches_floor: bit(2),
+                denied_by_watermark: bit(3),
+                survivors: bit(4),
+                clean: bit(5),
+            };
+            let lost_start = !f.start_found && !f.fresh;
+            let safe = !lost_start && f.reaches_floor && !f.denied_by_watermark;
+            match decide(f) {
+                Decision::Damaged(_) => {
+                    assert!(!safe || (f.survivors && f.clean), "{f:?}");
+                    answers[0] += 1;
+                }
+                Decision::Cut => {
+                    assert!(safe && f.survivors && !f.clean, "{f:?}");
+                    answers[1] += 1;
+                }
+                Decision::Continue => {
+                    assert!(safe && !f.survivors, "{f:?}");
+                    answers[2] += 1;
+                }
+            }
+        }
+        assert_eq!(answers.iter().sum::<i32>(), 64);
+        assert!(answers.iter().all(|n| *n > 0));
+    }
+}

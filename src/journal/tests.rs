@@ -1,0 +1,226 @@
+use super::recovery::{Outcome, Recovered, Recovery};
+use super::*;
+use crate::disk::aligned;
+use crate::format::message::Role;
+use crate::format::record::{self, Compressor, Content, EncodeJob, Kind, Stamp};
+use crate::format::superblock::{Superblock, Volume};
+use crate::units::{Address, Extent, Hash, NodeId, Term};
+use bytes::Bytes;
+
+const G: Geometry = Geometry { segment: 2 << 20, segments: 4 };
+
+fn superblock() -> Superblock {
+    let term = Term { counter: 1, node: NodeId(1) };
+    Superblock {
+        sequence: 1,
+        group: GroupId([1; 16]),
+        node: NodeId(1),
+        role: Role::Primary,
+        term,
+        generation: Generation { term, start: 1 },
+        checkpoint: HistoryPoint { lsn: Lsn(0), hash: record::origin(GroupId([1; 16])) },
+        checkpoint_write: 0,
+        checkpoint_generation: Generation::default(),
+        checkpoint_segment: 1,
+        floor: Lsn(0),
+        limit: Lsn(0),
+        blank: true,
+        clean: false,
+        consistent: true,
+        cache_boot: [0; 16],
+        geometry: G,
+        volumes: vec![Volume { number: 0, size: 1 << 30, name: "v".into() }],
+        openings: vec![],
+        maps: vec![],
+        sync_set: vec![],
+        peers: vec![],
+    }
+}
+
+fn make(tail: &Tail, sb: &Superblock, bytes: usize) -> Record {
+    let mut buf = aligned(record::room(1) + bytes);
+    buf.resize(record::room(1), 0);
+    buf.resize(record::room(1) + bytes, tail.point.lsn.0 as u8);
+    let extent = Extent::new(Address(0), bytes as u64).unwrap();
+    let job = EncodeJob { extents: vec![(extent, Content::Data)], buf, level: None };
+    let stamp = Stamp {
+        group: sb.group,
+        generation: sb.generation,
+        lsn: tail.point.lsn.next(),
+        prev: tail.point.hash,
+        time: tail.time + 1,
+        flags: 0,
+        last_write: tail.last_write + 1,
+        durable: tail.durable,
+        kind: Kind::Writes,
+    };
+    record::seal(record::encode(job, &mut Compressor::default()), stamp)
+}
+
+/// A disk without a cache.
+struct Disk(Vec<u8>);
+
+impl Disk {
+    fn new() -> Disk {
+        Disk(vec![0; G.len() as usize])
+    }
+    fn run(&mut self, request: &DiskRequest) -> DiskResult {
+        match &request.op {
+            DiskOp::Read { offset, len } => {
+                Ok(Bytes::copy_from_slice(&self.0[*offset as usize..*offset as usize + len]))
+            }
+            DiskOp::Write { offset, data, .. } => {
+                self.0[*offset as usize..*offset as usize + data.len()].copy_from_slice(data);
+                Ok(Bytes::new())
+            }
+            _ => Ok(Bytes::new()),
+        }
+    }
+}
+
+fn recover(disk: &mut Disk, sb: &Superblock, target: Option<HistoryPoint>) -> (Outcome, Vec<u64>) {
+    let origin = record::origin(sb.group);
+    let mut recovery = match target {
+        Some(target) => Recovery::compare(9, sb, origin, target),
+        None => Recovery::new(9, sb, origin),
+    };
+    let (mut out, mut seen) = (Vec::new(), Vec::new());
+    recovery.start(&mut out);
+    loop {
+        let request = out.remove(0);
+        let result = disk.run(&request);
+        let mut note = |r: &Record| seen.push(r.stamp.lsn.0);
+        if let Some(outcome) = recovery.complete(request.token.id(), result, &mut note, &mut out) {
+            return (outcome, seen);
+        }
+    }
+}
+
+fn found(disk: &mut Disk, sb: &Superblock) -> (Recovered, Vec<u64>) {
+    match recover(disk, sb, None) {
+        (Outcome::Found(found), seen) => (*found, seen),
+        (other, _) => panic!("{other:?}"),
+    }
+}
+
+fn journal(r: &Recovered, sb: &Superblock) -> Journal {
+    Journal::new(1, sb.group, G, r.head, r.segments.clone(), r.tail)
+}
+
+fn append(journal: &mut Journal, disk: &mut Disk, sb: &Superblock, bytes: usize) -> Record {
+    let record = make(journal.tail(), sb, bytes);
+    assert!(journal.fits(record.padded_len()));
+    let mut out = Vec::new();
+    journal.append(Now::default(), &record, true, &mut out);
+    for request in out {
+        let result = disk.run(&request);
+        journal.complete(request.token.id(), result).unwrap();
+    }
+    record
+}
+
+#[test]
+fn what_was_appended_is_found_again_over_many_laps() {
+    let (mut disk, mut sb) = (Disk::new(), superblock());
+    let (r, seen) = found(&mut disk, &sb);
+    assert!(seen.is_empty());
+    let mut j = journal(&r, &sb);
+    for i in 0..200u64 {
+        let bytes = [4096, 512, 300 << 10, 1 << 20][i as usize % 4];
+        while !j.fits(2 << 20) {
+            let tail = *j.tail();
+            sb.checkpoint = tail.point;
+            sb.checkpoint_write = tail.last_write;
+            sb.checkpoint_generation = tail.generation;
+            sb.checkpoint_segment = j.segment_of(tail.point.lsn);
+            j.keep_after(tail.point.lsn);
+        }
+        let record = append(&mut j, &mut disk, &sb, bytes);
+        let (r, seen) = found(&mut disk, &sb);
+        assert_eq!((r.tail, r.head), (*j.tail(), j.head()));
+        let expected: Vec<u64> = (sb.checkpoint.lsn.0 + 1..=record.stamp.lsn.0).collect();
+        assert_eq!(seen, expected);
+        assert_eq!(r.segments, Vec::from(j.segments.clone()));
+    }
+    assert!(j.head().segment > 8);
+}
+
+#[test]
+fn a_gap_below_a_watermark_is_damage_and_above_it_a_torn_tail() {
+    for watermark in [0u64, 2, 3] {
+        let (mut disk, sb) = (Disk::new(), superblock());
+        let mut j = journal(&found(&mut disk, &sb).0, &sb);
+        let mut places = Vec::new();
+        for i in 1..=5 {
+            if i == 5 {
+                j.tail.durable = Lsn(watermark);
+            }
+            places.push(j.head().offset.max(BLOCK));
+            append(&mut j, &mut disk, &sb, 4096);
+        }
+        // Record 3 is lost; 4 and 5 survive.
+        let at = G.segment + places[2];
+        disk.0[at as usize..at as usize + 512].fill(0xee);
+        match recover(&mut disk, &sb, None) {
+            (Outcome::Stopped(text), _) => assert!(watermark == 3 && text.contains("LSN 2"), "{text}"),
+            (Outcome::Found(r), _) => {
+                assert!(watermark < 3);
+                assert_eq!((r.tail.point.lsn, r.cut), (Lsn(2), 3));
+                // What was cut off never comes back, even when the gap is filled with an equal record.
+                let mut j = journal(&r, &sb);
+                append(&mut j, &mut disk, &sb, 4096);
+                assert_eq!(found(&mut disk, &sb).0.tail.point.lsn, Lsn(3));
+            }
+            (other, _) => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn a_cut_needs_the_very_point_and_erases_what_follows() {
+    let (mut disk, sb) = (Disk::new(), superblock());
+    let mut j = journal(&found(&mut disk, &sb).0, &sb);
+    let points: Vec<_> = (0..6).map(|_| append(&mut j, &mut disk, &sb, 900 << 10).point()).collect();
+    let wrong = HistoryPoint { hash: Hash([1; 32]), ..points[3] };
+    assert!(matches!(recover(&mut disk, &sb, Some(wrong)).0, Outcome::Differs));
+    let beyond = HistoryPoint { lsn: Lsn(7), ..points[3] };
+    assert!(matches!(recover(&mut disk, &sb, Some(beyond)).0, Outcome::Differs));
+    assert_eq!(found(&mut disk, &sb).0.tail.point, points[5]);
+    let (outcome, seen) = recover(&mut disk, &sb, Some(points[3]));
+    assert!(matches!(outcome, Outcome::Found(r) if r.tail.point == points[3]));
+    assert_eq!(seen, [1, 2, 3, 4]);
+    assert_eq!(found(&mut disk, &sb).0.tail.point, points[3]);
+}
+
+#[test]
+fn a_journal_that_ends_before_its_floor_is_damaged() {
+    let (mut disk, mut sb) = (Disk::new(), superblock());
+    let mut j = journal(&found(&mut disk, &sb).0, &sb);
+    append(&mut j, &mut disk, &sb, 4096);
+    sb.floor = Lsn(2);
+    assert!(matches!(recover(&mut disk, &sb, None).0, Outcome::Stopped(_)));
+    sb.floor = Lsn(1);
+    assert_eq!(found(&mut disk, &sb).0.tail.point.lsn, Lsn(1));
+}
+
+#[test]
+fn a_failed_write_or_sync_latches() {
+    let (mut disk, sb) = (Disk::new(), superblock());
+    let mut j = journal(&found(&mut disk, &sb).0, &sb);
+    let mut out = Vec::new();
+    for _ in 0..2 {
+        let record = make(j.tail(), &sb, 512);
+        j.append(Now::default(), &record, false, &mut out);
+    }
+    j.complete(1, Ok(Bytes::new())).unwrap();
+    out.clear();
+    j.want(Lsn(1));
+    assert_eq!(j.poll(Now::default(), 5, 1 << 20, &mut out), None);
+    assert!(matches!(out[..], [DiskRequest { op: DiskOp::Sync, .. }]));
+    assert!(j.complete(SYNC, Err(IoError::EIO)).is_err());
+    assert!(j.complete(2, Ok(Bytes::new())).is_err());
+    assert_eq!(j.durable(), Lsn(0));
+    out.clear();
+    j.poll(Now { mono: 1 << 60, wall: 0 }, 5, 1, &mut out);
+    assert!(out.is_empty());
+}

@@ -1,0 +1,134 @@
+//! How late a shadow is: the other's clock, and a line of (LSN, seal time, bytes) to measure against.
+//!
+//! Owns: the estimate of the clocks' difference, and the samples. Invariant (I5): lag is never told
+//! smaller than the samples prove: between two samples the older one's time counts.
+
+use crate::units::Lsn;
+use std::collections::VecDeque;
+
+/// Estimates the other wall clock minus the own one, from the round trips of heartbeats.
+#[derive(Debug, Default)]
+pub struct ClockEstimate {
+    /// (round trip, offset) of the last exchanges, ns.
+    samples: VecDeque<(u64, i64)>,
+}
+
+/// Exchanges that count.
+const EXCHANGES: usize = 16;
+
+impl ClockEstimate {
+    /// The other answered, at its time `wall`, a heartbeat sent at the own time `echo`.
+    pub fn answered(&mut self, echo: u64, wall: u64, now: u64) {
+        // A clock that jumped in between proves nothing.
+        let Some(trip) = now.checked_sub(echo) else { return };
+        let offset = wall.wrapping_sub(echo + trip / 2) as i64;
+        self.samples.push_back((trip, offset));
+        if self.samples.len() > EXCHANGES {
+            self.samples.pop_front();
+        }
+    }
+    /// The offset of the exchange with the shortest round trip, ns; 0 before any.
+    pub fn offset(&self) -> i64 {
+        self.samples.iter().min().map_or(0, |(_, offset)| *offset)
+    }
+    /// Round trip of the last exchange, ns.
+    pub fn round_trip(&self) -> Option<u64> {
+        self.samples.back().map(|(trip, _)| *trip)
+    }
+    /// Nanoseconds from `theirs`, on the other's clock, to `now` on the own one; 0 if not after.
+    pub fn since(&self, theirs: u64, now: u64) -> u64 {
+        let theirs_here = theirs.wrapping_sub(self.offset() as u64);
+        now.saturating_sub(theirs_here)
+    }
+}
+
+/// A record on the line.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Sample {
+    /// Its LSN.
+    pub lsn: Lsn,
+    /// Its seal time, ns since 1970.
+    pub time: u64,
+    /// Journal bytes up to its end since the start.
+    pub bytes: u64,
+}
+
+/// Samples of the records sealed, thinned out as they age.
+#[derive(Debug, Default)]
+pub struct Timeline {
+    samples: VecDeque<Sample>,
+}
+
+/// Samples kept.
+const SAMPLES: usize = 8192;
+
+impl Timeline {
+    /// The next record was sealed.
+    pub fn push(&mut self, sample: Sample) {
+        if self.samples.len() == SAMPLES {
+            let mut i = 0;
+            // Every other one of the older half goes: old lags need no fine steps.
+            self.samples.retain(|_| {
+                i += 1;
+                i > SAMPLES / 2 || i % 2 == 1
+            });
+        }
+        self.samples.push_back(sample);
+    }
+
+    /// Newest record.
+    pub fn newest(&self) -> Option<Sample> {
+        self.samples.back().copied()
+    }
+
+    /// For a shadow that has applied up to `lsn`: records, bytes, and the seal time of the oldest
+    /// record that it lacks; `None` when it lacks nothing. Never less than the truth by more than a
+    /// sample's step in bytes; never less in time.
+    pub fn behind(&self, lsn: Lsn) -> Option<(u64, u64, u64)> {
+        let newest = self.newest().filter(|s| s.lsn > lsn)?;
+        let first = self.samples.partition_point(|s| s.lsn <= lsn);
+        let before = first.checked_sub(1).map(|i| self.samples[i]);
+        let lacking = self.samples[first];
+        // The record after `lsn` may lie between two samples: the older one's time is the bound.
+        let time = match before {
+            Some(b) if lacking.lsn > lsn.next() => b.time,
+            _ => lacking.time,
+        };
+        let bytes = newest.bytes - before.map_or(0, |b| b.bytes).min(newest.bytes);
+        Some((newest.lsn.0 - lsn.0, bytes, time))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_offset_of_the_shortest_round_trip_counts() {
+        let mut clock = ClockEstimate::default();
+        assert_eq!(clock.offset(), 0);
+        clock.answered(1000, 6000, 3000); // asymmetric, 2000 ns
+        clock.answered(10_000, 15_050, 10_100); // 100 ns: offset 5000
+        assert_eq!((clock.offset(), clock.round_trip()), (5000, Some(100)));
+        assert_eq!(clock.since(20_000, 15_300), 300);
+        assert_eq!(clock.since(20_000, 14_000), 0);
+        clock.answered(50_000, 1, 40_000); // the own clock went back
+        assert_eq!(clock.offset(), 5000);
+    }
+
+    #[test]
+    fn lag_is_never_told_too_small() {
+        let mut line = Timeline::default();
+        for lsn in 1..=50_000u64 {
+            line.push(Sample { lsn: Lsn(lsn), time: lsn * 10, bytes: lsn * 4096 });
+        }
+        assert_eq!(line.behind(Lsn(50_000)), None);
+        for lsn in [0u64, 1, 77, 3_000, 25_000, 49_990, 49_999] {
+            let (records, bytes, time) = line.behind(Lsn(lsn)).unwrap();
+            assert_eq!(records, 50_000 - lsn);
+            assert!(bytes >= (50_000 - lsn) * 4096);
+            assert!(time <= (lsn + 1) * 10, "{lsn} {time}");
+        }
+        assert!(line.samples.len() <= SAMPLES);
+    }
+}
