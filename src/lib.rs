@@ -23,4 +23,5 @@ pub mod journal;
 pub mod link;
 pub mod node;
 pub mod role;
+pub mod sys;
 pub mod units;
