@@ -98,14 +98,32 @@ fn sync_dir(dir: &Path) -> Result<(), Failure> {
 }
 
 /// Keeps two set-ups apart; hold it from the first check to the end.
-pub fn exclusive(places: &Places) -> Result<Flock<File>, Failure> {
+pub struct Alone {
+    dir: PathBuf,
+    made: bool,
+    _lock: Flock<File>,
+}
+
+impl Drop for Alone {
+    fn drop(&mut self) {
+        if self.made {
+            // Stays if it is not empty, that is: if the set-up succeeded.
+            let _ = std::fs::remove_dir(&self.dir);
+        }
+    }
+}
+
+/// Locks the configurations' directory, and makes it if it is missing.
+pub fn exclusive(places: &Places) -> Result<Alone, Failure> {
     let dir = places.config_dir();
+    let made = !dir.exists();
     std::fs::create_dir_all(dir).map_err(|e| Failure::io("create", dir, &e))?;
     let file = File::open(dir).map_err(|e| Failure::io("open", dir, &e))?;
-    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|_| {
+    let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|_| {
         let what = format!("another volrep is setting up a group in {}", dir.display());
         Failure::new(Exit::Busy, what, "wait for it, and run this again")
-    })
+    })?;
+    Ok(Alone { dir: dir.to_owned(), made, _lock: lock })
 }
 
 /// Refuses the name of a group that is set up here, or of which something is left.

@@ -13,12 +13,13 @@ use crate::control::{DeviceKind, Reply, server};
 use crate::daemon::{self, BackingPath, DaemonOptions, Handle};
 use crate::node::event::{AdminOp, Answer};
 use crate::node::status::SCHEMA_VERSION;
+use crate::sys::open::OpenError;
 use nix::fcntl::{Flock, FlockArg};
 use sd_notify::NotifyState;
 use serde_json::json;
-use std::fs::{File, OpenOptions};
+use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{Read, Seek, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
@@ -63,6 +64,9 @@ impl Serve {
 
     fn serve(&self, config: &Config, options: DaemonOptions, places: &Places) -> Result<(), Failure> {
         let _lock = lock(&places.lock(&self.group), &self.group)?;
+        if let Some(dir) = options.cache.parent() {
+            private_dir(dir)?;
+        }
         let running = Arc::new(OnceLock::<Running>::new());
         let on_signal = running.clone();
         interrupt::watch(move || shut_down(&on_signal))?;
@@ -94,7 +98,7 @@ impl Serve {
         if let Some(failure) = trouble.lock().unwrap_or_else(PoisonError::into_inner).take() {
             return Err(failure);
         }
-        result.map_err(|e| Failure::new(Exit::Failure, format!("`{}` stopped: {e}", self.group), ""))
+        result.map_err(|e| stopped(&self.group, &e))
     }
 
     fn options(&self, config: &Config, places: &Places) -> Result<DaemonOptions, Failure> {
@@ -110,14 +114,31 @@ impl Serve {
             superblock: places.superblock(&self.group),
             journal: config.journal_file(places, &self.group),
             dirty_maps: places.dirty_maps(&self.group),
+            dirty_maps_bytes: config.maps_len(),
             cache: places.cache(&self.group, config.node_id),
-            cache_bytes: config.cache.size.0,
+            cache_bytes: crate::cache::ring_len(config.cache.size.0),
             backings: config.volumes.iter().enumerate().map(backing).collect(),
             listen: config.listen.as_ref().and_then(|l| l.parse().ok()),
             dial: config.peers.iter().map(|p| p.address.clone()).collect(),
             workers: self.workers.map_or((processors - 1).clamp(1, 4), usize::from),
         })
     }
+}
+
+fn stopped(group: &str, e: &daemon::Error) -> Failure {
+    let exit = if matches!(e, daemon::Error::Open(OpenError::Busy { .. })) { Exit::Busy } else { Exit::Failure };
+    Failure::new(exit, format!("`{group}` stopped: {e}"), "")
+}
+
+/// A directory of our own in a place that everybody can write.
+fn private_dir(dir: &Path) -> Result<(), Failure> {
+    let made = DirBuilder::new().recursive(true).mode(0o700).create(dir);
+    let owner = made.and_then(|()| std::fs::symlink_metadata(dir)).map_err(|e| Failure::io("create", dir, &e))?;
+    if owner.is_dir() && owner.uid() == nix::unistd::geteuid().as_raw() {
+        return Ok(());
+    }
+    let what = format!("the directory {} belongs to another user", dir.display());
+    Err(Failure::new(Exit::Failure, what, "remove it, or choose another with --shm-dir or VOLREP_SHM_DIR"))
 }
 
 /// One daemon per group: the lock is the proof, the process id in the file is for the message.

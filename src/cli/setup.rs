@@ -168,7 +168,7 @@ pub fn create(node: &NewNode, places: &Places) -> Result<(), Failure> {
         key: node.key,
         superblock: state::first(&node.config, &node.backings, node.role, node.blank),
         backings: &node.backings,
-        maps_len: maps_len(&node.config),
+        maps_len: node.config.maps_len(),
     };
     provision(places, &plan)?;
     // A file's O_DIRECT shows only once it is there.
@@ -179,12 +179,6 @@ pub fn create(node: &NewNode, places: &Places) -> Result<(), Failure> {
         );
     }
     Ok(())
-}
-
-/// Bytes of the dirty maps' file: one bit per 64 KiB in each of two maps, and a header page each.
-fn maps_len(config: &Config) -> u64 {
-    let bits: u64 = config.volumes.iter().map(|v| v.size.0.div_ceil(64 << 10)).sum();
-    2 * (4096 + bits.div_ceil(8).next_multiple_of(4096))
 }
 
 /// Tells what was created, or would be.

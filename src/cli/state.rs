@@ -7,8 +7,9 @@ use super::backing::Backing;
 use super::config::Config;
 use super::failure::{Exit, Failure};
 use crate::format::message::Role;
-use crate::format::superblock::{Peer, SLOT, Superblock, Volume};
-use crate::units::{Generation, GroupId, Hash, HistoryPoint, Lsn, Term};
+use crate::format::record::origin;
+use crate::format::superblock::{SLOT, Superblock, Volume};
+use crate::units::{Generation, HistoryPoint, Lsn, Term};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -57,13 +58,6 @@ pub fn check(s: &Superblock, config: &Config, path: &Path) -> Result<(), Failure
     Ok(())
 }
 
-/// The hash before a group's first record.
-pub fn origin(group: GroupId) -> Hash {
-    let mut h = blake3::Hasher::new();
-    h.update(b"volrep origin").update(&group.0);
-    Hash(*h.finalize().as_bytes())
-}
-
 /// The superblock of a node that has no history yet.
 pub fn first(config: &Config, backings: &[Backing], role: Role, blank: bool) -> Superblock {
     let volume = |(number, b): (usize, &Backing)| Volume { number: number as u8, size: b.size, name: b.name.clone() };
@@ -91,6 +85,7 @@ pub fn first(config: &Config, backings: &[Backing], role: Role, blank: bool) -> 
         volumes: backings.iter().enumerate().map(volume).collect(),
         openings: Vec::new(),
         sync_set: Vec::new(),
-        peers: Vec::<Peer>::new(),
+        peers: Vec::new(),
+        maps: Vec::new(),
     }
 }

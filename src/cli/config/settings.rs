@@ -17,6 +17,12 @@ impl Config {
         self.journal.dir.clone().unwrap_or_else(|| places.state(group)).join("journal")
     }
 
+    /// Bytes of the dirty maps' file.
+    pub fn maps_len(&self) -> u64 {
+        let volumes = self.volumes.iter().enumerate().map(|(number, v)| (number as u8, v.size.0));
+        crate::journal::maps::maps_len(&volumes.collect::<Vec<_>>())
+    }
+
     /// What a node is told.
     pub fn node_config(&self, group: &str, key: [u8; KEY]) -> Result<NodeConfig, Failure> {
         let peer = |p: &super::Peer| PeerConfig { name: p.name.clone(), dial: p.dials(), sync: p.sync };
