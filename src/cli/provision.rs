@@ -228,7 +228,7 @@ fn zeroes(file: &File, len: u64, path: &Path, label: &str) -> Result<(), Failure
 fn warn_if_sparse_may_fill(b: &Backing) {
     let Some(dir) = b.path.parent() else { return };
     let Ok(fs) = nix::sys::statvfs::statvfs(dir) else { return };
-    let free = fs.blocks_available() as u64 * fs.fragment_size() as u64;
+    let free = fs.blocks_available() * fs.fragment_size();
     if free < b.size {
         eprintln!(
             "volrep: warning: {} is sparse: it may grow to {}, but its file system has {} free",

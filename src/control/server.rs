@@ -11,6 +11,7 @@ use std::cell::Cell;
 use std::future::{Future, poll_fn};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::pin::pin;
 use std::rc::Rc;
@@ -19,7 +20,7 @@ use std::task::Poll;
 use std::thread::JoinHandle;
 use std::time::Duration;
 use tokio::sync::oneshot;
-use tokio_uring::net::{UnixListener, UnixStream};
+use tokio_uring::net::UnixStream;
 
 /// Most connections at a time.
 pub const MAX_CLIENTS: usize = 64;
@@ -36,32 +37,34 @@ pub fn start(socket: &Path, handle: Handle, fronts: Arc<Fronts>) -> io::Result<J
         Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
         _ => {}
     }
-    let (bound, outcome) = std::sync::mpsc::channel();
-    let path = socket.to_owned();
-    let thread = std::thread::Builder::new().name("control".into()).spawn(move || {
-        // A kernel without io_uring fails the daemon's loop first, with a reason.
+    let listener = UnixListener::bind(socket)?;
+    std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))?;
+    listener.set_nonblocking(true)?;
+    let run = move || {
+        // A kernel without io_uring fails the group's loop first, with a reason.
         tokio_uring::start(async move {
-            let listener = UnixListener::bind(&path)
-                .and_then(|l| std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).map(|()| l));
-            match listener {
-                Ok(listener) => {
-                    let _ = bound.send(Ok(()));
-                    accept(listener, handle, fronts).await;
-                }
-                Err(e) => {
-                    let _ = bound.send(Err(e));
-                }
+            // tokio-uring's own listener asks for SO_REUSEPORT, which newer kernels refuse on a unix socket.
+            match tokio::net::UnixListener::from_std(listener) {
+                Ok(listener) => accept(listener, handle, fronts).await,
+                Err(e) => tracing::error!("the control socket can't be watched: {e}; stop the daemon with a signal"),
             }
         });
-    })?;
-    outcome.recv().unwrap_or_else(|_| Err(io::Error::other("the control thread died")))?;
-    Ok(thread)
+    };
+    std::thread::Builder::new().name("control".into()).spawn(run)
 }
 
-async fn accept(listener: UnixListener, handle: Handle, fronts: Arc<Fronts>) {
+async fn next(listener: &tokio::net::UnixListener) -> io::Result<UnixStream> {
+    let (stream, _) = listener.accept().await?;
+    let stream = stream.into_std()?;
+    // A ring waits by itself; on a non-blocking socket it would give EAGAIN instead.
+    stream.set_nonblocking(false)?;
+    Ok(UnixStream::from_std(stream))
+}
+
+async fn accept(listener: tokio::net::UnixListener, handle: Handle, fronts: Arc<Fronts>) {
     let clients = Rc::new(Cell::new(0));
     loop {
-        match listener.accept().await {
+        match next(&listener).await {
             Ok(stream) if clients.get() < MAX_CLIENTS => {
                 clients.set(clients.get() + 1);
                 let (clients, handle, fronts) = (clients.clone(), handle.clone(), fronts.clone());

@@ -6,7 +6,7 @@ use super::{Place, volrep};
 const VERBS: [(&str, &[&str], &[&str]); 8] = [
     ("init", &["init", "g", "--volume", "a=/x"], &["--volume", "--sync", "--node", "--listen", "--journal-size", "--journal-dir", "--cache-size", "--buffered", "--dry-run"]),
     ("token", &["token", "g"], &["--peer", "--address"]),
-    ("join", &["join", "t", "--volume", "a=/x"], &["--volume", "--from", "--group", "--yes", "--node", "--listen", "--dry-run"]),
+    ("join", &["join", "t", "--volume", "a=/x"], &["--volume", "--from", "--group", "--yes", "--node", "--listen", "--journal-size", "--journal-dir", "--cache-size", "--buffered", "--dry-run"]),
     ("serve", &["serve", "g"], &["--attach", "--workers", "--dry-run"]),
     ("attach", &["attach", "g"], &["--device"]),
     ("detach", &["detach", "g"], &["--dry-run"]),

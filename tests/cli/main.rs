@@ -70,10 +70,16 @@ pub fn volrep<S: AsRef<std::ffi::OsStr>>(args: &[S]) -> Ended {
     Ended::of(program().args(args).output().expect("the program runs"))
 }
 
+impl Default for Place {
+    fn default() -> Place {
+        Place { dir: tempfile::tempdir().expect("a scratch directory") }
+    }
+}
+
 impl Place {
     /// Empty.
     pub fn new() -> Place {
-        Place { dir: tempfile::tempdir().expect("a scratch directory") }
+        Place::default()
     }
     /// Its directory.
     pub fn path(&self) -> &Path {

@@ -193,7 +193,7 @@ fn a_token_that_was_changed_is_refused() {
     }
     assert!(shadow.tree().is_empty());
     let mut child = shadow.command(&["join", "-", "--node", "db2", "--volume", "data=d", "--journal-size", "8M"]);
-    let mut child = child.stdin(std::process::Stdio::piped()).spawn().unwrap();
+    let mut child = child.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::null()).spawn().unwrap();
     std::io::Write::write_all(&mut child.stdin.take().unwrap(), format!("{good}\n").as_bytes()).unwrap();
     assert!(child.wait().unwrap().success(), "a token from stdin");
 }
