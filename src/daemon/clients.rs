@@ -1,7 +1,7 @@
 //! NBD clients on the ring.
 //!
 //! Owns: their sockets and the bytes on the way in and out. Invariant: what one client can make us
-//! hold is bounded (above [`BOUND`] nothing more is received from it); a client that vanishes takes
+//! hold is bounded (above [`BOUND`] nothing more of it reaches the node, and nothing is received); a client that vanishes takes
 //! nothing with it: its requests finish, and their answers are dropped.
 
 use super::acceptor::Acceptor;
@@ -9,7 +9,7 @@ use super::handle::ListenId;
 use super::reactor::{Origin, Tag};
 use crate::disk::IoError;
 use crate::front::nbd::{Export, Request, Session};
-use crate::node::event::{Event, RequestId};
+use crate::node::event::{Event, Op, RequestId};
 use crate::sys::net;
 use crate::sys::uring::{Completion, Fd, Operation, Ring};
 use bytes::{Bytes, BytesMut};
@@ -52,10 +52,16 @@ struct Client {
     session: Session,
     buffer: BytesMut,
     receiving: bool,
-    /// Bytes with the kernel.
-    sending: Option<usize>,
+    /// A send is with the kernel.
+    sending: bool,
     /// Requests that the node has not answered.
     requests: usize,
+    /// Payload bytes of those, and of replies not yet sent.
+    held: usize,
+    /// Payload bytes of replies that the kernel has, and of those that it does not have yet.
+    replies: [usize; 2],
+    /// Requests that the node is to see when there is room again.
+    waiting: VecDeque<Request>,
     listed: bool,
     gone: bool,
 }
@@ -114,9 +120,11 @@ impl Clients {
             ClientTag::Accept(key) => self.accept(key, done, ring, now),
             ClientTag::Receive(slot) => self.received(slot, done, requests, events),
             ClientTag::Send(slot) => {
-                self.clients[slot].sending = None;
+                let client = &mut self.clients[slot];
+                client.sending = false;
+                client.held -= std::mem::take(&mut client.replies[0]);
                 if done.result.is_err() {
-                    self.hang_up(slot);
+                    client.hang_up();
                 }
                 self.mark(slot);
             }
@@ -145,8 +153,11 @@ impl Clients {
             session: Session::new(exports),
             buffer: BytesMut::new(),
             receiving: false,
-            sending: None,
+            sending: false,
             requests: 0,
+            held: 0,
+            replies: [0; 2],
+            waiting: VecDeque::new(),
             listed: false,
             gone: false,
         });
@@ -164,10 +175,12 @@ impl Clients {
         let input = buf.split().freeze();
         client.buffer = buf;
         let outcome = client.session.receive(input, &mut self.taken);
-        for Request { cookie, op } in self.taken.drain(..) {
-            client.requests += 1;
-            let id = requests.insert(Origin::Client { slot, cookie });
-            events.push_back(Event::Request { id: RequestId(id as u64), op });
+        for request in self.taken.drain(..) {
+            if client.has_room() && client.waiting.is_empty() {
+                client.admit(slot, request, requests, events);
+            } else {
+                client.waiting.push_back(request);
+            }
         }
         if let Err(error) = outcome {
             tracing::warn!("closing an NBD connection: {error}");
@@ -176,10 +189,14 @@ impl Clients {
     }
 
     /// The node's answer to a client's request.
-    pub fn answer(&mut self, slot: usize, cookie: u64, result: Result<Bytes, IoError>) {
+    pub fn answer(&mut self, slot: usize, cookie: u64, held: usize, result: Result<Bytes, IoError>) {
         let client = &mut self.clients[slot];
         client.requests -= 1;
+        client.held -= held;
         if !client.gone {
+            let reply = result.as_ref().map_or(0, Bytes::len);
+            client.held += reply;
+            client.replies[1] += reply;
             client.session.complete(cookie, result);
         }
         self.mark(slot);
@@ -194,11 +211,16 @@ impl Clients {
     }
 
     /// Sends and receives for every client that something happened to; once per round.
-    pub fn flush(&mut self, ring: &mut Ring<Tag>) {
+    pub fn flush(&mut self, ring: &mut Ring<Tag>, requests: &mut Slab<Origin>, events: &mut VecDeque<Event>) {
         while let Some(slot) = self.ready.pop() {
             let client = &mut self.clients[slot];
             client.listed = false;
             client.send(slot, ring);
+            while client.has_room()
+                && let Some(request) = client.waiting.pop_front()
+            {
+                client.admit(slot, request, requests, events);
+            }
             client.receive(slot, ring);
             if client.is_over() {
                 self.clients.remove(slot);
@@ -228,13 +250,32 @@ impl Clients {
 }
 
 impl Client {
+    fn has_room(&self) -> bool {
+        self.held <= BOUND && self.requests < REQUESTS
+    }
+
+    /// Gives a request to the node.
+    fn admit(&mut self, slot: usize, request: Request, requests: &mut Slab<Origin>, events: &mut VecDeque<Event>) {
+        let Request { cookie, op } = request;
+        let held = match &op {
+            Op::Read(extent) => extent.len() as usize,
+            Op::Write { data, .. } => data.len(),
+            Op::Zero { .. } | Op::Flush => 0,
+        };
+        self.requests += 1;
+        self.held += held;
+        let id = requests.insert(Origin::Client { slot, cookie, held });
+        events.push_back(Event::Request { id: RequestId(id as u64), op });
+    }
+
     fn send(&mut self, slot: usize, ring: &mut Ring<Tag>) {
-        if self.gone || self.sending.is_some() {
+        if self.gone || self.sending {
             return;
         }
         let pieces = self.session.output();
         if !pieces.is_empty() {
-            self.sending = Some(pieces.iter().map(Bytes::len).sum());
+            self.sending = true;
+            self.replies = [self.replies[1], 0];
             ring.submit(Operation::Send { fd: self.fd.clone(), pieces }, Tag::Client(ClientTag::Send(slot)));
         } else if self.session.closing() {
             self.hang_up();
@@ -242,8 +283,8 @@ impl Client {
     }
 
     fn receive(&mut self, slot: usize, ring: &mut Ring<Tag>) {
-        let held = self.session.outstanding() + self.sending.unwrap_or(0);
-        if self.gone || self.receiving || self.session.closing() || held > BOUND || self.requests > REQUESTS {
+        let room = self.has_room() && self.waiting.is_empty() && self.session.outstanding() <= BOUND;
+        if self.gone || self.receiving || self.session.closing() || !room {
             return;
         }
         let needed = self.session.needed();
@@ -265,12 +306,14 @@ impl Client {
     fn hang_up(&mut self) {
         if !self.gone {
             self.gone = true;
+            // What the node has not seen it need not do: no reply was promised.
+            self.waiting.clear();
             net::hang_up(&self.fd);
         }
     }
 
     /// Nothing of it is left, with the kernel or with the node.
     fn is_over(&self) -> bool {
-        self.gone && !self.receiving && self.sending.is_none() && self.requests == 0 && !self.listed
+        self.gone && !self.receiving && !self.sending && self.requests == 0 && !self.listed
     }
 }

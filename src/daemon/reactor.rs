@@ -62,7 +62,7 @@ impl From<disk::Tag> for Tag {
 #[derive(Debug)]
 pub(super) enum Origin {
     /// An NBD client.
-    Client { slot: usize, cookie: u64 },
+    Client { slot: usize, cookie: u64, held: usize },
     /// A caller of `Handle::submit`.
     Caller(Reply<Result<Bytes, IoError>>),
 }
@@ -233,7 +233,7 @@ impl<M: Machine> Reactor<M> {
                 self.machine.step(self.now, event, &mut self.actions);
                 self.perform();
             }
-            self.clients.flush(&mut self.ring);
+            self.clients.flush(&mut self.ring, &mut self.requests, &mut self.events);
             self.links.flush(&mut self.ring, &mut self.events);
             if self.events.is_empty() {
                 return;
@@ -284,7 +284,7 @@ impl<M: Machine> Reactor<M> {
 
     fn answer(&mut self, id: RequestId, result: Result<Bytes, IoError>) {
         match self.requests.try_remove(id.0 as usize) {
-            Some(Origin::Client { slot, cookie }) => self.clients.answer(slot, cookie, result),
+            Some(Origin::Client { slot, cookie, held }) => self.clients.answer(slot, cookie, held, result),
             Some(Origin::Caller(reply)) => reply.send(result),
             None => tracing::error!("an answer to the unknown {id:?}: a defect of this program"),
         }
