@@ -6,7 +6,7 @@
 
 mod memory_group;
 
-use memory_group::MemoryGroup;
+use memory_group::{Hold, MemoryGroup};
 use nix::libc;
 use nix::mount::{MntFlags, MsFlags, mount, umount, umount2};
 use std::fs::{self, File, OpenOptions};
@@ -202,7 +202,7 @@ fn the_kernel_is_told_of_a_volatile_cache_and_direct_io_for_each_block_size() {
 fn requests_are_in_flight_together() {
     need_devices!();
     let rig = Rig::new(64 * MIB, 512, true);
-    rig.group.hold_writes(true);
+    rig.group.hold(Hold::Writes);
     let file = format!("--filename={}", rig.path().display());
     let mut fio = Command::new("fio")
         .args(["--name=depth", &file, "--direct=1", "--ioengine=libaio", "--iodepth=32", "--rw=randwrite"])
@@ -213,6 +213,22 @@ fn requests_are_in_flight_together() {
     rig.group.wait_held(32);
     rig.group.let_go();
     assert!(fio.wait().unwrap().success());
+}
+
+#[test]
+fn write_calls_on_the_plain_file_are_in_flight_together() {
+    need_devices!();
+    let rig = Rig::new(MIB, 512, false);
+    rig.group.hold(Hold::Writes);
+    let writers: Vec<_> = (0..4u64)
+        .map(|i| {
+            let file = OpenOptions::new().write(true).open(rig.path()).unwrap();
+            std::thread::spawn(move || file.write_all_at(&[1; 4096], i * 4096).unwrap())
+        })
+        .collect();
+    rig.group.wait_held(4);
+    rig.group.let_go();
+    writers.into_iter().for_each(|w| w.join().unwrap());
 }
 
 #[test]
@@ -277,7 +293,8 @@ fn the_plain_file_behaves_as_a_disk() {
     assert_eq!(errno(file.write_at(&[1; 512], MIB)), libc::ENOSPC);
     assert_eq!(file.write_at(&[1; 1024], MIB - 512).unwrap(), 512);
     assert_eq!(errno(file.set_len(0).map(|()| 0)), libc::EPERM);
-    assert_eq!(errno(nix::fcntl::fallocate(&file, nix::fcntl::FallocateFlags::empty(), 0, 512).map(|()| 0).map_err(Into::into)), libc::EOPNOTSUPP);
+    let reserved = nix::fcntl::fallocate(&file, nix::fcntl::FallocateFlags::empty(), 0, 512);
+    assert_eq!(reserved, Err(nix::errno::Errno::EOPNOTSUPP));
     file.write_all_at(&pattern(4096, 3), 8192).unwrap();
     let mut part = [0; 100];
     file.read_exact_at(&mut part, 8192 + 1000).unwrap();
@@ -389,4 +406,51 @@ fn what_a_killed_daemon_left_is_removed_by_the_next_attach() {
 fn what_a_killed_daemon_left_mounted_goes_away_at_its_unmount() {
     need_devices!();
     leftovers(true);
+}
+
+/// Not a test: figures, and what the kernel lets through while a flush is under way.
+/// `cargo test --release --test fuse_device figures -- --ignored --nocapture`
+#[test]
+#[ignore = "takes a minute and proves nothing"]
+fn figures() {
+    need_devices!();
+    for loop_device in [true, false] {
+        passes_a_flush(loop_device);
+    }
+    let rig = Rig::new(256 * MIB, 512, true);
+    let file = format!("--filename={}", rig.path().display());
+    for (rw, bs, depth, sync) in [
+        ("randwrite", "4k", 1, 0),
+        ("randwrite", "4k", 16, 0),
+        ("randwrite", "4k", 32, 0),
+        ("randwrite", "4k", 1, 1),
+        ("randread", "4k", 1, 0),
+        ("randread", "4k", 16, 0),
+        ("write", "1m", 8, 0),
+        ("read", "1m", 8, 0),
+    ] {
+        let (bs, depth, sync) = (format!("--bs={bs}"), format!("--iodepth={depth}"), format!("--fdatasync={sync}"));
+        let args = ["--name=f", &file, "--direct=1", "--ioengine=libaio", "--runtime=5", "--time_based"];
+        let rw = format!("--rw={rw}");
+        let text = run("fio", &[&args[..], &[&rw, &bs, &depth, &sync, "--output-format=terse"]].concat());
+        let fields: Vec<&str> = text.split(';').collect();
+        println!("{rw} {bs} {depth} {sync}: read {} iops, write {} iops", fields[7], fields[48]);
+    }
+}
+
+/// Says whether a read and a write get through while a flush waits for its answer.
+fn passes_a_flush(loop_device: bool) {
+    let rig = Rig::new(16 * MIB, 512, loop_device);
+    let (flush, read, write) = (rig.open_direct(), rig.open_direct(), rig.open_direct());
+    rig.group.hold(Hold::Flushes);
+    let (reads, writes) = (rig.group.reads(), rig.group.writes());
+    let flush = std::thread::spawn(move || flush.sync_data().unwrap());
+    rig.group.wait_held(1);
+    let read = std::thread::spawn(move || read.read_exact_at(&mut aligned(&[0; 4096]), MIB).unwrap());
+    let write = std::thread::spawn(move || write.write_all_at(&aligned(&[1; 4096]), 0).unwrap());
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    let passed = (rig.group.reads() > reads, rig.group.writes() > writes);
+    println!("loop device {loop_device}: during a flush, (read, write) pass: {passed:?}");
+    rig.group.let_go();
+    [flush, read, write].into_iter().for_each(|thread| thread.join().unwrap());
 }

@@ -158,7 +158,10 @@ impl LoopDevice {
                 Ok(_) => return device.checked(block),
                 // Another process took it since it was free.
                 Err(Errno::EBUSY) => continue,
-                Err(e) => return Err(failed(format!("bind {} to {}", path.display(), device.path().display()))(e.into())),
+                Err(e) => {
+                    let action = format!("bind {} to {}", path.display(), device.path().display());
+                    return Err(failed(action)(e.into()));
+                }
             }
         }
         let lost = io::Error::from_raw_os_error(libc::EBUSY);

@@ -25,15 +25,25 @@ struct State {
     held: Mutex<Held>,
     more_held: Condvar,
     failure: AtomicI32,
+    reads: AtomicUsize,
     writes: AtomicUsize,
     fua: AtomicUsize,
     flushes: AtomicUsize,
     zeroes: AtomicUsize,
 }
 
+/// What is not answered for now.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+pub enum Hold {
+    #[default]
+    Nothing,
+    Writes,
+    Flushes,
+}
+
 #[derive(Default)]
 struct Held {
-    hold: bool,
+    hold: Hold,
     answers: Vec<(Done, Answer)>,
 }
 
@@ -45,6 +55,7 @@ impl MemoryGroup {
             held: Mutex::default(),
             more_held: Condvar::new(),
             failure: AtomicI32::new(0),
+            reads: AtomicUsize::new(0),
             writes: AtomicUsize::new(0),
             fua: AtomicUsize::new(0),
             flushes: AtomicUsize::new(0),
@@ -60,6 +71,9 @@ impl MemoryGroup {
     }
     pub fn bytes(&self, offset: u64, len: u64) -> Vec<u8> {
         self.state.data.lock().unwrap()[offset as usize..(offset + len) as usize].to_vec()
+    }
+    pub fn reads(&self) -> usize {
+        self.state.reads.load(SeqCst)
     }
     pub fn writes(&self) -> usize {
         self.state.writes.load(SeqCst)
@@ -77,8 +91,8 @@ impl MemoryGroup {
     pub fn fail_with(&self, errno: i32) {
         self.state.failure.store(errno, SeqCst);
     }
-    /// Keeps back the answers to writes.
-    pub fn hold_writes(&self, hold: bool) {
+    /// Keeps back the answers to these requests.
+    pub fn hold(&self, hold: Hold) {
         self.state.held.lock().unwrap().hold = hold;
     }
     /// Waits until that many answers are kept back.
@@ -121,10 +135,14 @@ impl State {
 
     /// Executes a request; its answer, unless that is kept back.
     fn take(&self, op: Op, done: Done) -> Option<(Done, Answer)> {
-        let is_write = matches!(op, Op::Write { .. });
+        let kind = match op {
+            Op::Write { .. } => Hold::Writes,
+            Op::Flush => Hold::Flushes,
+            Op::Read(_) | Op::Zero { .. } => Hold::Nothing,
+        };
         let answer = self.execute(op);
         let mut held = self.held.lock().unwrap();
-        if held.hold && is_write {
+        if kind != Hold::Nothing && held.hold == kind {
             held.answers.push((done, answer));
             self.more_held.notify_all();
             return None;
@@ -136,6 +154,7 @@ impl State {
         let range = |extent: Extent| extent.start() as usize..extent.end() as usize;
         let mut data = self.data.lock().unwrap();
         if let Op::Read(extent) = op {
+            self.reads.fetch_add(1, SeqCst);
             return Ok(Bytes::copy_from_slice(&data[range(extent)]));
         }
         match self.failure.load(SeqCst) {

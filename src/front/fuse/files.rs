@@ -81,7 +81,8 @@ impl Files {
     fn zero_range(&self, ino: INodeNo, fh: FileHandle, offset: u64, length: u64, mode: i32) -> Result<Zeroing, Errno> {
         let volume = self.volume(ino)?;
         let end = zeroed_end(volume, offset, length, mode)?;
-        Ok(Zeroing { submit: self.submit.clone(), volume: volume.volume, from: offset, to: end, fua: fh == SYNC_HANDLE })
+        let (submit, fua) = (self.submit.clone(), fh == SYNC_HANDLE);
+        Ok(Zeroing { submit, volume: volume.volume, from: offset, to: end, fua })
     }
 }
 
@@ -228,7 +229,7 @@ impl Filesystem for Files {
         match self.volume(ino) {
             Ok(_) => {
                 let handle = if flags.0 & libc::O_DSYNC != 0 { SYNC_HANDLE } else { PLAIN_HANDLE };
-                // Without the second flag the kernel lets one write at a time through.
+                // Without the second flag a write() holds the file for itself until it is answered.
                 reply.opened(handle, FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES)
             }
             Err(e) => reply.error(e),
