@@ -184,6 +184,9 @@ fn shut_down(running: &OnceLock<Running>) {
 /// Once the node serves (or is known to be a shadow): attaches what was attached, and says READY.
 fn when_served(handle: Handle, fronts: Arc<Fronts>, asked: Option<DeviceKind>) {
     let done = move |answer| {
+        if interrupt::check().is_err() {
+            return;
+        }
         let wanted = asked.or_else(|| fronts.remembered());
         let served = matches!(answer, Answer::Done(_));
         // Attaching makes the kernel wait for the loop that calls this: it needs its own thread.
