@@ -45,7 +45,7 @@ pub fn confirm(group: &str, act: &str, yes: bool) -> Result<(), Failure> {
     }
     if !io::stdin().is_terminal() {
         let next = "look at what is said above, then pass --yes";
-        return Err(Failure::usage(format!("{act} needs a confirmation, and there is no terminal to ask on"), next));
+        return Err(Failure::usage(format!("to {act} needs a confirmation, and there is no terminal to ask on"), next));
     }
     eprint!("To {act}, type the group's name: ");
     let mut answer = String::new();

@@ -125,7 +125,7 @@ pub fn at_stake(s: &Status) -> String {
     let (_, records, bytes) = lag(s);
     let missing = match (records, bytes) {
         (0, _) => format!("nothing acknowledged on {} was missing here", p.name),
-        (n, bytes) => format!("{} in {} records, acknowledged on {}, was not applied here", human(bytes), grouped(n), p.name),
+        (n, bytes) => format!("{} in {} records of {} was not applied here (what the journal here holds of it is kept)", human(bytes), grouped(n), p.name),
     };
     let ago = span(heard);
     let connection = if p.state == "Disconnected" {

@@ -193,7 +193,7 @@ fn when_served(handle: Handle, fronts: Arc<Fronts>, asked: Option<DeviceKind>) {
         let work = move || {
             match (served, wanted) {
                 (true, Some(kind)) => attach(&fronts, kind),
-                (false, Some(kind)) => tracing::info!("{kind:?} is not attached: this node serves no volumes now"),
+                (false, Some(kind)) => tracing::info!("{kind} is not attached: this node serves no volumes now"),
                 (_, None) => {}
             }
             let _ = sd_notify::notify(&[NotifyState::Ready]);

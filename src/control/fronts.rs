@@ -80,7 +80,7 @@ impl Fronts {
         if let Some(front) = &*open {
             let is = front.kind();
             if wanted != DeviceKind::Auto && wanted != is {
-                let text = format!("`{0}` is attached by {is:?} already: volrep detach {0}", self.facts.group);
+                let text = format!("`{0}` is attached by {is} already: volrep detach {0}", self.facts.group);
                 return Reply::refused(Kind::Busy, text);
             }
             return self.attached(front);

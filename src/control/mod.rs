@@ -65,6 +65,17 @@ pub enum DeviceKind {
     Fuse,
 }
 
+impl std::fmt::Display for DeviceKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            DeviceKind::Auto => "auto",
+            DeviceKind::Ublk => "ublk",
+            DeviceKind::Nbd => "nbd",
+            DeviceKind::Fuse => "fuse",
+        })
+    }
+}
+
 /// A volume that is offered.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Attached {

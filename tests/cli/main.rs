@@ -93,6 +93,8 @@ impl Place {
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = program();
         command.arg("--config").arg(self.config()).args(args).current_dir(self.path());
+        // Write caches go away with the scratch directory.
+        command.env("VOLREP_SHM_DIR", self.path().join("shm"));
         command
     }
     /// Runs a command for this node.
