@@ -48,6 +48,7 @@ pub struct Node {
     early: Vec<(RequestId, Op)>,
 }
 
+#[expect(clippy::large_enum_variant, reason = "there is one, and it stays where it is")]
 enum Stage {
     New {
         ring: Option<Box<dyn Memory>>,
