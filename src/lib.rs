@@ -9,6 +9,7 @@
 //!   [`journal`], [`link`], [`resync`], [`role`]
 //! - layer 0, vocabulary: [`units`], [`disk`], [`extents`], [`format`]
 #![warn(missing_docs)]
+#![deny(clippy::disallowed_methods)]
 
 pub mod apply;
 pub mod cache;

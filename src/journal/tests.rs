@@ -1,3 +1,5 @@
+//! The journal and its recovery over a disk in memory.
+
 use super::recovery::{Outcome, Recovered, Recovery};
 use super::*;
 use crate::disk::aligned;
