@@ -63,7 +63,8 @@ const FRONTS: &[&[&str]] = &[&["fuse", "loopdev"], &["nbd"], &["ublk"]];
 const LINES: usize = 700;
 
 /// Words that a finished file does not have; split, so that this file has none.
-const LEFTOVERS: &[(&str, &str)] = &[("to", "do!("), ("unimpl", "emented!("), ("db", "g!("), ("FIX", "ME"), ("XX", "X")];
+const LEFTOVERS: &[(&str, &str)] =
+    &[("to", "do!("), ("unimpl", "emented!("), ("db", "g!("), ("FIX", "ME"), ("XX", "X")];
 
 /// Module names that say nothing.
 const VAGUE: &[&str] = &["util", "utils", "common", "misc", "helpers"];
@@ -92,7 +93,8 @@ impl Source {
         let mut out = Vec::new();
         for (i, line) in self.text.lines().enumerate() {
             let code = strip(line);
-            let opens = code.trim_start().trim_start_matches("pub ").starts_with("mod ") && code.contains('{');
+            let opens =
+                code.trim_start().trim_start_matches("pub ").starts_with("mod ") && code.contains('{');
             if opens {
                 inline.push(depth);
             }
@@ -159,7 +161,11 @@ fn strip(line: &str) -> String {
     while let Some(c) = chars.next() {
         match c {
             '\\' if text => drop(chars.next()),
-            '\'' if !text && (chars.peek() == Some(&'"') || chars.peek() == Some(&'{') || chars.peek() == Some(&'}')) => {
+            '\'' if !text
+                && (chars.peek() == Some(&'"')
+                    || chars.peek() == Some(&'{')
+                    || chars.peek() == Some(&'}')) =>
+            {
                 chars.next();
                 chars.next();
             }
@@ -187,7 +193,10 @@ fn layers(s: &Source, out: &mut Vec<String>) {
         return;
     }
     let Some(own) = s.rank() else {
-        return out.push(format!("{}: module {} has no layer: add it to RANKS and to src/lib.rs", s.path, module[0]));
+        return out.push(format!(
+            "{}: module {} has no layer: add it to RANKS and to src/lib.rs",
+            s.path, module[0]
+        ));
     };
     for (line, code, inline) in s.code() {
         for path in s.imports(&code, inline) {
@@ -208,7 +217,9 @@ fn layers(s: &Source, out: &mut Vec<String>) {
             // A macro or a type at the crate's root has no rank, and there is none.
             match rank(target) {
                 Some(rank) if rank < own => {}
-                Some(_) => out.push(format!("{}:{line}: {} imports {target}: not below it", s.path, module[0])),
+                Some(_) => {
+                    out.push(format!("{}:{line}: {} imports {target}: not below it", s.path, module[0]))
+                }
                 None => out.push(format!("{}:{line}: `{target}` is no module of src/", s.path)),
             }
         }
@@ -231,7 +242,8 @@ fn unsafety(s: &Source, out: &mut Vec<String>) {
         }
         // The comment ends right above the statement, or above what the statement continues.
         let above = lines[..line - 1].iter().rev().take(8).map(|l| l.trim());
-        let mut comment = above.skip_while(|l| !l.starts_with("//") && !l.ends_with(';') && !l.ends_with('}'));
+        let mut comment =
+            above.skip_while(|l| !l.starts_with("//") && !l.ends_with(';') && !l.ends_with('}'));
         let stated = comment.by_ref().take_while(|l| l.starts_with("//")).any(|l| l.contains("SAFETY:"));
         let here = lines[line - 1].contains("SAFETY:");
         if !stated && !here && !code.contains("unsafe fn") && !code.contains("unsafe extern") {
