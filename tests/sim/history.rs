@@ -7,7 +7,7 @@ use crate::content::{SECTOR, WriteId, parse_run};
 use crate::model::{Model, Write};
 use std::collections::HashMap;
 use volrep::format::record::{Content, Kind, Record};
-use volrep::units::{Generation, Hash, Lsn, NodeId};
+use volrep::units::{Hash, Lsn, NodeId};
 
 /// Per volume, per sector, the write it holds.
 pub type Image = Vec<Vec<WriteId>>;
@@ -18,10 +18,6 @@ pub struct Entry {
     pub lsn: Lsn,
     /// The record before.
     pub prev: Hash,
-    /// Who sealed it.
-    pub generation: Generation,
-    /// Members of the sync set from here on.
-    pub members: Option<Vec<NodeId>>,
     time: u64,
     runs: Vec<(usize, u64, Vec<WriteId>)>,
     /// The latest submission of any write up to here.
@@ -130,8 +126,6 @@ impl History {
         let entry = Entry {
             lsn: stamp.lsn,
             prev: stamp.prev,
-            generation: stamp.generation,
-            members: members(record),
             time: stamp.time,
             runs,
             newest: newest.max(newest_here),
@@ -139,15 +133,6 @@ impl History {
         self.entries.insert(record.chain, entry);
         Ok(())
     }
-}
-
-fn members(record: &Record) -> Option<Vec<NodeId>> {
-    if record.stamp.kind != Kind::SyncSet {
-        return None;
-    }
-    let payload = record.payload().ok()?;
-    let id = |b: &[u8]| NodeId(u64::from_le_bytes(b.try_into().expect("eight bytes")));
-    Some(payload.chunks_exact(8).map(id).collect())
 }
 
 fn runs(record: &Record, model: &Model) -> Result<Vec<(usize, u64, Vec<WriteId>)>, String> {

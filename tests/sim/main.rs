@@ -27,7 +27,7 @@ use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
-use world::{Counts, Violation, World};
+use world::{Counts, Sabotage, Violation, World};
 
 /// Where and why the last panic was.
 static PANIC: Mutex<String> = Mutex::new(String::new());
@@ -77,8 +77,9 @@ struct Ran {
     failure: Option<Violation>,
 }
 
-fn run(seed: u64, verbose: bool) -> Ran {
+fn run(seed: u64, verbose: bool, sabotage: Option<Sabotage>) -> Ran {
     let mut world = World::new(seed, verbose);
+    world.sabotage = sabotage;
     let outcome = catch_unwind(AssertUnwindSafe(|| world.run()));
     let failure = match outcome {
         Ok(outcome) => outcome.err(),
@@ -115,6 +116,25 @@ fn models() -> (u64, u64) {
     (checks.len() as u64 - failed, failed)
 }
 
+/// The checks notice a model that breaks its promises: otherwise a clean run would mean nothing.
+fn sabotages() -> (u64, u64) {
+    let (mut passed, mut failed) = (0, 0);
+    for kind in [Sabotage::LyingSync, Sabotage::LostWrite, Sabotage::ForgetfulRing, Sabotage::StaleRead] {
+        let noticed = (1..=200).find_map(|seed| run(seed, false, Some(kind)).failure.map(|f| (seed, f)));
+        match noticed {
+            Some((seed, f)) => {
+                println!("sabotage {kind:?} noticed at seed {seed}: {}", f.invariant);
+                passed += 1;
+            }
+            None => {
+                println!("FAILED sabotage {kind:?}: not noticed in 200 seeds");
+                failed += 1;
+            }
+        }
+    }
+    (passed, failed)
+}
+
 fn summary(total: &Counts, lines: u64, records: u64, took: Duration) {
     let list = |m: Vec<(String, u64)>| {
         m.into_iter().map(|(k, n)| format!("  {k:40} {n}")).collect::<Vec<_>>().join("\n")
@@ -140,9 +160,9 @@ fn main() {
         if limit.is_some_and(|l| begun.elapsed() > l) {
             break;
         }
-        let mut ran = run(seed, args.one.is_some());
+        let mut ran = run(seed, args.one.is_some(), None);
         if ran.failure.is_none() && (args.twice || args.one.is_some() || seed % 16 == 0) {
-            let again = run(seed, false);
+            let again = run(seed, false, None);
             total.check("same trace twice");
             if again.hash != ran.hash {
                 let text = "two runs of the seed differ".to_owned();
@@ -167,6 +187,10 @@ fn main() {
                 break;
             }
         }
+    }
+    if args.one.is_none() && failed == 0 {
+        let (noticed, missed) = sabotages();
+        (passed, failed) = (passed + noticed, failed + missed);
     }
     kinds.iter().for_each(|(kind, (n, seed))| println!("{n:5} x (first seed {seed}) {kind}"));
     summary(&total, lines, records, begun.elapsed());

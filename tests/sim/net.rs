@@ -13,8 +13,6 @@ use volrep::node::event::LinkId;
 pub struct End {
     /// Whose.
     pub node: usize,
-    /// Which process of that node.
-    pub incarnation: u32,
     /// Its name for the connection.
     pub link: LinkId,
     /// The dialled peer's index there.
@@ -53,15 +51,14 @@ pub struct Network {
 }
 
 impl Network {
-    /// A connection between a dialler and an acceptor, each as (node, incarnation).
-    pub fn open(&mut self, from: (usize, u32), peer: usize, to: (usize, u32), rng: &mut Prng) -> u64 {
+    /// A connection between a dialler and an acceptor.
+    pub fn open(&mut self, from: usize, peer: usize, to: usize, rng: &mut Prng) -> u64 {
         self.next += 1;
-        let mut end = |side: usize, (node, incarnation): (usize, u32), dialed| {
+        let mut end = |side: usize, node: usize, dialed| {
             self.next_link += 1;
             self.by_link.insert(self.next_link, (self.next, side));
             End {
                 node,
-                incarnation,
                 link: LinkId(self.next_link),
                 dialed,
                 up: false,
@@ -170,7 +167,7 @@ pub fn flip(frame: &Bytes, rng: &mut Prng) -> Bytes {
 pub fn check() {
     let mut rng = Prng::new(5);
     let mut net = Network::default();
-    let id = net.open((0, 1), 0, (1, 1), &mut rng);
+    let id = net.open(0, 0, 1, &mut rng);
     let c = net.connections.get_mut(&id).expect("just opened");
     let message = |n| Message::Durable { lsn: volrep::units::Lsn(n) };
     let times: Vec<u64> = (0..50).map(|n| c.send(1, n, frame(&message(n)), &mut rng)).collect();

@@ -6,7 +6,8 @@
 use crate::disk::{self, Fault as DiskFault};
 use crate::net;
 use crate::plan::Fault;
-use crate::world::{Coming, Outcome, Purpose, World, broken, peer_node};
+use crate::world::{Coming, Sabotage, Outcome, Purpose, World, broken, peer_node};
+use bytes::Bytes;
 use volrep::disk::{DiskOp, DiskRequest, File};
 use volrep::format::message::Message;
 use volrep::format::record::encode;
@@ -145,7 +146,21 @@ impl World {
                 host.armed[at].skip -= 1;
             }
         }
-        let result = host.disk.complete(ticket, fault, &mut self.rng);
+        let lost = match self.sabotage {
+            Some(Sabotage::LyingSync) => kind == 2 && file == File::Journal,
+            Some(Sabotage::LostWrite) => kind == 1 && class == File::Backing(0) && self.rng.permille(50),
+            _ => false,
+        };
+        let mut result = if lost {
+            host.disk.skip(ticket);
+            Ok(Bytes::new())
+        } else {
+            host.disk.complete(ticket, fault, &mut self.rng)
+        };
+        if self.sabotage == Some(Sabotage::StaleRead) && kind == 0 && class == File::Backing(0) {
+            let zeroes = |b: Bytes| if b.len() > 512 && self.rng.permille(20) { vec![0; b.len()].into() } else { b };
+            result = result.map(zeroes);
+        }
         if let Some(sync) = host.map_syncs.remove(&ticket)
             && result.is_ok()
         {
@@ -222,8 +237,7 @@ impl World {
             self.trace.note(self.now, node, "dial failed", [peer as u64, 0, 0]);
             return self.step(node, Event::DialFailed { peer });
         }
-        let ends = [node, target].map(|n| (n, self.hosts[n].incarnation));
-        let connection = self.net.open(ends[0], peer, ends[1], &mut self.rng);
+        let connection = self.net.open(node, peer, target, &mut self.rng);
         for side in 0..2 {
             let c = self.net.connections.get_mut(&connection).expect("just opened");
             let at = c.up_time(side, self.now, &mut self.rng);

@@ -18,7 +18,7 @@ use volrep::units::{Address, Extent};
 #[derive(Clone, Debug)]
 pub enum Asked {
     /// A write or a zeroing.
-    Write { id: WriteId, fua: bool, tick: u64, latched: bool },
+    Write { id: WriteId, fua: bool, latched: bool },
     /// A flush: when, the sync set then, and whether a disk had failed already.
     Flush { tick: u64, members: u8, latched: bool },
     /// A read of the workload.
@@ -142,8 +142,7 @@ impl World {
                 d if d < mix.read => (Op::Read(extent), Asked::Read { extent, tick: self.model.tick() }),
                 d if d < mix.read + mix.zero => {
                     let id = self.model.begin_write(extent, true);
-                    let tick = self.model.writes[id as usize].submit;
-                    (Op::Zero { extent, fua }, Asked::Write { id, fua, tick, latched })
+                    (Op::Zero { extent, fua }, Asked::Write { id, fua, latched })
                 }
                 _ => self.draw_write(extent, fua, latched),
             }
@@ -180,8 +179,7 @@ impl World {
         for (out, sector) in data.chunks_exact_mut(SECTOR).zip(first..) {
             content::fill(out, id, extent.address().volume(), sector, rich);
         }
-        let tick = self.model.writes[id as usize].submit;
-        (Op::Write { extent, data: data.into(), fua }, Asked::Write { id, fua, tick, latched })
+        (Op::Write { extent, data: data.into(), fua }, Asked::Write { id, fua, latched })
     }
 
     /// Gives a node a request.

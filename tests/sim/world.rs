@@ -22,7 +22,7 @@ use volrep::node::Node;
 use volrep::node::config::{NodeConfig, PeerConfig, VolumeConfig};
 use volrep::node::event::{Actions, AdminId, AdminOp, Event};
 use volrep::node::status::Status;
-use volrep::units::{Generation, GroupId, Hash, HistoryPoint, Lsn, NodeId, Now, Term};
+use volrep::units::{Generation, GroupId, HistoryPoint, Lsn, NodeId, Now, Term};
 
 /// A broken promise.
 #[derive(Clone, Debug)]
@@ -125,6 +125,19 @@ impl Host {
     }
 }
 
+/// A broken promise of the models, to see that the checks notice.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Sabotage {
+    /// A sync of the journal makes nothing durable.
+    LyingSync,
+    /// A write to a backing is lost now and then.
+    LostWrite,
+    /// The write cache does not outlive the process.
+    ForgetfulRing,
+    /// A read of a backing returns another write's sector now and then.
+    StaleRead,
+}
+
 /// Counters for the closing report.
 #[derive(Default)]
 pub struct Counts {
@@ -177,6 +190,8 @@ pub struct World {
     /// Compression contexts by level.
     pub compressors: BTreeMap<i32, Compressor>,
     next_admin: u64,
+    /// What the models do wrong on purpose.
+    pub sabotage: Option<Sabotage>,
 }
 
 const NAMES: [&str; 3] = ["alpha", "beta", "gamma"];
@@ -213,6 +228,7 @@ impl World {
             rng,
             compressors: BTreeMap::new(),
             next_admin: 0,
+            sabotage: None,
         }
     }
 
@@ -353,7 +369,7 @@ impl World {
         }
         self.trace.note(self.now, node, if power { "power loss" } else { "kill" }, [0; 3]);
         let host = &mut self.hosts[node];
-        drop(host.node.take());
+        host.node = None;
         host.waiting.clear();
         host.map_syncs.clear();
         host.armed.clear();
@@ -366,6 +382,9 @@ impl World {
             host.mono_base = self.rng.below(1 << 40);
         } else {
             host.disk.kill(&mut self.rng);
+            if self.sabotage == Some(Sabotage::ForgetfulRing) {
+                host.ring.clear();
+            }
         }
         self.process_gone(node, power);
         self.disconnect_all(node, power);
@@ -480,9 +499,4 @@ fn superblock(
 /// Index of a peer in a host's configuration, as a node number.
 pub fn peer_node(node: usize, peer: usize) -> usize {
     if peer < node { peer } else { peer + 1 }
-}
-
-/// What a host last wrote as the record of an LSN.
-pub fn record_at(host: &Host, lsn: u64) -> Option<Hash> {
-    host.watch.journal.get(&lsn).copied()
 }
