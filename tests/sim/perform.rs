@@ -345,7 +345,9 @@ impl World {
             }
             Answer::Done(text) => {
                 self.trace.say(self.now, node, "done", &format!("{purpose:?}: {text}"));
-                self.granted(node, purpose)
+                let incarnation = self.hosts[node].incarnation;
+                self.after(0, Coming::Granted { node, incarnation, purpose });
+                Ok(())
             }
             Answer::Refused(why, text) => {
                 self.trace.say(self.now, node, "refused", &format!("{purpose:?}: {why:?} {text}"));

@@ -231,7 +231,10 @@ impl World {
                 self.counts.check("I2");
                 self.model.check_read(extent, bytes, tick).or_else(|text| broken("I2", text))?;
             }
-            Asked::Verify { extent, tick } => return self.verified(node, extent, bytes, tick),
+            Asked::Verify { extent, tick } => {
+                let (incarnation, bytes) = (self.hosts[node].incarnation, bytes.clone());
+                self.after(0, Coming::Verified { node, incarnation, extent, bytes, tick });
+            }
             Asked::Probe => self.may_acknowledge(node, false)?,
         }
         Ok(())

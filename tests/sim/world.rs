@@ -13,6 +13,7 @@ use crate::prng::Prng;
 use crate::scenario::Scenario;
 use crate::trace::Trace;
 use crate::workload::Workload;
+use bytes::Bytes;
 use std::collections::BTreeMap;
 use volrep::disk::{File, Token};
 use volrep::format::message::Role;
@@ -22,7 +23,7 @@ use volrep::node::Node;
 use volrep::node::config::{NodeConfig, PeerConfig, VolumeConfig};
 use volrep::node::event::{Actions, AdminId, AdminOp, Event};
 use volrep::node::status::Status;
-use volrep::units::{Generation, GroupId, HistoryPoint, Lsn, NodeId, Now, Term};
+use volrep::units::{Extent, Generation, GroupId, HistoryPoint, Lsn, NodeId, Now, Term};
 
 /// A broken promise.
 #[derive(Clone, Debug)]
@@ -63,6 +64,11 @@ pub enum Coming {
     Down { connection: u64, side: usize },
     /// A host starts its process again.
     Boot { node: usize },
+    /// What was asked of a node is done. (Never handled within the step that answered it: what the
+    /// same step asked for comes first.)
+    Granted { node: usize, incarnation: u32, purpose: Purpose },
+    /// A part of the image came back.
+    Verified { node: usize, incarnation: u32, extent: Extent, bytes: Bytes, tick: u64 },
     /// A partition ends.
     Heal { pair: (usize, usize) },
 }
@@ -278,7 +284,14 @@ impl World {
             Coming::Dialed { node, incarnation, peer } if self.lives(node, incarnation) => {
                 self.dialed(node, peer)
             }
+            Coming::Granted { node, incarnation, purpose } if self.lives(node, incarnation) => {
+                self.granted(node, purpose)
+            }
+            Coming::Verified { node, incarnation, extent, bytes, tick } if self.lives(node, incarnation) => {
+                self.verified(node, extent, &bytes, tick)
+            }
             Coming::Disk { .. } | Coming::Encoded { .. } | Coming::Dialed { .. } => Ok(()),
+            Coming::Granted { .. } | Coming::Verified { .. } => Ok(()),
             Coming::Up { connection, side } => self.link_up(connection, side),
             Coming::Arrive { connection, side } => self.arrive(connection, side),
             Coming::Down { connection, side } => self.link_down(connection, side),
