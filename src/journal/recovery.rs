@@ -358,6 +358,9 @@ impl Recovery {
         let blank = freeze(blank);
         self.behind.push(self.end);
         self.behind.retain(|p| p.offset < self.sb.geometry.segment);
+        // A torn record's header may have survived at the very end: one write for each place.
+        self.behind.sort_unstable();
+        self.behind.dedup();
         for place in &self.behind {
             let offset = place.file_offset(self.sb.geometry);
             self.ask(0, DiskOp::Write { offset, data: blank.clone(), dsync: false }, out);
