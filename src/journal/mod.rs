@@ -155,11 +155,13 @@ impl Journal {
         (whole * self.geometry.segment + self.head.offset, self.geometry.len())
     }
 
-    /// Records after `keep` must not be overwritten. Never goes back.
+    /// Records after `keep` must not be overwritten. Never goes back. The segment that ends with
+    /// `keep` is kept until a record of the next one is durable: recovery may have to begin in it.
     pub fn keep_after(&mut self, keep: Lsn) {
         self.keep = self.keep.max(keep);
         let later = self.segments.iter().skip(1);
-        let free = later.take_while(|next| next.before.lsn <= self.keep).count();
+        let passed = |next: &&Segment| next.before.lsn <= self.keep && next.before.lsn < self.durable;
+        let free = later.take_while(passed).count();
         let first = self.segments.get(free).map_or(self.head.segment, |s| s.sequence);
         self.busy_from = first.min(self.head.segment);
     }
@@ -284,6 +286,7 @@ impl Journal {
         if self.durable >= self.first_wanted {
             self.first_wanted = self.durable.next();
         }
+        self.keep_after(self.keep);
         Ok(())
     }
 

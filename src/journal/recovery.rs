@@ -228,9 +228,13 @@ impl Recovery {
             self.read_headers(out);
             return None;
         }
-        let first = self.sb.checkpoint_segment;
-        let before = match self.headers.get(&first) {
-            Some(h) if h.before.lsn <= self.sb.checkpoint.lsn => {
+        // The segment that the superblock names may have been opened by a record that was never
+        // durable: then the checkpoint is the end of the one before, and the walk must reach it there.
+        let named = self.sb.checkpoint_segment;
+        let usable = |s: &u64| self.headers.get(s).is_some_and(|h| h.before.lsn <= self.sb.checkpoint.lsn);
+        let first = [named, named.saturating_sub(1)].into_iter().find(usable).unwrap_or(named);
+        let before = match self.headers.get(&first).copied().filter(|_| usable(&first)) {
+            Some(h) => {
                 self.start_found = true;
                 // The walk begins at the segment's own start and must pass the checkpoint.
                 self.tail = Tail {
@@ -242,8 +246,8 @@ impl Recovery {
                 };
                 h.before
             }
-            // The checkpoint is at the very end of the segment before, and no record followed.
-            _ => self.tail.point,
+            // Nothing was ever written; or the journal is not there.
+            None => self.tail.point,
         };
         self.state = State::Walk(Cursor::new(self.sb.geometry, self.sb.group, first, before));
         self.walk(seen, out)
@@ -336,7 +340,13 @@ impl Recovery {
         };
         let decision = if self.target.is_some() { Decision::Cut } else { decide(facts) };
         match decision {
-            Decision::Continue => Some(self.found()),
+            // What a killed process had written may not be durable yet, and everything found here is
+            // announced as durable from now on.
+            Decision::Continue => {
+                self.state = State::Sync;
+                self.ask(0, DiskOp::Sync, out);
+                None
+            }
             Decision::Cut => {
                 self.erase(out);
                 None
