@@ -7,6 +7,7 @@
 //! Owns: the driver. Invariant: a failure names its seed, the promise that was broken, what led to it,
 //! and the command that repeats it.
 
+mod bare_journal;
 mod content;
 mod disk;
 mod faults;
@@ -31,6 +32,11 @@ use world::{Counts, Sabotage, Violation, World};
 
 /// Where and why the last panic was.
 static PANIC: Mutex<String> = Mutex::new(String::new());
+
+/// The text of the last panic.
+fn last_panic() -> String {
+    PANIC.lock().unwrap_or_else(|e| e.into_inner()).clone()
+}
 
 struct Args {
     seeds: u64,
@@ -83,7 +89,7 @@ fn run(seed: u64, verbose: bool, sabotage: Option<Sabotage>) -> Ran {
     let outcome = catch_unwind(AssertUnwindSafe(|| world.run()));
     let failure = match outcome {
         Ok(outcome) => outcome.err(),
-        Err(_) => Some(Violation { invariant: "panic", text: PANIC.lock().expect("one thread").clone() }),
+        Err(_) => Some(Violation { invariant: "panic", text: last_panic() }),
     };
     Ran { hash: world.trace.hash(), world, failure }
 }
@@ -98,17 +104,18 @@ fn report(seed: u64, ran: &Ran, failure: &Violation) {
 }
 
 fn models() -> (u64, u64) {
-    let checks: [(&str, fn()); 5] = [
+    let checks: [(&str, fn()); 6] = [
         ("content", content::check),
         ("disk", disk::check),
         ("memory", memory::check),
         ("model", model::check),
         ("net", net::check),
+        ("journal", bare_journal::check),
     ];
     let failed = checks.iter().filter(|(name, check)| {
         let bad = catch_unwind(check).is_err();
         if bad {
-            println!("FAILED model {name}: {}", PANIC.lock().expect("one thread"));
+            println!("FAILED model {name}: {}", last_panic());
         }
         bad
     });
@@ -146,8 +153,10 @@ fn summary(total: &Counts, lines: u64, records: u64, took: Duration) {
 
 fn main() {
     std::panic::set_hook(Box::new(|info| {
-        let trace = std::backtrace::Backtrace::capture();
-        *PANIC.lock().unwrap_or_else(|e| e.into_inner()) = format!("{info}\n{trace}");
+        let trace = std::backtrace::Backtrace::force_capture().to_string();
+        let ours = trace.lines().filter(|l| l.contains(" at ./") && !l.contains("main.rs"));
+        let ours: Vec<_> = ours.map(str::trim).take(8).collect();
+        *PANIC.lock().unwrap_or_else(|e| e.into_inner()) = format!("{info}\n{}", ours.join("\n"));
     }));
     let Some(args) = args() else { return };
     let (mut passed, mut failed) = models();
