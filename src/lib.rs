@@ -12,11 +12,14 @@
 
 pub mod apply;
 pub mod cache;
+pub mod daemon;
 pub mod disk;
 pub mod extents;
 pub mod format;
+pub mod front;
 pub mod journal;
 pub mod link;
 pub mod node;
 pub mod role;
+pub mod sys;
 pub mod units;

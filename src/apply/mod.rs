@@ -208,13 +208,18 @@ mod tests {
         let shape: Vec<_> = out
             .iter()
             .map(|r| match &r.op {
-                DiskOp::Write { offset, data, .. } => (r.file, *offset, data.len() as u64, data[data.len() - 1]),
+                DiskOp::Write { offset, data, .. } => {
+                    (r.file, *offset, data.len() as u64, data[data.len() - 1])
+                }
                 DiskOp::Zero { offset, len } => (r.file, *offset, *len, 0),
                 other => panic!("{other:?}"),
             })
             .collect();
         let b = File::Backing;
-        assert_eq!(shape, [(b(0), 0, 1536, 7), (b(0), 1536, 512, 0), (b(0), 2048, 512, 3), (b(1), 0, 512, 4)]);
+        assert_eq!(
+            shape,
+            [(b(0), 0, 1536, 7), (b(0), 1536, 512, 0), (b(0), 2048, 512, 3), (b(1), 0, 512, 4)]
+        );
         let ids: Vec<_> = out.iter().map(|r| r.token.id()).collect();
         for (i, id) in ids.iter().enumerate() {
             let expected = if i == 3 { Progress::Applied } else { Progress::More };
@@ -232,7 +237,8 @@ mod tests {
     fn a_failed_write_latches() {
         let mut applier = Applier::new(1);
         let mut out = Vec::new();
-        applier.begin([(extent(0, 0, 512), Source::Zeroes), (extent(0, 4096, 512), Source::Zeroes)].into_iter());
+        applier
+            .begin([(extent(0, 0, 512), Source::Zeroes), (extent(0, 4096, 512), Source::Zeroes)].into_iter());
         applier.pump(|_, _| &[], &mut out);
         assert!(applier.complete(out[0].token.id(), Err(IoError::EIO)).is_err());
         assert!(applier.complete(out[1].token.id(), Ok(Bytes::new())).is_err());

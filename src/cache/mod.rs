@@ -160,10 +160,14 @@ impl Cache {
     }
 
     /// What write-back of everything up to write `seq` has to put into the backing: the newest
-    /// versions that are not newer than `seq`.
-    pub fn dirty_up_to(&self, seq: u64) -> impl Iterator<Item = (Extent, Option<&[u8]>)> {
-        let old = self.index.iter().filter(move |(_, s)| s.seq <= seq);
-        old.map(|(e, s)| (e, s.at.map(|at| self.ring.data(at, e.len()))))
+    /// versions that are not newer than `seq`, in order.
+    pub fn dirty_up_to(&self, seq: u64) -> impl Iterator<Item = (Extent, Slot)> {
+        self.index.iter().filter(move |(_, s)| s.seq <= seq).map(|(e, s)| (e, *s))
+    }
+
+    /// The bytes at a position that a [`Slot`] names.
+    pub fn ring_data(&self, at: u64, len: u64) -> &[u8] {
+        self.ring.data(at, len)
     }
 
     /// The backing has everything up to write `seq`, in `written`: forget it and free its room.

@@ -97,10 +97,8 @@ proptest! {
                     recorded = taken;
                 }
                 6 => {
-                    let dirty: Vec<_> = cache
-                        .dirty_up_to(recorded)
-                        .map(|(e, d)| (e, d.map(<[u8]>::to_vec)))
-                        .collect();
+                    let bytes = |(e, s): (Extent, Slot)| (e, s.at.map(|at| cache.ring_data(at, e.len()).to_vec()));
+                    let dirty: Vec<_> = cache.dirty_up_to(recorded).map(bytes).collect();
                     for (e, data) in &dirty {
                         for k in 0..e.len() / 512 {
                             let byte = data.as_ref().map_or(0, |d| d[(k * 512) as usize]);

@@ -65,6 +65,8 @@ pub struct Identity {
     pub term: Term,
     /// Number and size (bytes) of every volume, in order.
     pub volumes: Vec<(u8, u64)>,
+    /// Its image was all zeroes at LSN 0.
+    pub blank: bool,
     /// Last record in its journal; on a shadow, durable there.
     pub tail: HistoryPoint,
     /// Generation of that record.
@@ -99,7 +101,7 @@ pub enum Message {
     /// The dialler: who it is.
     Hello {
         /// Itself.
-        identity: Identity,
+        identity: Box<Identity>,
         /// Fresh random bytes, for the acceptor's proof.
         nonce: [u8; 32],
         /// Keyed hash of the challenge and the identity.
@@ -108,7 +110,7 @@ pub enum Message {
     /// The acceptor: who it is and what it decided.
     Welcome {
         /// Itself.
-        identity: Identity,
+        identity: Box<Identity>,
         /// On the dialler's history.
         verdict: Verdict,
         /// Keyed hash of the dialler's nonce, the identity and the verdict.
@@ -148,9 +150,10 @@ pub enum Message {
         echo: u64,
         /// On a primary: its newest record, durable or not; on a shadow: its last received.
         tail: Lsn,
-        /// On a primary: that record's seal time, ns since 1970; 0 on a shadow.
+        /// On a primary: seal time (ns since 1970) of the oldest record that the receiver has not told
+        /// to be applied; 0 when there is none, and on a shadow.
         time: u64,
-        /// On a primary: journal bytes ever written; on a shadow 0. Differences give lag in bytes.
+        /// On a primary: journal bytes that the receiver has not told to be applied; 0 on a shadow.
         bytes: u64,
     },
 }
@@ -279,12 +282,12 @@ impl Message {
         let message = match kind {
             1 => Message::Challenge { nonce: r.array()? },
             2 => Message::Hello {
-                identity: Identity::read(&mut r)?,
+                identity: Box::new(Identity::read(&mut r)?),
                 nonce: r.array()?,
                 proof: r.array()?,
             },
             3 => Message::Welcome {
-                identity: Identity::read(&mut r)?,
+                identity: Box::new(Identity::read(&mut r)?),
                 verdict: Verdict::read(&mut r)?,
                 proof: r.array()?,
             },
@@ -370,6 +373,7 @@ impl Identity {
         w.list(&self.volumes, |w, (number, size)| {
             w.u8(*number).u64(*size);
         });
+        w.flag(self.blank);
         w.point(self.tail).generation(self.tail_generation).point(self.oldest).lsn(self.applied);
         w.list(&self.openings, |w, o| o.write(w));
     }
@@ -381,6 +385,7 @@ impl Identity {
             role: Role::read(r)?,
             term: r.term()?,
             volumes: r.list(MAX_VOLUMES, "volumes", |r| Ok((r.u8()?, r.u64()?)))?,
+            blank: r.flag("blank")?,
             tail: r.point()?,
             tail_generation: r.generation()?,
             oldest: r.point()?,

@@ -19,9 +19,7 @@
 use super::FormatError;
 use super::fields::Reader;
 use crate::disk::{AlignedBuf, aligned};
-use crate::units::{
-    Address, BLOCK, Extent, Generation, GroupId, Hash, HistoryPoint, Lsn, SECTOR, round_up,
-};
+use crate::units::{Address, BLOCK, Extent, Generation, GroupId, Hash, HistoryPoint, Lsn, SECTOR, round_up};
 use bytes::Bytes;
 
 /// Bytes of the fixed header.
@@ -143,6 +141,13 @@ pub struct Encoded {
     codec: Codec,
     raw: u32,
     payload_hash: Hash,
+}
+
+impl Encoded {
+    /// Bytes that the record will take in a journal.
+    pub fn padded_len(&self) -> u64 {
+        padded(self.buf.len()) as u64
+    }
 }
 
 /// Bytes before the payload in a record of `extents` extents.
@@ -369,6 +374,11 @@ impl Record {
         buf.extend_from_slice(&self.bytes[..self.len as usize]);
         buf.resize(padded, 0);
         crate::disk::freeze(buf)
+    }
+
+    /// Bytes it takes on a link.
+    pub fn wire_len(&self) -> u64 {
+        u64::from(self.len)
     }
 
     /// Bytes it takes in a journal.

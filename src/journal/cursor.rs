@@ -96,24 +96,23 @@ impl Cursor {
                 let next = self.last.lsn.next();
                 h.stamp.group == self.group && h.stamp.lsn == next && h.stamp.prev == self.last.hash
             });
-            let Some(header) = header else {
-                self.try_next();
-                continue;
-            };
-            let len = padded(header.len) as u64;
-            if len > rest {
-                self.try_next();
-                continue;
+            // What was read a while ago may have been written since: look again before it is a gap.
+            let fresh = self.chunk_at == self.place;
+            let len = header.map(|h| padded(h.len) as u64).filter(|len| *len <= rest);
+            let whole = len.and_then(|len| self.ahead(len));
+            if whole.is_none() && !fresh {
+                return self.read(rest, end);
             }
-            let Some(bytes) = self.ahead(len) else { return self.read(rest, end) };
-            let Ok(record) = Record::decode(bytes) else {
-                self.try_next();
-                continue;
-            };
-            let place = self.place;
-            self.place.offset += len;
-            self.last = record.point();
-            return Step::Record(record, place);
+            match whole.map(Record::decode) {
+                Some(Ok(record)) => {
+                    let place = self.place;
+                    self.place.offset += record.padded_len();
+                    self.last = record.point();
+                    return Step::Record(record, place);
+                }
+                Some(Err(_)) if !fresh => return self.read(rest, end),
+                _ => self.try_next(),
+            }
         }
     }
 

@@ -141,6 +141,10 @@ impl Journal {
     pub fn in_flight(&self) -> usize {
         self.appends.len()
     }
+    /// Nothing is in flight, and everything is durable.
+    pub fn is_quiet(&self) -> bool {
+        self.appends.is_empty() && self.sync.is_none() && self.durable == self.tail.point.lsn
+    }
     /// Whether somebody waits for a record that is not durable yet.
     pub fn is_wanted(&self) -> bool {
         self.wanted > self.durable
@@ -187,7 +191,9 @@ impl Journal {
     /// Appends the next record. `wanted`: somebody waits until it is durable. The caller has asked
     /// [`Journal::fits`] and has checked the chain.
     pub fn append(&mut self, now: Now, record: &Record, wanted: bool, out: &mut Vec<DiskRequest>) {
-        debug_assert!(record.stamp.prev == self.tail.point.hash && record.stamp.lsn == self.tail.point.lsn.next());
+        debug_assert!(
+            record.stamp.prev == self.tail.point.hash && record.stamp.lsn == self.tail.point.lsn.next()
+        );
         let len = record.padded_len();
         let data = if self.head.offset == 0 || self.head.offset + len > self.geometry.segment {
             self.open_segment();

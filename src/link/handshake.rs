@@ -192,6 +192,7 @@ mod tests {
             role: Role::Shadow,
             term: Term::default(),
             volumes: vec![],
+            blank: true,
             tail: point(lsn),
             tail_generation: if lsn == 0 { Generation::default() } else { generation(start) },
             oldest: point(0),

@@ -107,7 +107,11 @@ mod tests {
         assert_eq!(verdict(|_| {}), Verdict::Accept);
         assert_eq!(verdict(|s| s.lsn = Lsn(7)), Verdict::Duplicate);
         assert_eq!(
-            verdict(|s| { s.generation.start = 4; s.flags = flags::OPENS; s.durable = Lsn(1) }),
+            verdict(|s| {
+                s.generation.start = 4;
+                s.flags = flags::OPENS;
+                s.durable = Lsn(1)
+            }),
             Verdict::Accept
         );
         let rejected: [fn(&mut Stamp); 9] = [
@@ -116,7 +120,10 @@ mod tests {
             |s| s.lsn = Lsn(9),
             |s| s.prev = Hash([8; 32]),
             |s| s.generation.start = 4,
-            |s| { s.generation.start = 2; s.flags = flags::OPENS },
+            |s| {
+                s.generation.start = 2;
+                s.flags = flags::OPENS
+            },
             |s| s.time = 999,
             |s| s.last_write = 39,
             |s| s.durable = Lsn(4),

@@ -2,31 +2,155 @@
 //!
 //! Owns: the order in which the machines see things. Invariant: a node is a function of its
 //! configuration, its two memories, its files, and the sequence of (now, event).
+//!
+//! `boot` finds the journal's end; `run` is the node afterwards: `primary` and `shadow` are its
+//! roles, `image` the backing and its checkpoint, `feed` the way of records to their readers,
+//! `links` the connections, `greeting` their handshake, `admin` what administrators ask, `report` what they are told.
 
+mod admin;
+mod boot;
 pub mod config;
 pub mod event;
+mod feed;
+mod greeting;
+mod image;
+mod links;
+mod meta;
+mod primary;
+mod report;
+mod run;
+mod sealing;
+mod shadow;
 pub mod status;
 
-use crate::disk::Memory;
+use crate::disk::{DiskRequest, IoError, Memory};
 use crate::units::Now;
+use boot::Boot;
 use config::NodeConfig;
-use event::{Actions, Event};
+use event::{Action, Actions, AdminOp, Answer, Event, Level, Op, Refusal, RequestId};
+use run::Run;
+
+/// Owners of tokens.
+const SUPER: u8 = 0;
+const JOURNAL: u8 = 1;
+const JOURNAL_RECOVERY: u8 = 2;
+const APPLY: u8 = 3;
+const READER: u8 = 4;
+const FRONT: u8 = 5;
+const MAPS: u8 = 6;
+const ENCODE: u8 = 7;
 
 /// A node. Feed it events; do what it asks.
 pub struct Node {
-    _todo: (),
+    cfg: NodeConfig,
+    stage: Stage,
+    /// Requests that came before the node could serve them.
+    early: Vec<(RequestId, Op)>,
+}
+
+enum Stage {
+    New {
+        ring: Option<Box<dyn Memory>>,
+        maps: Box<dyn Memory>,
+    },
+    Booting {
+        ring: Option<Box<dyn Memory>>,
+        boot: Boot,
+    },
+    Running(Box<Run>),
+    /// Boot ended badly; why.
+    Broken(String),
 }
 
 impl Node {
     /// A node over its write cache and its dirty maps. The shell holds the locks of all files before
     /// this. `ring` is all zeroes when new; it is taken up if it belongs to this group and boot.
-    pub fn new(_config: NodeConfig, _ring: Option<Box<dyn Memory>>, _maps: Box<dyn Memory>) -> Node {
-        Node { _todo: () }
+    pub fn new(cfg: NodeConfig, ring: Option<Box<dyn Memory>>, maps: Box<dyn Memory>) -> Node {
+        Node { cfg, stage: Stage::New { ring, maps }, early: Vec::new() }
     }
 
     /// Begins recovery; call once, before the first `step`.
-    pub fn start(&mut self, _now: Now, _actions: &mut Actions) {}
+    pub fn start(&mut self, _now: Now, actions: &mut Actions) {
+        let stage = std::mem::replace(&mut self.stage, Stage::Broken("it was not started".into()));
+        if let Stage::New { ring, maps } = stage {
+            let mut disk = Vec::new();
+            self.stage = Stage::Booting { ring, boot: Boot::new(maps, &mut disk) };
+            submit(disk, actions);
+        }
+    }
 
     /// Takes one event, and says what to do.
-    pub fn step(&mut self, _now: Now, _event: Event, _actions: &mut Actions) {}
+    pub fn step(&mut self, now: Now, event: Event, actions: &mut Actions) {
+        match &mut self.stage {
+            Stage::Running(run) => run.step(now, event, actions),
+            Stage::Booting { boot, .. } => {
+                if let Event::Disk { token, result } = event {
+                    let mut disk = Vec::new();
+                    let ended = boot.complete(&self.cfg, token, result, &mut disk);
+                    submit(disk, actions);
+                    match ended {
+                        None => {}
+                        Some(Ok(booted)) => self.run(now, booted, actions),
+                        Some(Err(text)) => self.broken(text, actions),
+                    }
+                } else {
+                    self.not_running(event, "Recovering", actions);
+                }
+            }
+            Stage::New { .. } | Stage::Broken(_) => self.not_running(event, "Failed", actions),
+        }
+    }
+
+    fn run(&mut self, now: Now, booted: boot::Booted, actions: &mut Actions) {
+        let stage = std::mem::replace(&mut self.stage, Stage::Broken(String::new()));
+        let Stage::Booting { ring, .. } = stage else { unreachable!("only boot ends so") };
+        let cut = booted.recovered.cut;
+        if cut > 0 {
+            let at = booted.recovered.tail.point.lsn;
+            actions.log(Level::Warn, format!("the journal's end was torn: it goes on after LSN {at}"));
+        }
+        let mut run = Box::new(Run::new(self.cfg.clone(), ring, booted, now));
+        run.advance(now, actions);
+        for (id, op) in self.early.drain(..) {
+            run.step(now, Event::Request { id, op }, actions);
+        }
+        self.stage = Stage::Running(run);
+    }
+
+    fn broken(&mut self, text: String, actions: &mut Actions) {
+        for (id, _) in self.early.drain(..) {
+            actions.push(Action::Complete { id, result: Err(IoError::EIO) });
+        }
+        actions.push(Action::Stop { text: text.clone() });
+        self.stage = Stage::Broken(text);
+    }
+
+    /// Before recovery has ended, or after it has failed.
+    fn not_running(&mut self, event: Event, state: &str, actions: &mut Actions) {
+        let broken = match &self.stage {
+            Stage::Broken(text) => Some(text.clone()),
+            _ => None,
+        };
+        match event {
+            Event::Request { id, op } => match broken {
+                Some(_) => actions.push(Action::Complete { id, result: Err(IoError::EIO) }),
+                None => self.early.push((id, op)),
+            },
+            Event::LinkUp { link, .. } => actions.push(Action::Close { link }),
+            Event::Admin { id, op: AdminOp::Status } => {
+                let status = Box::new(report::bare(&self.cfg, state, broken));
+                actions.push(Action::Answer { id, answer: Answer::Status(status) });
+            }
+            Event::Admin { id, .. } => {
+                let text =
+                    broken.unwrap_or_else(|| "the journal is being recovered; try again shortly".into());
+                actions.push(Action::Answer { id, answer: Answer::Refused(Refusal::Busy, text) });
+            }
+            _ => {}
+        }
+    }
+}
+
+fn submit(disk: Vec<DiskRequest>, actions: &mut Actions) {
+    actions.list.extend(disk.into_iter().map(Action::Disk));
 }

@@ -1,0 +1,134 @@
+//! The way into a running group from other threads.
+//!
+//! Owns: the queue to the loop and what may be posted on it. Invariant: every post is answered
+//! exactly once, also when the loop ends or has ended (with ESHUTDOWN, or a refusal).
+
+use crate::disk::IoError;
+use crate::front::Submit;
+use crate::front::nbd::Export;
+use crate::node::event::{AdminOp, Answer, Op, Refusal};
+use crate::sys::wake::Waker;
+use bytes::Bytes;
+use crossbeam_channel::Sender;
+use std::fmt;
+use std::net::SocketAddr;
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A listener that [`Handle::listen_nbd`] handed over.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct ListenId(pub(super) u64);
+
+/// What other threads ask of the loop.
+#[derive(Debug)]
+pub(super) enum Command {
+    Submit(Op, Reply<Result<Bytes, IoError>>),
+    Admin(AdminOp, Reply<Answer>),
+    ListenNbd(ListenId, UnixListener, Arc<[Export]>),
+    CloseNbd(ListenId),
+    Stop,
+}
+
+/// Somebody's callback, called exactly once: with the answer, or when dropped with "no longer".
+pub(super) struct Reply<R: Gone> {
+    done: Option<Box<dyn FnOnce(R) + Send>>,
+}
+
+/// The answer when there is nobody left to give one.
+pub(super) trait Gone {
+    fn gone() -> Self;
+}
+
+impl Gone for Result<Bytes, IoError> {
+    fn gone() -> Self {
+        Err(IoError::ESHUTDOWN)
+    }
+}
+
+impl Gone for Answer {
+    fn gone() -> Self {
+        Answer::Refused(Refusal::Failed, "the daemon is stopping: start it again first".into())
+    }
+}
+
+impl<R: Gone> Reply<R> {
+    fn new(done: Box<dyn FnOnce(R) + Send>) -> Reply<R> {
+        Reply { done: Some(done) }
+    }
+
+    pub(super) fn send(mut self, answer: R) {
+        if let Some(done) = self.done.take() {
+            done(answer);
+        }
+    }
+}
+
+impl<R: Gone> Drop for Reply<R> {
+    fn drop(&mut self) {
+        if let Some(done) = self.done.take() {
+            done(R::gone());
+        }
+    }
+}
+
+impl<R: Gone> fmt::Debug for Reply<R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Reply")
+    }
+}
+
+/// Posts to a running group. Cheap to clone; every method returns at once.
+#[derive(Clone, Debug)]
+pub struct Handle {
+    queue: Sender<Command>,
+    waker: Arc<Waker>,
+    listeners: Arc<AtomicU64>,
+    link_address: Option<SocketAddr>,
+}
+
+impl Handle {
+    pub(super) fn new(queue: Sender<Command>, waker: Arc<Waker>, link_address: Option<SocketAddr>) -> Handle {
+        Handle { queue, waker, listeners: Arc::default(), link_address }
+    }
+
+    fn post(&self, command: Command) {
+        // When the loop is gone the command is dropped here, which answers it.
+        if self.queue.send(command).is_ok() {
+            self.waker.wake();
+        }
+    }
+
+    /// Asks the node; `done` is called on the loop's thread and must not block.
+    pub fn admin(&self, op: AdminOp, done: Box<dyn FnOnce(Answer) + Send>) {
+        self.post(Command::Admin(op, Reply::new(done)));
+    }
+
+    /// Serves NBD to those who connect to `listener`.
+    pub fn listen_nbd(&self, listener: UnixListener, exports: Vec<Export>) -> ListenId {
+        let id = ListenId(self.listeners.fetch_add(1, Ordering::Relaxed));
+        self.post(Command::ListenNbd(id, listener, exports.into()));
+        id
+    }
+
+    /// Closes the listener and its sessions. Their requests still finish, unheard.
+    pub fn close_nbd(&self, id: ListenId) {
+        self.post(Command::CloseNbd(id));
+    }
+
+    /// Makes the loop return. Nothing is drained: ask for `Shutdown` and await its answer before.
+    pub fn stop(&self) {
+        self.post(Command::Stop);
+    }
+
+    /// Where the group listens for its peers; the port is the real one.
+    pub fn link_address(&self) -> Option<SocketAddr> {
+        self.link_address
+    }
+}
+
+impl Submit for Handle {
+    fn submit(&self, op: Op, done: Box<dyn FnOnce(Result<Bytes, IoError>) + Send>) {
+        self.post(Command::Submit(op, Reply::new(done)));
+    }
+}

@@ -1,0 +1,164 @@
+//! Runs one group: a [`Node`] on one thread with one io_uring.
+//!
+//! Owns: opening and locking everything a node works on, and the loop that feeds it. Invariant: all
+//! locks are held before the node sees its first byte, until the kernel has finished with the last.
+
+mod acceptor;
+mod clients;
+mod encoders;
+mod frames;
+mod handle;
+mod links;
+mod reactor;
+
+pub use handle::{Handle, ListenId};
+
+use crate::disk::File;
+use crate::format::superblock::SLOT;
+use crate::node::Node;
+use crate::node::config::NodeConfig;
+use crate::sys::disk::Disk;
+use crate::sys::mmap::Mapping;
+use crate::sys::open::{OpenError, OpenFile, check_distinct, measure, open};
+use crate::sys::uring::Fd;
+use crate::sys::wake::Waker;
+use crate::sys::{net, process};
+use links::Links;
+use reactor::{Parts, Reactor};
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How long the requests of a killed predecessor may keep the files locked.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Where a volume's bytes are.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct BackingPath {
+    /// The volume's number.
+    pub number: u8,
+    /// A regular file or a block device.
+    pub path: PathBuf,
+    /// With O_DIRECT, where the file system has it.
+    pub direct: bool,
+}
+
+/// What a running group needs to know beyond its node.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct DaemonOptions {
+    /// For the node.
+    pub config: NodeConfig,
+    /// Superblock file.
+    pub superblock: PathBuf,
+    /// Journal file.
+    pub journal: PathBuf,
+    /// Dirty maps file; made when the group is set up.
+    pub dirty_maps: PathBuf,
+    /// Bytes of the dirty maps file: `journal::maps::maps_len` of the volumes.
+    pub dirty_maps_bytes: u64,
+    /// Write cache file; made here if it is not there.
+    pub cache: PathBuf,
+    /// Bytes of the write cache file: `cache::ring_len` of its payload.
+    pub cache_bytes: u64,
+    /// Backings, one per volume.
+    pub backings: Vec<BackingPath>,
+    /// Where peers connect.
+    pub listen: Option<SocketAddr>,
+    /// host:port of each peer, in the order of `config.peers`; `None` where it is not dialled.
+    pub dial: Vec<Option<String>>,
+    /// Threads for large compression jobs; with 0 the loop does them.
+    pub workers: usize,
+}
+
+/// Why a group does not run.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file can't be used.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// A volume has no backing.
+    #[error("volume {0} has no backing: name one in the configuration")]
+    NoBacking(String),
+    /// The address for peers can't be had.
+    #[error("can't listen for peers on {address}: {source}")]
+    Listen {
+        /// It.
+        address: SocketAddr,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// No ring, or it broke.
+    #[error("io_uring: {0} (kernel 6.1 is needed, and sysctl kernel.io_uring_disabled = 0)")]
+    Ring(io::Error),
+    /// No thread.
+    #[error("can't start a thread: {0}")]
+    Thread(io::Error),
+    /// The node can't go on.
+    #[error("{0}")]
+    Stopped(String),
+}
+
+/// Runs a group on the calling thread until `stop`, or an error. `ready` is called once, before the
+/// loop begins; its handle works from any thread.
+pub fn run(options: DaemonOptions, ready: impl FnOnce(Handle)) -> Result<(), Error> {
+    let paths = [&options.superblock, &options.journal, &options.dirty_maps, &options.cache];
+    let paths: Vec<&Path> =
+        paths.into_iter().chain(options.backings.iter().map(|b| &b.path)).map(PathBuf::as_path).collect();
+    check_distinct(&paths)?;
+    let files = open_files(&options)?;
+    let maps = Mapping::open(&options.dirty_maps, options.dirty_maps_bytes, PATIENCE)?;
+    let cache = Mapping::open_or_create(&options.cache, options.cache_bytes, PATIENCE)?;
+    if !cache.lock_in_memory() {
+        tracing::info!(
+            "the write cache may be swapped out: raise the limit on locked memory (LimitMEMLOCK) to prevent it"
+        );
+    }
+    if !process::become_io_flusher() {
+        tracing::debug!("not an I/O flusher: CAP_SYS_RESOURCE is missing");
+    }
+    let maps_file = maps_as_file(&maps, &options)?;
+    let disk = Disk::new(files.into_iter().chain([(File::DirtyMaps, maps_file)]));
+    let (listener, link_address) = listen(options.listen)?;
+    let waker = Arc::new(Waker::new().map_err(Error::Ring)?);
+    let (queue, commands) = crossbeam_channel::unbounded();
+    let handle = Handle::new(queue, waker.clone(), link_address);
+    let machine = Node::new(options.config, Some(Box::new(cache)), Box::new(maps));
+    let links = Links::new(listener, options.dial);
+    let reactor = Reactor::new(Parts { machine, disk, links, workers: options.workers, waker, commands })?;
+    ready(handle);
+    reactor.run()
+}
+
+fn open_files(options: &DaemonOptions) -> Result<Vec<(File, OpenFile)>, Error> {
+    let superblock = open(&options.superblock, true, PATIENCE)?;
+    superblock.at_least(2 * SLOT as u64)?;
+    let journal = open(&options.journal, true, PATIENCE)?;
+    let mut files = vec![(File::Superblock, superblock), (File::Journal, journal)];
+    for volume in &options.config.volumes {
+        let backing = options.backings.iter().find(|b| b.number == volume.number);
+        let backing = backing.ok_or_else(|| Error::NoBacking(volume.name.clone()))?;
+        let file = open(&backing.path, backing.direct, PATIENCE)?;
+        file.at_least(volume.size)?;
+        file.addresses(volume.block)?;
+        files.push((File::Backing(volume.number), file));
+    }
+    Ok(files)
+}
+
+fn maps_as_file(maps: &Mapping, options: &DaemonOptions) -> Result<OpenFile, Error> {
+    let path = &options.dirty_maps;
+    let file = maps.file().map_err(|e| OpenError::io("open", path, e))?;
+    Ok(measure(file, path, false)?)
+}
+
+fn listen(address: Option<SocketAddr>) -> Result<(Option<Fd>, Option<SocketAddr>), Error> {
+    let Some(address) = address else { return Ok((None, None)) };
+    let (fd, bound) = net::listen_tcp(address).map_err(|source| Error::Listen { address, source })?;
+    Ok((Some(fd), Some(bound)))
+}
+
+#[cfg(test)]
+#[path = "opening_tests.rs"]
+mod opening_tests;

@@ -1,0 +1,261 @@
+//! What administrators ask: drain, shutdown, promotion.
+//!
+//! Owns: their requests until they are answered. Invariants: a drain waits for the own journal and
+//! backing, never for a shadow; a promotion makes the journal, then the term, durable in both
+//! superblock slots before the first write under it (I7).
+
+use super::event::{Action, AdminId, AdminOp, Answer, Level, Refusal};
+use super::meta::Ticket;
+use super::primary::Primary;
+use super::run::{Part, Run};
+use crate::format::message::Role;
+use crate::role::{self, Promotion};
+use crate::units::{BootId, SECONDS};
+
+struct Drain {
+    id: AdminId,
+    /// Everything up to this write goes into the backing (primary).
+    seq: u64,
+    shutdown: bool,
+    closing: Option<Ticket>,
+}
+
+/// Requests under way.
+#[derive(Default)]
+pub struct Admin {
+    opens: Vec<AdminId>,
+    drains: Vec<Drain>,
+    /// A promotion, and the ticket of its superblock once its journal is durable.
+    promotion: Option<(AdminId, Option<Ticket>)>,
+    promoted: Vec<AdminId>,
+}
+
+impl Admin {
+    /// A promotion's term is not durable yet.
+    pub fn is_promoting(&self) -> bool {
+        self.promotion.is_some()
+    }
+    /// Write-back and sealing are not to wait for their time.
+    pub fn is_draining(&self) -> bool {
+        !self.drains.is_empty()
+    }
+}
+
+impl Run {
+    /// An administrator's request.
+    pub(super) fn admin(&mut self, id: AdminId, op: AdminOp) {
+        match op {
+            AdminOp::Status => {
+                let answer = Answer::Status(Box::new(self.status()));
+                self.out.push(Action::Answer { id, answer });
+            }
+            _ if self.fault.is_some() && op != AdminOp::Shutdown => {
+                let text = self.fault.clone().unwrap_or_default();
+                self.answer(id, Err((Refusal::Failed, text)));
+            }
+            AdminOp::Open => match self.part {
+                Part::Primary(_) => self.admin.opens.push(id),
+                Part::Shadow(_) => {
+                    let text = "this node is a shadow: attach on the primary, or promote this node first";
+                    self.answer(id, Err((Refusal::Busy, text.into())));
+                }
+            },
+            AdminOp::Drain => self.drain(id, false),
+            AdminOp::Shutdown => self.drain(id, true),
+            AdminOp::Promote { fenced, dry_run } => self.promote(id, fenced, dry_run),
+        }
+    }
+
+    fn answer(&mut self, id: AdminId, outcome: Result<String, (Refusal, String)>) {
+        let answer = match outcome {
+            Ok(text) => Answer::Done(text),
+            Err((refusal, text)) => Answer::Refused(refusal, text),
+        };
+        self.out.push(Action::Answer { id, answer });
+    }
+
+    fn drain(&mut self, id: AdminId, shutdown: bool) {
+        if self.fault.is_some() {
+            let text = "stopped without draining: the node has failed; what was acknowledged is recovered from \
+                        the journal and the write cache at the next start";
+            return self.answer(id, Err((Refusal::Failed, text.into())));
+        }
+        let mut seq = 0;
+        match &mut self.part {
+            Part::Primary(p) => {
+                p.closing |= shutdown;
+                seq = p.cache.as_ref().map_or(0, |c| c.last_seq());
+            }
+            Part::Shadow(s) => s.closing |= shutdown,
+        }
+        if shutdown && matches!(self.part, Part::Shadow(_)) {
+            self.close_links("this node is shutting down");
+        }
+        self.admin.drains.push(Drain { id, seq, shutdown, closing: None });
+    }
+
+    /// Moves administrators' requests on; whether anything moved.
+    pub(super) fn pump_admin(&mut self) -> bool {
+        if let Part::Primary(p) = &self.part
+            && p.is_serving()
+        {
+            for id in std::mem::take(&mut self.admin.opens) {
+                self.answer(id, Ok("serving".into()));
+            }
+            for id in std::mem::take(&mut self.admin.promoted) {
+                let lsn = self.journal.tail().point.lsn;
+                let text = format!("promoted: term {}, from LSN {lsn} on", self.meta.sb.term.counter);
+                self.answer(id, Ok(text));
+            }
+        }
+        let mut moved = self.pump_promotion();
+        let mut i = 0;
+        while i < self.admin.drains.len() {
+            if self.is_drained(i) {
+                let drain = self.admin.drains.remove(i);
+                self.answer(drain.id, Ok(if drain.shutdown { "closed" } else { "drained" }.into()));
+                moved = true;
+            } else {
+                i += 1;
+            }
+        }
+        moved
+    }
+
+    fn is_drained(&mut self, i: usize) -> bool {
+        let Drain { seq, shutdown, closing, .. } = self.admin.drains[i];
+        if let Some(ticket) = closing {
+            return self.meta.is_saved(ticket);
+        }
+        let tail = self.journal.tail().point.lsn;
+        if !self.journal.is_quiet() {
+            self.journal.want(tail);
+        }
+        let applied = self.image.applied.point.lsn;
+        let done = match &self.part {
+            Part::Primary(p) => {
+                p.is_serving()
+                    && p.is_written_back(seq)
+                    && p.durable_write() >= seq
+                    && (!shutdown || applied == tail)
+            }
+            Part::Shadow(_) => self.journal.is_quiet() && applied >= self.meta.sb.limit.min(tail),
+        };
+        if !done || !self.image.is_idle() {
+            return false;
+        }
+        if self.links.checkpoint < applied || !self.checkpoint_idle() {
+            self.image.hurry = true;
+            return false;
+        }
+        if !shutdown {
+            return true;
+        }
+        if !self.journal.is_quiet() {
+            return false;
+        }
+        let sb = &mut self.meta.sb;
+        sb.clean = true;
+        sb.cache_boot = BootId::default();
+        sb.floor = sb.floor.max(tail);
+        self.admin.drains[i].closing = Some(self.meta.save(true));
+        false
+    }
+
+    fn promote(&mut self, id: AdminId, fenced: bool, dry_run: bool) {
+        if self.admin.promotion.is_some() {
+            return self.answer(id, Err((Refusal::Busy, "a promotion is under way".into())));
+        }
+        let facts = role::Facts {
+            role: self.meta.sb.role,
+            consistent: self.meta.sb.consistent,
+            primary_heard: self.links.receiving().is_some(),
+            fenced,
+        };
+        let plan = self.promotion_plan();
+        let refusal = match role::promotion(facts) {
+            Promotion::Allowed if dry_run => return self.answer(id, Ok(plan)),
+            Promotion::Allowed => {
+                self.close_links("this node is being promoted");
+                self.log(Level::Warn, format!("promotion begins: {plan}"));
+                self.admin.promotion = Some((id, None));
+                return;
+            }
+            Promotion::AlreadyPrimary => (Refusal::Busy, "this node is the primary already".to_owned()),
+            Promotion::Inconsistent => (
+                Refusal::WouldLoseData,
+                "the image here is half of a first full copy: it can't be used. Finish the copy".to_owned(),
+            ),
+            Promotion::PrimaryAlive => (
+                Refusal::Unfenced,
+                "the primary is connected and alive: two nodes would write. Stop it first (`volrep detach` \
+                 and stop its daemon), or fence it"
+                    .to_owned(),
+            ),
+            Promotion::Unfenced => (
+                Refusal::Unfenced,
+                format!("{plan}\nfence the old primary first, or pass --i-fenced-the-old-primary"),
+            ),
+        };
+        self.answer(id, Err(refusal));
+    }
+
+    /// What a promotion would do, and what may be lost.
+    fn promotion_plan(&self) -> String {
+        let tail = self.journal.tail();
+        let heard = self.links.primary().and_then(|n| self.links.view(n)).and_then(|v| v.heard);
+        let primary = self.links.heard_of_primary();
+        let missing = primary.tail.0.saturating_sub(tail.point.lsn.0);
+        let known = match heard {
+            Some(at) => {
+                let ago = self.now.mono.saturating_sub(at) / SECONDS;
+                format!(
+                    "at the last heartbeat, {ago} s ago, {missing} records of the primary were not here; later writes are unknown"
+                )
+            }
+            None => {
+                "the primary was not heard since this node started: what it wrote later is unknown".into()
+            }
+        };
+        let pending = tail.point.lsn.0 - self.image.applied.point.lsn.0;
+        format!("the shadow ends at LSN {} ({pending} records to be applied first); {known}", tail.point.lsn)
+    }
+
+    fn pump_promotion(&mut self) -> bool {
+        let Some((id, ticket)) = self.admin.promotion else { return false };
+        match ticket {
+            None => {
+                // First the journal: the term says that everything up to its end is history.
+                if !self.journal.is_quiet() {
+                    let lsn = self.journal.tail().point.lsn;
+                    self.journal.want(lsn);
+                    return false;
+                }
+                let cutting = matches!(&self.part, Part::Shadow(s) if s.is_cutting());
+                if cutting || !self.checkpoint_idle() || !self.image.is_idle() {
+                    return false;
+                }
+                let tail = self.journal.tail().point.lsn;
+                let sb = &mut self.meta.sb;
+                sb.term = role::next_term(sb.term, sb.node);
+                sb.role = Role::Primary;
+                sb.limit = sb.limit.max(tail);
+                sb.floor = sb.floor.max(tail);
+                sb.sync_set.retain(|n| *n != sb.node);
+                sb.peers.clear();
+                sb.clean = true;
+                sb.cache_boot = BootId::default();
+                self.admin.promotion = Some((id, Some(self.meta.save(true))));
+                // From here on nothing is followed; a generation opens only once this is durable.
+                self.part = Part::Primary(Primary::new());
+                true
+            }
+            Some(ticket) if self.meta.is_saved(ticket) => {
+                self.admin.promotion = None;
+                self.admin.promoted.push(id);
+                true
+            }
+            Some(_) => false,
+        }
+    }
+}

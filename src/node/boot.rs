@@ -1,0 +1,159 @@
+//! From nothing to a node that knows its journal: superblock, dirty maps, recovery.
+//!
+//! Owns: the checks that what is on disk is what the configuration says. Invariant: nothing is
+//! written before all of them have passed, except what recovery erases behind a torn tail.
+
+use super::config::NodeConfig;
+use super::{JOURNAL_RECOVERY, SUPER};
+use crate::disk::{DiskOp, DiskRequest, DiskResult, File, Memory, Token};
+use crate::format::message::Role;
+use crate::format::record::{Kind, Record, flags, origin};
+use crate::format::superblock::{SLOT, Superblock};
+use crate::journal::maps::Maps;
+use crate::journal::recovery::{Outcome, Recovered, Recovery};
+use crate::role;
+use crate::units::{HistoryPoint, Lsn, NodeId};
+use bytes::Bytes;
+
+/// A node that is starting.
+pub struct Boot {
+    memory: Option<Box<dyn Memory>>,
+    slots: [Option<Bytes>; 2],
+    found: Option<(usize, Superblock, Recovery, Maps)>,
+}
+
+/// What boot ends with.
+pub struct Booted {
+    /// The superblock, with what the records after the checkpoint add to it.
+    pub sb: Superblock,
+    /// The slot that held it.
+    pub slot: usize,
+    /// The dirty maps.
+    pub maps: Maps,
+    /// The journal's end.
+    pub recovered: Recovered,
+}
+
+impl Boot {
+    /// Begins: reads both slots.
+    pub fn new(maps: Box<dyn Memory>, out: &mut Vec<DiskRequest>) -> Boot {
+        for slot in 0..2u64 {
+            let op = DiskOp::Read { offset: slot * SLOT as u64, len: SLOT };
+            out.push(DiskRequest { token: Token::new(SUPER, slot), file: File::Superblock, op });
+        }
+        Boot { memory: Some(maps), slots: [None, None], found: None }
+    }
+
+    /// The answer to one of its requests; `Some` when it ends.
+    pub fn complete(
+        &mut self,
+        cfg: &NodeConfig,
+        token: Token,
+        result: DiskResult,
+        out: &mut Vec<DiskRequest>,
+    ) -> Option<Result<Booted, String>> {
+        if token.owner() == SUPER {
+            return self.slot_read(cfg, token.id() as usize, result, out).err().map(Err);
+        }
+        let (_, sb, recovery, maps) = self.found.as_mut()?;
+        let mut seen = |r: &Record| note(sb, maps, r);
+        match recovery.complete(token.id(), result, &mut seen, out)? {
+            Outcome::Stopped(text) => Some(Err(text)),
+            Outcome::Differs => Some(Err("the journal was cut without being asked".into())),
+            Outcome::Found(recovered) => {
+                let (slot, mut sb, _, maps) = self.found.take()?;
+                if recovered.tail.point.lsn == sb.checkpoint.lsn {
+                    sb.checkpoint = recovered.tail.point;
+                }
+                Some(Ok(Booted { sb, slot, maps, recovered: *recovered }))
+            }
+        }
+    }
+
+    fn slot_read(
+        &mut self,
+        cfg: &NodeConfig,
+        slot: usize,
+        result: DiskResult,
+        out: &mut Vec<DiskRequest>,
+    ) -> Result<(), String> {
+        self.slots[slot] = Some(result.map_err(|e| {
+            format!("reading the superblock failed: {e}. Check the disk that holds it; nothing was changed")
+        })?);
+        let [Some(a), Some(b)] = &self.slots else { return Ok(()) };
+        let (slot, mut sb) = Superblock::choose([a, b]).map_err(|[a, b]| {
+            format!(
+                "both superblock slots are unreadable (first: {a}; second: {b}). Nothing was changed. \
+                 Restore the file from a copy, or join this node anew as a shadow"
+            )
+        })?;
+        check(cfg, &sb)?;
+        let origin = origin(sb.group);
+        if sb.checkpoint.lsn == Lsn(0) {
+            sb.checkpoint = HistoryPoint { lsn: Lsn(0), hash: origin };
+        }
+        let volumes: Vec<_> = sb.volumes.iter().map(|v| (v.number, v.size)).collect();
+        let memory = self.memory.take().expect("slots are read once");
+        let maps = Maps::new(memory, &volumes, sb.maps.clone(), sb.checkpoint)?;
+        sb.maps = maps.ranges().to_vec();
+        let mut recovery = Recovery::new(JOURNAL_RECOVERY, &sb, origin);
+        recovery.start(out);
+        self.found = Some((slot, sb, recovery, maps));
+        Ok(())
+    }
+}
+
+/// A record after the checkpoint: its extents are dirty, and it may change what the superblock says.
+pub fn note(sb: &mut Superblock, maps: &mut Maps, record: &Record) {
+    for (extent, _) in record.extents() {
+        maps.mark(extent);
+    }
+    let stamp = &record.stamp;
+    if stamp.flags & flags::OPENS != 0 {
+        let at = HistoryPoint { lsn: stamp.lsn.prev(), hash: stamp.prev };
+        role::note_opening(&mut sb.openings, stamp.generation, at);
+    }
+    if stamp.kind == Kind::SyncSet
+        && let Some(members) = members(record)
+    {
+        sb.sync_set = members;
+    }
+    if sb.role == Role::Shadow {
+        sb.generation = stamp.generation;
+        sb.limit = sb.limit.max(stamp.durable);
+    }
+}
+
+/// The members that a record of kind `SyncSet` names; `None` if it is malformed.
+pub fn members(record: &Record) -> Option<Vec<NodeId>> {
+    let payload = record.payload().ok()?;
+    let ids = payload.chunks_exact(8);
+    let whole = ids.remainder().is_empty() && payload.len() <= 8 * crate::format::superblock::MAX_PEERS;
+    whole.then(|| ids.map(|id| NodeId(u64::from_le_bytes(id.try_into().expect("eight")))).collect())
+}
+
+fn check(cfg: &NodeConfig, sb: &Superblock) -> Result<(), String> {
+    if sb.group != cfg.group || sb.node != cfg.node {
+        return Err(format!(
+            "the superblock is of group {:?}, node {:?}, but the configuration says group {:?}, node {:?}: \
+             the state directory belongs to something else",
+            sb.group, sb.node, cfg.group, cfg.node
+        ));
+    }
+    let known: Vec<_> = sb.volumes.iter().map(|v| (v.number, v.size)).collect();
+    let given: Vec<_> = cfg.volumes.iter().map(|v| (v.number, v.size)).collect();
+    if known != given {
+        return Err(format!(
+            "the volumes' (number, bytes) are {given:?} but the group was made with {known:?}: \
+             give every backing the size that it had"
+        ));
+    }
+    if sb.role == Role::Primary && sb.term.node != sb.node {
+        return Err(format!(
+            "node {:?} was promoted under term {} while this node was the primary: it must not write. \
+             Run `volrep rejoin` here to follow the new primary",
+            sb.term.node, sb.term.counter
+        ));
+    }
+    Ok(())
+}

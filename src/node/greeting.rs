@@ -1,0 +1,203 @@
+//! The handshake on both sides: facts gathered, the table asked, its answer carried out.
+//!
+//! Owns: the steps between a proven identity and the first record. Invariants: a shadow compares
+//! chain hashes before it believes that histories agree (I9); it follows a term only once that term
+//! is durable here (I8); a primary that learns of a higher term stops for good.
+
+use super::event::{Level, LinkId};
+use super::feed::Fetched;
+use super::links::LinkState;
+use super::run::{Part, Run, fetch};
+use crate::format::message::{Identity, Message, Role, Verdict, proof, refuse};
+use crate::link::handshake::{Decision, Facts, candidate, decide, order};
+use crate::units::{Lsn, NodeId, Term};
+
+impl Run {
+    /// The dialler has proved who it is.
+    pub(super) fn greeted(&mut self, link: LinkId, hello: &Identity, nonce: [u8; 32]) {
+        if hello.node == self.cfg.node {
+            self.send(link, refuse("this node was dialled by itself: check the peers' addresses"));
+            return self.drop_link(link, "it is this very node");
+        }
+        self.meet(link, hello);
+        let own = self.identity();
+        let found = candidate(&own.openings, own.tail, hello);
+        let at = found.map_or(Lsn(0), |(lsn, _)| lsn);
+        let facts = Facts {
+            same_group: hello.group == own.group,
+            same_volumes: hello.volumes == own.volumes,
+            own: own.role,
+            peer: hello.role,
+            term: order(own.term, hello.term),
+            lineage_known: found.is_some(),
+            keeps_applied: at >= hello.applied,
+            held: own.oldest.lsn <= at,
+            common_start: at > Lsn(0) || (own.blank && hello.blank),
+        };
+        match decide(facts) {
+            Decision::Compare => match self.point_at(at) {
+                Some(point) => self.welcome(link, nonce, Verdict::Compare(point)),
+                None => {
+                    let state = LinkState::Locating { nonce, at };
+                    self.set_state(link, state);
+                }
+            },
+            Decision::Resync(why) => {
+                self.set_peer(link, "Resync", Some(why.into()));
+                self.welcome(link, nonce, Verdict::Resync(own.oldest));
+            }
+            Decision::Diverged => {
+                let why = format!("its history differs from this node's, at LSN {at} at the latest");
+                self.set_peer(link, "Diverged", Some(why));
+                self.welcome(link, nonce, Verdict::Diverged(at));
+            }
+            Decision::Refuse(why) => {
+                self.set_peer(link, "Disconnected", Some(why.into()));
+                self.send(link, refuse(why));
+                self.drop_link(link, why);
+            }
+            Decision::Superseded => self.superseded(link, hello.term),
+        }
+    }
+
+    /// Records which node a link leads to; an older link to the same node is given up.
+    fn meet(&mut self, link: LinkId, peer: &Identity) {
+        let older: Vec<_> = self
+            .links
+            .by_id
+            .iter()
+            .filter(|(id, l)| **id != link && l.peer() == Some(peer.node))
+            .map(|(id, _)| *id)
+            .collect();
+        for id in older {
+            self.drop_link(id, "the peer has connected anew");
+        }
+        self.links.meet(link, peer.node, &peer.name, self.now.mono);
+    }
+
+    fn set_state(&mut self, link: LinkId, state: LinkState) {
+        if let Some(l) = self.links.by_id.get_mut(&link) {
+            l.state = state;
+        }
+    }
+
+    fn welcome(&mut self, link: LinkId, nonce: [u8; 32], verdict: Verdict) {
+        let identity = Box::new(self.identity());
+        let proof = proof(&self.cfg.key, &nonce, &identity, Some(&verdict));
+        self.send(link, Message::Welcome { identity, verdict, proof });
+        match verdict {
+            Verdict::Compare(point) => self.set_state(link, LinkState::Welcomed { at: point.lsn }),
+            Verdict::Resync(_) | Verdict::Diverged(_) => self.drop_link(link, "it can't follow as it is"),
+        }
+    }
+
+    /// Looks up the chain hash at the candidate; whether anything moved.
+    pub(super) fn locate(&mut self, id: LinkId) -> bool {
+        let Some(link) = self.links.by_id.get_mut(&id) else { return false };
+        let LinkState::Locating { nonce, at } = &link.state else { return false };
+        let (nonce, at) = (*nonce, *at);
+        match fetch!(self, link.reader, at) {
+            Fetched::Pending => return false,
+            Fetched::Ready(record) => self.welcome(id, nonce, Verdict::Compare(record.point())),
+            Fetched::Lost => {
+                self.set_peer(id, "Resync", Some("the journal no longer holds what it lacks".into()));
+                let oldest = self.journal.oldest();
+                self.welcome(id, nonce, Verdict::Resync(oldest));
+            }
+        }
+        true
+    }
+
+    /// A peer has seen a higher term: this node must never acknowledge again under its own.
+    fn superseded(&mut self, link: LinkId, term: Term) {
+        let text = format!(
+            "node {:?} was promoted under term {}, this primary has term {}: it stops acknowledging. \
+             Run `volrep rejoin` here to follow the new primary",
+            term.node, term.counter, self.meta.sb.term.counter
+        );
+        self.send(link, refuse("this primary was superseded and has stopped"));
+        self.meta.sb.term = term;
+        self.meta.save(true);
+        self.fail(text);
+    }
+
+    /// The acceptor's verdict on this shadow.
+    pub(super) fn welcomed(&mut self, link: LinkId, primary: &Identity, verdict: Verdict) {
+        let own = self.identity();
+        if primary.role != Role::Primary || primary.group != own.group || primary.volumes != own.volumes {
+            return self.drop_link(link, "it is not a primary of this group with these volumes");
+        }
+        if primary.term < own.term {
+            return self.drop_link(link, "it is a primary of a term that has ended");
+        }
+        self.meet(link, primary);
+        self.meta.sb.term = primary.term;
+        self.links.follow(primary.node);
+        match verdict {
+            Verdict::Compare(at) if at.lsn > own.tail.lsn => {
+                self.drop_link(link, "it compares what is not here")
+            }
+            Verdict::Compare(at) if at.lsn < own.applied => self.histories_differ(link, at.lsn),
+            Verdict::Compare(at) if at.lsn < own.tail.lsn => {
+                self.set_state(link, LinkState::Cutting);
+                self.cut_to(link, at);
+            }
+            Verdict::Compare(at) if at == own.tail => self.histories_agree(link),
+            Verdict::Compare(at) => self.histories_differ(link, at.lsn),
+            Verdict::Resync(oldest) => {
+                let why = format!(
+                    "the primary's journal begins after LSN {}, this shadow ends at LSN {}",
+                    oldest.lsn, own.tail.lsn
+                );
+                self.set_peer(link, "Resync", Some(why));
+                self.be_patient(link);
+                self.drop_link(link, "a resync is needed");
+            }
+            Verdict::Diverged(lsn) => self.histories_differ(link, lsn),
+        }
+    }
+
+    /// The journal here is a prefix of the primary's.
+    pub(super) fn histories_agree(&mut self, link: LinkId) {
+        self.meta.sb.clean = false;
+        let ticket = self.meta.save(true);
+        self.set_state(link, LinkState::Settling(ticket));
+    }
+
+    /// The journal here holds something that the primary never wrote.
+    pub(super) fn histories_differ(&mut self, link: LinkId, lsn: Lsn) {
+        let why = format!("its history and this node's differ, at LSN {lsn} at the latest");
+        self.set_peer(link, "Diverged", Some(why));
+        self.send(link, refuse(&format!("histories differ, at LSN {lsn} at the latest; nothing was merged")));
+        self.be_patient(link);
+        self.drop_link(link, "histories differ");
+    }
+
+    /// Asks for records once what was decided is durable; whether anything moved.
+    pub(super) fn settle(&mut self, link: LinkId) -> bool {
+        let Some(LinkState::Settling(ticket)) = self.links.by_id.get(&link).map(|l| &l.state) else {
+            return false;
+        };
+        if !self.meta.is_saved(*ticket) || !self.journal.is_quiet() {
+            return false;
+        }
+        let from = self.journal.tail().point.lsn.next();
+        self.set_state(link, LinkState::Receiving);
+        self.set_peer(link, "UpToDate", None);
+        self.send(link, Message::Begin { from });
+        self.log(Level::Info, format!("following the primary from LSN {from}"));
+        true
+    }
+
+    /// Puts the sync set's next members into the write order.
+    pub(super) fn propose_sync_set(&mut self, members: &[NodeId]) {
+        let payload: Vec<u8> = members.iter().flat_map(|n| n.0.to_le_bytes()).collect();
+        if let Part::Primary(p) = &mut self.part {
+            p.pipeline.note(
+                crate::format::record::Kind::SyncSet,
+                crate::format::record::flags::SYNC,
+                &payload,
+            );
+        }
+    }
+}

@@ -1,0 +1,296 @@
+//! The backing's content: which record it stands at, and which record redo would start after.
+//!
+//! Owns: batches of records on their way into the backing, and the checkpoint. Invariants: the image
+//! moves by whole records (I1); a checkpoint is told to the superblock only when the backings and the
+//! dirty maps were synced after it was applied, and when everything that has overwritten it since is
+//! durable in the journal.
+
+use super::feed::{Fetched, Reader};
+use super::meta::Ticket;
+use super::run::{Part, Run, fetch};
+use super::{APPLY, MAPS};
+use crate::apply::{Applier, Progress, Source};
+use crate::disk::{DiskOp, DiskRequest, DiskResult, File, IoError, Token};
+use crate::extents::ExtentMap;
+use crate::format::record::{Content, Record};
+use crate::format::superblock::Superblock;
+use crate::journal::{Tail, tail_of};
+use crate::units::{Lsn, Now};
+
+/// Payload bytes of one batch of records.
+const BATCH: u64 = 4 << 20;
+
+/// Where a checkpoint stands.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Check {
+    Idle,
+    /// The syncs that it waits for.
+    Syncing {
+        tail: Tail,
+        fence: u64,
+        maps: bool,
+    },
+    /// Synced; what overwrote it is not durable yet.
+    Fenced {
+        tail: Tail,
+        fence: u64,
+    },
+    Saving {
+        tail: Tail,
+        ticket: Ticket,
+    },
+}
+
+/// See the module's documentation.
+pub struct Image {
+    pub(super) applier: Applier,
+    pub(super) reader: Reader,
+    /// Newest record in the backing.
+    pub(super) applied: Tail,
+    /// Newest record of the batch under way.
+    upto: Option<Tail>,
+    check: Check,
+    checked_at: u64,
+    /// A checkpoint is wanted now, whatever its time.
+    pub(super) hurry: bool,
+    rotated_at: u64,
+}
+
+impl Image {
+    /// The image that a superblock vouches for.
+    pub fn new(owner: u8, sb: &Superblock, now: Now) -> Image {
+        debug_assert_eq!(owner, APPLY);
+        let applied = Tail {
+            point: sb.checkpoint,
+            generation: sb.checkpoint_generation,
+            last_write: sb.checkpoint_write,
+            time: 0,
+            durable: Lsn(0),
+        };
+        Image {
+            applier: Applier::new(owner),
+            reader: Reader::default(),
+            applied,
+            upto: None,
+            check: Check::Idle,
+            checked_at: now.mono,
+            hurry: false,
+            rotated_at: 0,
+        }
+    }
+
+    /// Nothing of the backing is being changed.
+    pub fn is_idle(&self) -> bool {
+        !self.applier.is_busy() && self.reader.is_idle()
+    }
+
+    /// The batch that write-back begins ends with this record.
+    pub fn begin(&mut self, upto: Tail) {
+        self.upto = Some(upto);
+    }
+}
+
+impl Run {
+    /// The newest record that may go from the journal into the backing now.
+    fn apply_limit(&self) -> Lsn {
+        match &self.part {
+            Part::Primary(p) if p.is_redoing() => self.journal.tail().point.lsn,
+            Part::Primary(_) => Lsn(0),
+            Part::Shadow(s) if s.is_cutting() => Lsn(0),
+            Part::Shadow(_) => self.journal.durable().min(self.meta.sb.limit),
+        }
+    }
+
+    /// Batches of records, submissions, checkpoints; whether anything moved.
+    pub(super) fn pump_image(&mut self) -> bool {
+        let mut moved = false;
+        if !self.image.applier.is_busy() && self.image.applied.point.lsn < self.apply_limit() {
+            moved |= self.begin_records();
+        }
+        let cache = match &self.part {
+            Part::Primary(p) => p.cache.as_ref(),
+            Part::Shadow(_) => None,
+        };
+        let ring = |at, len| cache.expect("only write-back uses the ring").ring_data(at, len);
+        if self.image.applier.pump(ring, &mut self.disk) {
+            self.batch_done();
+            moved = true;
+        }
+        moved | self.pump_checkpoint()
+    }
+
+    /// Gathers the next records into a batch, newest version of each sector.
+    fn begin_records(&mut self) -> bool {
+        let limit = self.apply_limit();
+        let mut batch: ExtentMap<Source> = ExtentMap::default();
+        let mut upto: Option<Tail> = None;
+        let mut bytes = 0;
+        while bytes < BATCH {
+            let next = upto.map_or(self.image.applied.point.lsn, |t| t.point.lsn).next();
+            if next > limit {
+                break;
+            }
+            match fetch!(self, self.image.reader, next) {
+                Fetched::Ready(record) => match gather(&record, &mut batch) {
+                    Ok(n) => {
+                        bytes += n;
+                        upto = Some(tail_of(&record));
+                    }
+                    Err(e) => {
+                        self.fail(format!("record {next} can't be unpacked: {e}; its journal is damaged"));
+                        return false;
+                    }
+                },
+                Fetched::Pending => break,
+                Fetched::Lost => {
+                    self.fail(format!(
+                        "record {next} is not readable in the journal, but the image needs it: the journal's \
+                         disk has lost data. Promote another shadow or resync this node"
+                    ));
+                    return false;
+                }
+            }
+        }
+        let Some(upto) = upto else { return false };
+        self.image.upto = Some(upto);
+        self.image.applier.begin(batch.iter().map(|(e, s)| (e, s.clone())));
+        true
+    }
+
+    /// The answer to a request of the applier.
+    pub(super) fn applied(&mut self, id: u64, result: DiskResult) -> Result<(), IoError> {
+        match self.image.applier.complete(id, result)? {
+            Progress::More => {}
+            Progress::Applied => self.batch_done(),
+            Progress::Synced => self.check_synced(),
+        }
+        Ok(())
+    }
+
+    fn batch_done(&mut self) {
+        let Some(upto) = self.image.upto.take() else { return };
+        self.image.applied = upto;
+        match &mut self.part {
+            Part::Primary(p) => p.written_back(&upto),
+            Part::Shadow(_) => self.note_applied(upto.point.lsn),
+        }
+    }
+
+    /// The last write sequence that must be durable before what is in the backing now may count.
+    fn fence(&self) -> u64 {
+        match &self.part {
+            Part::Primary(p) => p.cache.as_ref().map_or(0, |c| c.last_seq()),
+            Part::Shadow(_) => 0,
+        }
+    }
+
+    fn pump_checkpoint(&mut self) -> bool {
+        match self.image.check {
+            Check::Idle => self.begin_checkpoint(),
+            Check::Syncing { .. } => false,
+            Check::Fenced { tail, fence } => {
+                let durable = match &self.part {
+                    Part::Primary(p) => p.durable_write(),
+                    Part::Shadow(_) => fence,
+                };
+                if durable < fence {
+                    let newest = self.journal.tail().point.lsn;
+                    self.journal.want(newest);
+                    return false;
+                }
+                self.save_checkpoint(tail);
+                true
+            }
+            Check::Saving { tail, ticket } => {
+                if !self.meta.is_saved(ticket) {
+                    return false;
+                }
+                self.image.check = Check::Idle;
+                self.maps.settled();
+                self.links.checkpoint = tail.point.lsn;
+                self.update_keep();
+                true
+            }
+        }
+    }
+
+    fn begin_checkpoint(&mut self) -> bool {
+        let tail = self.image.applied;
+        if tail.point.lsn <= self.meta.sb.checkpoint.lsn || self.image.applier.is_syncing() {
+            self.image.hurry = false;
+            return false;
+        }
+        let (used, size) = self.journal.usage();
+        let due = self.image.checked_at + self.cfg.timing.checkpoint_after;
+        if !self.image.hurry && self.now.mono < due && used < size / 2 {
+            self.wake_at(due);
+            return false;
+        }
+        self.image.hurry = false;
+        self.image.checked_at = self.now.mono;
+        if self.journal.bytes() - self.image.rotated_at >= size / 2 {
+            self.image.rotated_at = self.journal.bytes();
+            self.maps.rotate(self.journal.tail().point);
+        }
+        let fence = self.fence();
+        self.disk.push(DiskRequest { token: Token::new(MAPS, 0), file: File::DirtyMaps, op: DiskOp::Sync });
+        self.image.applier.sync(&mut self.disk);
+        self.image.check = Check::Syncing { tail, fence, maps: false };
+        true
+    }
+
+    /// The dirty maps are synced.
+    pub(super) fn maps_synced(&mut self, result: DiskResult) -> Result<(), IoError> {
+        result?;
+        if let Check::Syncing { maps, .. } = &mut self.image.check {
+            *maps = true;
+        }
+        self.check_synced();
+        Ok(())
+    }
+
+    fn check_synced(&mut self) {
+        if let Check::Syncing { tail, fence, maps: true } = self.image.check
+            && !self.image.applier.is_syncing()
+        {
+            self.image.check = Check::Fenced { tail, fence };
+        }
+    }
+
+    fn save_checkpoint(&mut self, tail: Tail) {
+        let segment = self.journal.segment_of(tail.point.lsn);
+        let sb = &mut self.meta.sb;
+        sb.checkpoint = tail.point;
+        sb.checkpoint_write = tail.last_write;
+        sb.checkpoint_generation = tail.generation;
+        sb.checkpoint_segment = segment;
+        sb.floor = sb.floor.max(tail.point.lsn);
+        sb.maps = self.maps.ranges().to_vec();
+        let ticket = self.meta.save(false);
+        self.image.check = Check::Saving { tail, ticket };
+    }
+
+    /// No checkpoint is under way.
+    pub(super) fn checkpoint_idle(&self) -> bool {
+        self.image.check == Check::Idle
+    }
+}
+
+/// Adds a record's writes to a batch; payload bytes.
+fn gather(record: &Record, batch: &mut ExtentMap<Source>) -> Result<u64, crate::format::FormatError> {
+    let payload = record.payload()?;
+    let mut at = 0;
+    for (extent, content) in record.extents() {
+        let source = match content {
+            Content::Zeroes => Source::Zeroes,
+            Content::Data => {
+                let end = at + extent.len() as usize;
+                let bytes = payload.slice(at..end);
+                at = end;
+                Source::Bytes(bytes)
+            }
+        };
+        batch.insert(extent, source);
+    }
+    Ok(payload.len() as u64)
+}

@@ -1,0 +1,670 @@
+//! The connections: who they are with, what may go over them, when they are given up.
+//!
+//! Owns: the state of each link and what is known of each peer. Invariants: nothing but the handshake
+//! is believed before the peer has proved the group's key; one link a peer; a peer's durable position
+//! counts only for records of the history that is current here.
+
+use super::config::{FullPolicy, NodeConfig};
+use super::event::{Action, Level, LinkId};
+use super::feed::{Fetched, Reader};
+use super::meta::Ticket;
+use super::run::{Part, Run, fetch};
+use crate::format::message::{Identity, Message, Role, proof, refuse};
+use crate::format::superblock::{MAX_PEERS, Peer, Superblock};
+use crate::link::lag::{ClockEstimate, Timeline};
+use crate::link::sender::Sender;
+use crate::units::{HistoryPoint, Lsn, NodeId};
+use std::collections::BTreeMap;
+
+/// Where a link stands.
+#[derive(Debug)]
+pub enum LinkState {
+    /// Accepted: the challenge is out.
+    Challenged,
+    /// Accepted: the chain hash at this LSN is being looked up; to be proved over this nonce.
+    Locating { nonce: [u8; 32], at: Lsn },
+    /// Accepted: the shadow compares at this LSN.
+    Welcomed { at: Lsn },
+    /// Accepted: the shadow is fed.
+    Sending(Sender),
+    /// Dialled: the challenge is awaited.
+    Dialled,
+    /// Dialled: the verdict is awaited.
+    Greeted,
+    /// Dialled: the journal is being cut back.
+    Cutting,
+    /// Dialled: histories agree; the superblock and the journal are being made durable.
+    Settling(Ticket),
+    /// Dialled: records come.
+    Receiving,
+    /// Given up.
+    Closing,
+}
+
+/// A connection.
+pub struct Link {
+    pub(super) state: LinkState,
+    pub(super) reader: Reader,
+    dialed: Option<usize>,
+    nonce: [u8; 32],
+    peer: Option<NodeId>,
+    heard: u64,
+    beat: u64,
+}
+
+/// What is known of a peer, connected or not.
+pub struct PeerView {
+    pub(super) name: String,
+    pub(super) node: Option<NodeId>,
+    pub(super) state: &'static str,
+    pub(super) reason: Option<String>,
+    pub(super) received: Lsn,
+    pub(super) durable: Lsn,
+    pub(super) applied: Lsn,
+    pub(super) heard: Option<u64>,
+    pub(super) clock: ClockEstimate,
+    pub(super) sent_bytes: u64,
+}
+
+impl PeerView {
+    fn new(name: &str, known: Option<&Peer>, tail: Lsn) -> PeerView {
+        PeerView {
+            name: name.to_owned(),
+            node: known.map(|p| p.node),
+            state: if known.is_some_and(|p| p.behind) { "Resync" } else { "Disconnected" },
+            reason: None,
+            received: Lsn(0),
+            // A position beyond the own end belongs to records that this node has lost.
+            durable: known.map_or(Lsn(0), |p| p.durable.min(tail)),
+            applied: Lsn(0),
+            heard: None,
+            clock: ClockEstimate::default(),
+            sent_bytes: 0,
+        }
+    }
+}
+
+impl Link {
+    /// The node at the other end, once it has proved to be of the group.
+    pub(super) fn peer(&self) -> Option<NodeId> {
+        self.peer
+    }
+}
+
+/// What the primary last said of itself.
+#[derive(Clone, Copy, Default)]
+pub struct Heard {
+    pub(super) tail: Lsn,
+    pub(super) time: u64,
+    pub(super) bytes: u64,
+}
+
+struct Dial {
+    at: u64,
+    busy: bool,
+}
+
+/// See the module's documentation.
+pub struct Links {
+    pub(super) by_id: BTreeMap<LinkId, Link>,
+    pub(super) peers: Vec<PeerView>,
+    dials: Vec<Dial>,
+    primary: Option<NodeId>,
+    heard: Heard,
+    /// The records sealed here, to measure shadows against.
+    pub(super) timeline: Timeline,
+    /// Bytes of records that every follower gets.
+    pub(super) record_bytes: u64,
+    /// The checkpoint that is durable.
+    pub(super) checkpoint: Lsn,
+    /// A peer is about to enter the sync set, with this record.
+    pub(super) entering: Option<(NodeId, Option<Lsn>)>,
+}
+
+/// After a verdict that dialling again won't change soon.
+const PATIENCE: u64 = 10;
+
+impl Links {
+    /// No connection; what the superblock knows of the peers.
+    pub fn new(cfg: &NodeConfig, sb: &Superblock, tail: Lsn) -> Links {
+        let view = |name: &str, known: Option<&Peer>| PeerView::new(name, known, tail);
+        let by_name = |name: &String| sb.peers.iter().find(|p| p.name == *name);
+        let mut peers: Vec<_> = cfg.peers.iter().map(|p| view(&p.name, by_name(&p.name))).collect();
+        for p in &sb.peers {
+            if !peers.iter().any(|v| v.name == p.name) {
+                peers.push(view(&p.name, Some(p)));
+            }
+        }
+        Links {
+            by_id: BTreeMap::new(),
+            peers,
+            dials: cfg.peers.iter().map(|_| Dial { at: 0, busy: false }).collect(),
+            primary: None,
+            heard: Heard::default(),
+            timeline: Timeline::default(),
+            record_bytes: 0,
+            checkpoint: sb.checkpoint.lsn,
+            entering: None,
+        }
+    }
+
+    /// The link over which records come.
+    pub fn receiving(&self) -> Option<LinkId> {
+        self.by_id.iter().find(|(_, l)| matches!(l.state, LinkState::Receiving)).map(|(id, _)| *id)
+    }
+
+    /// The estimate of the primary's clock, on a shadow.
+    pub fn primary_clock(&self) -> Option<&ClockEstimate> {
+        let node = self.primary?;
+        self.peers.iter().find(|p| p.node == Some(node)).map(|p| &p.clock)
+    }
+
+    /// What the primary last said of itself, on a shadow.
+    pub fn heard_of_primary(&self) -> Heard {
+        self.heard
+    }
+
+    /// The primary that this shadow follows or has followed since the start.
+    pub fn primary(&self) -> Option<NodeId> {
+        self.primary
+    }
+
+    /// The least that every member of the sync set has durable.
+    pub fn sync_durable(&self, members: &[NodeId]) -> Lsn {
+        let durable = |m: &NodeId| self.view(*m).map_or(Lsn(0), |p| p.durable);
+        members.iter().map(durable).min().unwrap_or(Lsn(u64::MAX))
+    }
+
+    /// What is known of a peer.
+    pub fn view(&self, node: NodeId) -> Option<&PeerView> {
+        self.peers.iter().find(|p| p.node == Some(node))
+    }
+
+    fn view_mut(&mut self, node: NodeId) -> Option<&mut PeerView> {
+        self.peers.iter_mut().find(|p| p.node == Some(node))
+    }
+
+    /// The peer of a link.
+    fn peer_of(&mut self, link: LinkId) -> Option<&mut PeerView> {
+        let node = self.by_id.get(&link)?.peer?;
+        self.view_mut(node)
+    }
+
+    /// A link leads to this node, which calls itself `name`.
+    pub fn meet(&mut self, link: LinkId, node: NodeId, name: &str, now: u64) {
+        if let Some(l) = self.by_id.get_mut(&link) {
+            l.peer = Some(node);
+        }
+        let known = self.peers.iter().position(|p| p.node == Some(node));
+        let named = || self.peers.iter().position(|p| p.name == name && p.node.is_none());
+        let at = known.or_else(named).unwrap_or_else(|| {
+            self.peers.push(PeerView::new(name, None, Lsn(0)));
+            self.peers.len() - 1
+        });
+        let view = &mut self.peers[at];
+        view.node = Some(node);
+        view.heard = Some(now);
+    }
+
+    /// The record that proposed the sync set has this LSN.
+    pub fn entering_at(&mut self, at: Lsn) {
+        if let Some((_, lsn @ None)) = &mut self.entering {
+            *lsn = Some(at);
+        }
+    }
+
+    /// This node follows that primary.
+    pub fn follow(&mut self, node: NodeId) {
+        if self.primary != Some(node) {
+            self.heard = Heard::default();
+        }
+        self.primary = Some(node);
+    }
+
+    /// Whether a peer is connected and past its handshake.
+    pub fn is_live(&self, node: NodeId) -> bool {
+        let live = |l: &Link| matches!(l.state, LinkState::Sending(_) | LinkState::Receiving);
+        self.by_id.values().any(|l| l.peer == Some(node) && live(l))
+    }
+
+    /// Every reader of the journal that a link has.
+    pub fn readers(&mut self) -> impl Iterator<Item = &mut Reader> {
+        self.by_id.values_mut().map(|l| &mut l.reader)
+    }
+}
+
+impl Run {
+    /// A connection stands.
+    pub(super) fn link_up(&mut self, link: LinkId, dialed: Option<usize>, nonce: [u8; 32]) {
+        if let Some(d) = dialed.and_then(|i| self.links.dials.get_mut(i)) {
+            d.busy = false;
+            d.at = self.now.mono + self.cfg.timing.redial;
+        }
+        let state = if dialed.is_some() { LinkState::Dialled } else { LinkState::Challenged };
+        let (heard, beat) = (self.now.mono, self.now.mono);
+        let reader = Reader::default();
+        self.links.by_id.insert(link, Link { state, reader, dialed, nonce, peer: None, heard, beat });
+        if self.fault.is_some() {
+            return self.drop_link(link, "this node has failed");
+        }
+        if dialed.is_none() {
+            self.send(link, Message::Challenge { nonce });
+        }
+    }
+
+    /// A connection is gone.
+    pub(super) fn link_down(&mut self, link: LinkId) {
+        if let Some(peer) = self.links.peer_of(link)
+            && matches!(peer.state, "UpToDate" | "CatchingUp")
+        {
+            peer.state = "Disconnected";
+        }
+        self.links.by_id.remove(&link);
+    }
+
+    /// Dialling failed.
+    pub(super) fn dial_failed(&mut self, peer: usize) {
+        let redial = self.cfg.timing.redial;
+        if let Some(d) = self.links.dials.get_mut(peer) {
+            d.busy = false;
+            d.at = self.now.mono + redial;
+        }
+    }
+
+    pub(super) fn send(&mut self, link: LinkId, message: Message) {
+        self.out.push(Action::Send { link, message });
+    }
+
+    /// Gives a link up, and says why.
+    pub(super) fn drop_link(&mut self, link: LinkId, why: &str) {
+        let Some(l) = self.links.by_id.get_mut(&link) else { return };
+        if matches!(l.state, LinkState::Closing) {
+            return;
+        }
+        l.state = LinkState::Closing;
+        self.out.push(Action::Close { link });
+        let name = self.links.peer_of(link).map(|p| {
+            if matches!(p.state, "UpToDate" | "CatchingUp") {
+                p.state = "Disconnected";
+            }
+            p.name.clone()
+        });
+        self.log(Level::Info, format!("link to {} closed: {why}", name.as_deref().unwrap_or("a peer")));
+    }
+
+    /// Gives every link up.
+    pub(super) fn close_links(&mut self, why: &str) {
+        let ids: Vec<_> = self.links.by_id.keys().copied().collect();
+        for id in ids {
+            self.drop_link(id, why);
+        }
+    }
+
+    /// The state of a peer changes for a reason that a person should know.
+    pub(super) fn set_peer(&mut self, link: LinkId, state: &'static str, reason: Option<String>) {
+        if let Some(p) = self.links.peer_of(link) {
+            let news = p.state != state;
+            p.state = state;
+            p.reason = reason.clone();
+            let name = p.name.clone();
+            if let (true, Some(reason)) = (news, reason) {
+                self.log(Level::Warn, format!("{name}: {state}: {reason}"));
+            }
+        }
+    }
+
+    /// Dialling this link's peer again soon won't help.
+    pub(super) fn be_patient(&mut self, link: LinkId) {
+        let wait = self.cfg.timing.redial * PATIENCE;
+        if let Some(i) = self.links.by_id.get(&link).and_then(|l| l.dialed) {
+            self.links.dials[i].at = self.now.mono + wait;
+        }
+    }
+
+    /// This node, as it presents itself.
+    pub(super) fn identity(&self) -> Identity {
+        let sb = &self.meta.sb;
+        let tail = self.journal.tail();
+        Identity {
+            group: sb.group,
+            node: sb.node,
+            name: self.cfg.name.clone(),
+            role: sb.role,
+            term: sb.term,
+            volumes: sb.volumes.iter().map(|v| (v.number, v.size)).collect(),
+            blank: sb.blank,
+            tail: tail.point,
+            tail_generation: tail.generation,
+            oldest: self.journal.oldest(),
+            applied: sb.limit.min(tail.point.lsn),
+            openings: sb.openings.clone(),
+        }
+    }
+
+    /// A message arrived.
+    pub(super) fn message(&mut self, link: LinkId, message: Message) {
+        let now = self.now.mono;
+        let Some(l) = self.links.by_id.get_mut(&link) else { return };
+        l.heard = now;
+        if let Some(p) = self.links.peer_of(link) {
+            p.heard = Some(now);
+        }
+        let Some(l) = self.links.by_id.get_mut(&link) else { return };
+        match (&mut l.state, message) {
+            (LinkState::Closing, _) => {}
+            (LinkState::Challenged, Message::Hello { identity, nonce, proof: given }) => {
+                let expected = proof(&self.cfg.key, &l.nonce, &identity, None);
+                if blake3::Hash::from(expected) == blake3::Hash::from(given) {
+                    self.greeted(link, &identity, nonce);
+                } else {
+                    self.send(
+                        link,
+                        refuse("the proof of the group's key is wrong: join again with a new token"),
+                    );
+                    self.drop_link(link, "it does not know the group's key");
+                }
+            }
+            (LinkState::Dialled, Message::Challenge { nonce }) => {
+                let identity = Box::new(self.identity());
+                let proof = proof(&self.cfg.key, &nonce, &identity, None);
+                let Some(l) = self.links.by_id.get_mut(&link) else { return };
+                l.state = LinkState::Greeted;
+                let nonce = l.nonce;
+                self.send(link, Message::Hello { identity, nonce, proof });
+            }
+            (LinkState::Greeted, Message::Welcome { identity, verdict, proof: given }) => {
+                let expected = proof(&self.cfg.key, &l.nonce, &identity, Some(&verdict));
+                if blake3::Hash::from(expected) == blake3::Hash::from(given) {
+                    self.welcomed(link, &identity, verdict);
+                } else {
+                    self.drop_link(link, "it does not know the group's key");
+                }
+            }
+            (_, Message::Refuse { text }) => {
+                self.set_peer(link, "Disconnected", Some(text.clone()));
+                self.be_patient(link);
+                self.drop_link(link, &format!("refused: {text}"));
+            }
+            (LinkState::Welcomed { at }, Message::Begin { from }) if from == at.next() => {
+                self.begin_sending(link, from);
+            }
+            (LinkState::Sending(sender), Message::Positions { received, durable, applied }) => {
+                match sender.acknowledged(received, durable, applied) {
+                    Ok(()) => self.acknowledged(link, received, durable, applied),
+                    Err(e) => self.drop_link(link, &e.to_string()),
+                }
+            }
+            (LinkState::Receiving, Message::Record(record)) => self.received(link, record),
+            (LinkState::Receiving, Message::Durable { lsn }) => self.announced(lsn),
+            (_, Message::Heartbeat { wall, echo, tail, time, bytes }) => {
+                if matches!(l.state, LinkState::Receiving) {
+                    self.links.heard = Heard { tail, time, bytes };
+                }
+                self.beat(link, wall, echo);
+            }
+            (state, message) => {
+                let why = format!("unexpected message while {}", name_of(state));
+                debug_assert!(!matches!(message, Message::Refuse { .. }));
+                self.drop_link(link, &why);
+            }
+        }
+    }
+
+    fn beat(&mut self, link: LinkId, wall: u64, echo: u64) {
+        if echo == 0 {
+            return self.send_heartbeat(link, wall);
+        }
+        let now = self.now.wall;
+        if let Some(p) = self.links.peer_of(link) {
+            p.clock.answered(echo, wall, now);
+        }
+    }
+
+    fn send_heartbeat(&mut self, link: LinkId, echo: u64) {
+        let tail = self.journal.tail().point.lsn;
+        let behind = match self.links.by_id.get(&link).map(|l| &l.state) {
+            Some(LinkState::Sending(s)) => self.links.timeline.behind(s.positions().2),
+            _ => None,
+        };
+        let (_, bytes, time) = behind.unwrap_or((0, 0, 0));
+        self.send(link, Message::Heartbeat { wall: self.now.wall, echo, tail, time, bytes });
+    }
+
+    /// A shadow's positions, believed.
+    fn acknowledged(&mut self, link: LinkId, received: Lsn, durable: Lsn, applied: Lsn) {
+        let Some(p) = self.links.peer_of(link) else { return };
+        (p.received, p.durable, p.applied) = (received, durable, applied);
+        let node = p.node;
+        if let Some(known) = self.meta.sb.peers.iter_mut().find(|k| Some(k.node) == node) {
+            known.durable = durable;
+        }
+        self.update_keep();
+    }
+
+    fn begin_sending(&mut self, link: LinkId, from: Lsn) {
+        let window = self.cfg.window_bytes;
+        let Some(l) = self.links.by_id.get_mut(&link) else { return };
+        l.state = LinkState::Sending(Sender::new(from, window));
+        let Some(p) = self.links.peer_of(link) else { return };
+        (p.received, p.durable, p.applied) = (from.prev(), from.prev(), Lsn(0));
+        let (Some(node), name) = (p.node, p.name.clone()) else { return };
+        let known = &mut self.meta.sb.peers;
+        let peer = Peer { node, name, durable: from.prev(), behind: false };
+        match known.iter().position(|k| k.node == node) {
+            Some(i) => known[i] = peer,
+            None if known.len() < MAX_PEERS => known.push(peer),
+            None => return self.drop_link(link, "this group has too many peers"),
+        }
+        self.meta.save(false);
+        self.set_peer(link, "CatchingUp", None);
+        self.update_keep();
+    }
+
+    /// Records that the checkpoint or a shadow still needs are kept.
+    pub(super) fn update_keep(&mut self) {
+        let mut keep = self.links.checkpoint;
+        if self.meta.sb.role == Role::Primary {
+            for peer in self.meta.sb.peers.iter().filter(|p| !p.behind) {
+                keep = keep.min(peer.durable);
+            }
+        }
+        self.journal.keep_after(keep);
+    }
+
+    /// Everything that links do of themselves; whether anything moved.
+    pub(super) fn pump_links(&mut self) -> bool {
+        let mut moved = false;
+        let ids: Vec<_> = self.links.by_id.keys().copied().collect();
+        for id in ids {
+            moved |= self.pump_link(id);
+        }
+        self.dial();
+        self.relieve();
+        moved | self.enter_sync_set()
+    }
+
+    fn pump_link(&mut self, id: LinkId) -> bool {
+        let timing = self.cfg.timing;
+        let now = self.now.mono;
+        let Some(l) = self.links.by_id.get_mut(&id) else { return false };
+        if matches!(l.state, LinkState::Closing) {
+            return false;
+        }
+        let silent_at = l.heard + timing.silence;
+        if now >= silent_at {
+            self.drop_link(id, "nothing was heard for too long");
+            return true;
+        }
+        let mut wake = silent_at;
+        let mut due = false;
+        if l.peer.is_some() {
+            due = now >= l.beat + timing.heartbeat;
+            if due {
+                l.beat = now;
+            }
+            wake = wake.min(l.beat + timing.heartbeat);
+        }
+        let step = match &l.state {
+            LinkState::Locating { .. } => 1,
+            LinkState::Settling(_) => 2,
+            LinkState::Sending(_) => 3,
+            _ => 0,
+        };
+        self.wake_at(wake);
+        if due {
+            self.send_heartbeat(id, 0);
+        }
+        match step {
+            1 => self.locate(id),
+            2 => self.settle(id),
+            3 => self.feed_shadow(id),
+            _ => false,
+        }
+    }
+
+    /// Sends what the window and the journal have.
+    fn feed_shadow(&mut self, id: LinkId) -> bool {
+        let (tail, durable) = (self.journal.tail().point.lsn, self.journal.durable());
+        let mut moved = false;
+        let mut lost = None;
+        let Some(link) = self.links.by_id.get_mut(&id) else { return false };
+        let LinkState::Sending(sender) = &mut link.state else { return false };
+        while let Some(next) = sender.wants().filter(|lsn| *lsn <= tail) {
+            match fetch!(self, link.reader, next) {
+                Fetched::Ready(record) => {
+                    sender.sent(record.wire_len());
+                    self.out.push(Action::Send { link: id, message: Message::Record(record) });
+                    moved = true;
+                }
+                Fetched::Pending => break,
+                Fetched::Lost => {
+                    lost = Some(next);
+                    break;
+                }
+            }
+        }
+        if let Some(lsn) = sender.announce(durable) {
+            self.out.push(Action::Send { link: id, message: Message::Durable { lsn } });
+        }
+        let (sent_bytes, current) = (sender.sent_bytes, sender.sent_to() == tail);
+        if let Some(p) = self.links.peer_of(id) {
+            p.sent_bytes = p.sent_bytes.max(sent_bytes);
+            // Up to date once it has everything, and as long as memory can feed it.
+            if current && p.received.0 + 1000 >= tail.0 && p.state == "CatchingUp" {
+                p.state = "UpToDate";
+                p.reason = None;
+            }
+        }
+        if let Some(lsn) = lost {
+            self.set_peer(id, "Resync", Some(format!("record {lsn} is no longer in the journal here")));
+            self.drop_link(id, "the journal no longer holds what it lacks");
+        }
+        moved
+    }
+
+    /// A shadow dials its primary.
+    fn dial(&mut self) {
+        let Part::Shadow(shadow) = &self.part else { return };
+        if self.fault.is_some() || shadow.closing || self.links.receiving().is_some() {
+            return;
+        }
+        if !self.journal.is_quiet() {
+            let lsn = self.journal.tail().point.lsn;
+            return self.journal.want(lsn);
+        }
+        for i in 0..self.links.dials.len() {
+            let linked = self.links.by_id.values().any(|l| l.dialed == Some(i));
+            let dial = &mut self.links.dials[i];
+            if !self.cfg.peers[i].dial || linked || dial.busy {
+                continue;
+            }
+            let at = dial.at;
+            if self.now.mono >= at {
+                dial.busy = true;
+                self.out.push(Action::Dial { peer: i });
+            } else {
+                self.wake_at(at);
+            }
+        }
+    }
+
+    /// Makes room in a full journal: a checkpoint, or by leaving slow shadows behind.
+    fn relieve(&mut self) {
+        let Part::Primary(p) = &self.part else { return };
+        if !p.starved || self.fault.is_some() {
+            return;
+        }
+        let checkpoint = self.links.checkpoint;
+        if self.image.applied.point.lsn > checkpoint {
+            self.image.hurry = true;
+        }
+        let (used, size) = self.journal.usage();
+        if self.cfg.full != FullPolicy::Behind || used < size / 4 * 3 {
+            return;
+        }
+        let set = self.meta.sb.sync_set.clone();
+        let slow = |p: &&mut Peer| !p.behind && p.durable < checkpoint && !set.contains(&p.node);
+        let Some(peer) = self.meta.sb.peers.iter_mut().filter(slow).min_by_key(|p| p.durable) else { return };
+        peer.behind = true;
+        let (node, name) = (peer.node, peer.name.clone());
+        self.meta.save(false);
+        let reason = "the journal was full: it fell back to the dirty map and needs a resync";
+        if let Some(p) = self.links.view_mut(node) {
+            p.state = "Resync";
+            p.reason = Some(reason.into());
+        }
+        self.log(Level::Warn, format!("{name}: {reason}"));
+        self.update_keep();
+    }
+
+    /// A peer that is configured for the sync set enters it once it is current.
+    fn enter_sync_set(&mut self) -> bool {
+        let Part::Primary(p) = &mut self.part else { return false };
+        if !p.is_serving() || self.fault.is_some() {
+            return false;
+        }
+        if let Some((node, lsn)) = self.links.entering {
+            // Its record has no LSN until it is appended; the first SyncSet record after is ours.
+            let lsn = lsn.unwrap_or(Lsn(u64::MAX));
+            let there = self.links.view(node).map_or(Lsn(0), |v| v.durable);
+            if self.journal.durable() < lsn || there < lsn {
+                return false;
+            }
+            self.links.entering = None;
+            self.meta.sb.sync_set.push(node);
+            self.meta.save(true);
+            self.log(Level::Info, "a shadow entered the sync set: FLUSH waits for it from now on");
+            return true;
+        }
+        let wanted = |v: &&PeerView| {
+            let configured = self.cfg.peers.iter().any(|c| c.name == v.name && c.sync);
+            let member = v.node.is_some_and(|n| self.meta.sb.sync_set.contains(&n));
+            configured && !member && v.state == "UpToDate" && v.node.is_some()
+        };
+        let Some(node) = self.links.peers.iter().find(wanted).and_then(|v| v.node) else { return false };
+        let mut members = self.meta.sb.sync_set.clone();
+        members.push(node);
+        self.links.entering = Some((node, None));
+        self.propose_sync_set(&members);
+        true
+    }
+
+    /// The candidate's hash is known, or being read.
+    pub(super) fn point_at(&self, lsn: Lsn) -> Option<HistoryPoint> {
+        let tail = self.journal.tail().point;
+        let oldest = self.journal.oldest();
+        let known = [tail, oldest].into_iter().chain(self.meta.sb.openings.iter().map(|o| o.at));
+        known.into_iter().find(|p| p.lsn == lsn)
+    }
+}
+
+fn name_of(state: &LinkState) -> &'static str {
+    match state {
+        LinkState::Challenged | LinkState::Locating { .. } | LinkState::Dialled => "shaking hands",
+        LinkState::Welcomed { .. } | LinkState::Greeted | LinkState::Cutting => "comparing histories",
+        LinkState::Settling(_) => "settling",
+        LinkState::Sending(_) => "sending",
+        LinkState::Receiving => "receiving",
+        LinkState::Closing => "closing",
+    }
+}

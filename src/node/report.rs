@@ -1,0 +1,173 @@
+//! What a node says of itself.
+//!
+//! Owns: the translation of state into the facts of [`Status`]. Invariant: no fact is told that was
+//! not measured.
+
+use super::config::NodeConfig;
+use super::links::PeerView;
+use super::run::{Part, Run};
+use super::status::{PeerStatus, SCHEMA_VERSION, Status, VolumeStatus};
+use crate::format::message::Role;
+use crate::units::SECONDS;
+
+/// The status of a node that has not recovered yet, or could not.
+pub fn bare(cfg: &NodeConfig, state: &str, reason: Option<String>) -> Status {
+    let volume = |v: &super::config::VolumeConfig| VolumeStatus {
+        name: v.name.clone(),
+        size: v.size,
+        device: None,
+        backing: None,
+    };
+    Status {
+        schema_version: SCHEMA_VERSION,
+        group: cfg.group_name.clone(),
+        node: cfg.name.clone(),
+        role: "unknown".into(),
+        state: state.into(),
+        action: reason.clone().unwrap_or_else(|| "none: wait until the journal is recovered".into()),
+        reason,
+        term: 0,
+        ack_level: "local".into(),
+        sync_set: vec![],
+        volumes: cfg.volumes.iter().map(volume).collect(),
+        tail_lsn: 0,
+        durable_lsn: 0,
+        applied_lsn: 0,
+        checkpoint_lsn: 0,
+        journal_used: 0,
+        journal_size: 0,
+        cache_used: 0,
+        cache_size: 0,
+        written_bytes: 0,
+        record_bytes: 0,
+        peers: vec![],
+        lag: None,
+        verified: None,
+    }
+}
+
+impl Run {
+    /// Everything that is known now.
+    pub(super) fn status(&self) -> Status {
+        let sb = &self.meta.sb;
+        let (state, reason, action) = self.state();
+        let (journal_used, journal_size) = self.journal.usage();
+        let (cache_used, cache_size, written_bytes) = match &self.part {
+            Part::Primary(p) => {
+                let (used, size) = p.cache.as_ref().map_or((0, 0), |c| c.usage());
+                (used, size, p.written_bytes)
+            }
+            Part::Shadow(_) => (0, 0, 0),
+        };
+        let member = |n| self.links.view(n).map_or_else(|| format!("{n:?}"), |v| v.name.clone());
+        Status {
+            role: if sb.role == Role::Primary { "primary" } else { "shadow" }.into(),
+            state: state.into(),
+            reason,
+            action,
+            term: sb.term.counter,
+            ack_level: if sb.sync_set.is_empty() { "local" } else { "durable" }.into(),
+            sync_set: sb.sync_set.iter().map(|n| member(*n)).collect(),
+            tail_lsn: self.journal.tail().point.lsn.0,
+            durable_lsn: self.journal.durable().0,
+            applied_lsn: self.image.applied.point.lsn.0,
+            checkpoint_lsn: self.links.checkpoint.0,
+            journal_used,
+            journal_size,
+            cache_used,
+            cache_size,
+            written_bytes,
+            record_bytes: self.links.record_bytes,
+            peers: self.links.peers.iter().map(|p| self.peer(p)).collect(),
+            lag: self.lag(),
+            ..bare(&self.cfg, "", None)
+        }
+    }
+
+    fn peer(&self, p: &PeerView) -> PeerStatus {
+        let behind = match &self.part {
+            Part::Primary(_) => self.links.timeline.behind(p.applied),
+            Part::Shadow(_) => None,
+        };
+        let (lag_records, lag_bytes, since) = behind.unwrap_or((0, 0, 0));
+        let seconds = |ns: u64| ns as f64 / SECONDS as f64;
+        let late = if lag_records > 0 { self.now.wall.saturating_sub(since) } else { 0 };
+        PeerStatus {
+            name: p.name.clone(),
+            state: p.state.into(),
+            reason: p.reason.clone(),
+            sync: p.node.is_some_and(|n| self.meta.sb.sync_set.contains(&n)),
+            received_lsn: p.received.0,
+            durable_lsn: p.durable.0,
+            applied_lsn: p.applied.0,
+            lag_records,
+            lag_bytes,
+            lag_seconds: seconds(late),
+            heard_seconds_ago: p.heard.map(|at| seconds(self.now.mono.saturating_sub(at))),
+            round_trip_seconds: p.clock.round_trip().map(seconds),
+            sent_bytes: p.sent_bytes,
+        }
+    }
+
+    /// State, why, and what to do about it.
+    fn state(&self) -> (&'static str, Option<String>, String) {
+        if let Some(fault) = &self.fault {
+            return (
+                "Failed",
+                Some(fault.clone()),
+                "see the reason, mend it, then restart the daemon".into(),
+            );
+        }
+        match &self.part {
+            Part::Primary(p) if !p.is_serving() => {
+                let left = self.journal.tail().point.lsn.0 - self.image.applied.point.lsn.0;
+                let why = format!("{left} records are being put back into the backing");
+                ("Recovering", Some(why), "none: wait until it serves".into())
+            }
+            Part::Primary(p) => {
+                let missing = self.meta.sb.sync_set.iter().find(|n| !self.links.is_live(**n));
+                if let Some(n) = missing.filter(|_| p.is_waited_for()) {
+                    let name = self.links.view(*n).map_or_else(|| format!("{n:?}"), |v| v.name.clone());
+                    let why = format!("{name} is in the sync set and can't be reached: FLUSH waits for it");
+                    return ("Blocked", Some(why), format!("bring {name} or its link back"));
+                }
+                let resync = self.links.peers.iter().find(|v| matches!(v.state, "Resync" | "Diverged"));
+                let action = match resync {
+                    Some(v) if v.state == "Resync" => format!("{} needs a resync", v.name),
+                    Some(v) => format!("{} has diverged: choose which side to keep", v.name),
+                    None => "none".into(),
+                };
+                ("UpToDate", None, action)
+            }
+            Part::Shadow(_) => self.shadow_state(),
+        }
+    }
+
+    fn shadow_state(&self) -> (&'static str, Option<String>, String) {
+        if !self.meta.sb.consistent {
+            let why = "a first full copy has not ended".to_owned();
+            return ("Inconsistent", Some(why), "wait for the copy".into());
+        }
+        if let Some(v) = self.links.peers.iter().find(|v| v.state == "Diverged") {
+            let action = format!("choose which side to keep: this node or {}", v.name);
+            return ("Diverged", v.reason.clone(), action);
+        }
+        if let Some(v) = self.links.peers.iter().find(|v| v.state == "Resync") {
+            let action = "a resync is needed: join this node anew".to_owned();
+            return ("Outdated", v.reason.clone(), action);
+        }
+        if self.links.receiving().is_none() {
+            let why = self.links.peers.iter().find_map(|v| v.reason.clone());
+            let why = why.unwrap_or_else(|| "no link to the primary".into());
+            return ("Outdated", Some(why), "check the primary and the link to it".into());
+        }
+        let heard = self.links.heard_of_primary();
+        let tail = self.journal.tail().point.lsn.max(heard.tail);
+        let behind = tail.0.saturating_sub(self.image.applied.point.lsn.0);
+        let late = self.lag().map_or(0.0, |l| l.seconds);
+        if late > 1.0 {
+            return ("CatchingUp", Some(format!("{behind} records to apply")), "none: wait".into());
+        }
+        ("UpToDate", None, "none".into())
+    }
+}

@@ -1,0 +1,215 @@
+//! A running node: its machines, and the loop that lets each do what it can.
+//!
+//! Owns: everything after boot. Invariants: after every event each machine has been asked until none
+//! had anything more to do; a fault latches, and after it nothing is acknowledged (I10).
+
+use super::boot::Booted;
+use super::config::NodeConfig;
+use super::event::{Action, Actions, Event, Level};
+use super::feed::Feed;
+use super::image::Image;
+use super::links::Links;
+use super::meta::Meta;
+use super::primary::Primary;
+use super::shadow::Shadow;
+use super::{APPLY, ENCODE, FRONT, JOURNAL, JOURNAL_RECOVERY, MAPS, READER, SUPER};
+use crate::disk::{DiskRequest, DiskResult, IoError, Memory, Token};
+use crate::format::message::Role;
+use crate::journal::Journal;
+use crate::journal::maps::Maps;
+use crate::units::Now;
+
+/// What a node is.
+pub enum Part {
+    /// It writes, or is on its way to.
+    Primary(Primary),
+    /// It follows.
+    Shadow(Shadow),
+}
+
+/// See the module's documentation.
+pub struct Run {
+    pub(super) cfg: NodeConfig,
+    pub(super) now: Now,
+    pub(super) out: Vec<Action>,
+    pub(super) disk: Vec<DiskRequest>,
+    pub(super) wake: Option<u64>,
+    /// The ring, while no cache uses it.
+    pub(super) ring: Option<Box<dyn Memory>>,
+    pub(super) meta: Meta,
+    pub(super) journal: Journal,
+    pub(super) maps: Maps,
+    pub(super) feed: Feed,
+    pub(super) image: Image,
+    pub(super) links: Links,
+    pub(super) part: Part,
+    pub(super) read_ids: u64,
+    pub(super) fault: Option<String>,
+    pub(super) admin: super::admin::Admin,
+}
+
+impl Run {
+    /// Takes over from boot.
+    pub fn new(cfg: NodeConfig, ring: Option<Box<dyn Memory>>, booted: Booted, now: Now) -> Run {
+        let Booted { sb, slot, maps, recovered: r } = booted;
+        let part = match sb.role {
+            Role::Primary => Part::Primary(Primary::new()),
+            Role::Shadow => Part::Shadow(Shadow::new()),
+        };
+        let journal = Journal::new(JOURNAL, sb.group, sb.geometry, r.head, r.segments, r.tail);
+        let mut run = Run {
+            now,
+            out: Vec::new(),
+            disk: Vec::new(),
+            wake: None,
+            ring,
+            image: Image::new(APPLY, &sb, now),
+            feed: Feed::new(cfg.feed_bytes),
+            links: Links::new(&cfg, &sb, r.tail.point.lsn),
+            meta: Meta::new(SUPER, sb, slot),
+            journal,
+            maps,
+            part,
+            read_ids: 0,
+            fault: None,
+            admin: super::admin::Admin::default(),
+            cfg,
+        };
+        run.update_keep();
+        run
+    }
+
+    /// Takes one event.
+    pub fn step(&mut self, now: Now, event: Event, actions: &mut Actions) {
+        self.now = now;
+        match event {
+            Event::Request { id, op } => self.request(id, op),
+            Event::Disk { token, result } => self.disk_done(token, result),
+            Event::Encoded { token, encoded } => self.encoded(token.id(), encoded),
+            Event::LinkUp { link, dialed, nonce } => self.link_up(link, dialed, nonce),
+            Event::Message { link, message } => self.message(link, message),
+            Event::LinkDown { link } => self.link_down(link),
+            Event::DialFailed { peer } => self.dial_failed(peer),
+            Event::Admin { id, op } => self.admin(id, op),
+            Event::Wake => {}
+        }
+        self.advance(now, actions);
+    }
+
+    /// Lets every machine do what it can, until none can do more.
+    pub fn advance(&mut self, now: Now, actions: &mut Actions) {
+        self.now = now;
+        self.wake = None;
+        // Each round makes room for the next; the bound only stops a defect from hanging the node.
+        for _ in 0..10_000 {
+            self.wake = None;
+            if !self.pump() {
+                break;
+            }
+        }
+        self.meta.pump(&mut self.disk);
+        actions.list.append(&mut self.out);
+        actions.list.extend(self.disk.drain(..).map(Action::Disk));
+        actions.wake = self.wake;
+    }
+
+    /// One round; whether anything moved.
+    fn pump(&mut self) -> bool {
+        if self.fault.is_some() {
+            return self.pump_links();
+        }
+        let mut moved = match self.part {
+            Part::Primary(_) => self.pump_primary(),
+            Part::Shadow(_) => self.pump_shadow(),
+        };
+        moved |= self.pump_image();
+        let (after, limit) = (self.cfg.timing.sync_after, self.unsynced_limit());
+        if let Some(at) = self.journal.poll(self.now, after, limit, &mut self.disk) {
+            self.wake_at(at);
+        }
+        moved |= self.pump_links();
+        moved | self.pump_admin()
+    }
+
+    /// Bytes of records that may wait for a sync.
+    fn unsynced_limit(&self) -> u64 {
+        match &self.part {
+            Part::Primary(p) => p.cache.as_ref().map_or(1 << 20, |c| c.usage().1 / 4),
+            Part::Shadow(_) => 16 << 20,
+        }
+    }
+
+    fn disk_done(&mut self, token: Token, result: DiskResult) {
+        let outcome = match token.owner() {
+            SUPER => self.meta.complete(result).map_err(|e| ("writing the superblock", e)),
+            JOURNAL => self.journal.complete(token.id(), result).map_err(|e| ("writing the journal", e)),
+            JOURNAL_RECOVERY => {
+                self.cut_done(token.id(), result);
+                Ok(())
+            }
+            APPLY => self.applied(token.id(), result).map_err(|e| ("writing a backing", e)),
+            MAPS => self.maps_synced(result).map_err(|e| ("writing the dirty maps", e)),
+            FRONT => {
+                self.read_done(token.id(), result);
+                Ok(())
+            }
+            READER => self.reader_done(token.id(), &result).map_err(|e| ("reading the journal", e)),
+            _ => Ok(()),
+        };
+        if let Err((doing, e)) = outcome {
+            self.fail(format!(
+                "{doing} failed: {e}. Nothing is acknowledged any more; check the disk, then restart: \
+                 every acknowledged write is recovered from the journal and the write cache"
+            ));
+        }
+    }
+
+    fn reader_done(&mut self, id: u64, result: &DiskResult) -> Result<(), IoError> {
+        let readers = std::iter::once(&mut self.image.reader).chain(self.links.readers());
+        for reader in readers {
+            if let Some(outcome) = reader.complete(id, result) {
+                return outcome;
+            }
+        }
+        Ok(())
+    }
+
+    /// Latches a fault.
+    pub(super) fn fail(&mut self, text: String) {
+        if self.fault.is_some() {
+            return;
+        }
+        self.log(Level::Error, text.clone());
+        self.fault = Some(text);
+        self.refuse_everything();
+        self.close_links("this node has failed");
+    }
+
+    pub(super) fn log(&mut self, level: Level, text: impl Into<String>) {
+        self.out.push(Action::Log { level, text: text.into() });
+    }
+
+    /// Asks to be woken at `at` (monotonic ns) at the latest.
+    pub(super) fn wake_at(&mut self, at: u64) {
+        self.wake = Some(self.wake.map_or(at, |w| w.min(at)));
+    }
+
+    /// Name of an encode job.
+    pub(super) fn encode_token(id: u64) -> Token {
+        Token::new(ENCODE, id)
+    }
+}
+
+/// A reader's fetch needs several fields of [`Run`] at once; this borrows just those.
+macro_rules! fetch {
+    ($run:expr, $reader:expr, $lsn:expr) => {
+        $reader.fetch(
+            $lsn,
+            &$run.feed,
+            &$run.journal,
+            (crate::node::READER, &mut $run.read_ids),
+            &mut $run.disk,
+        )
+    };
+}
+pub(super) use fetch;

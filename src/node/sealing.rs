@@ -1,0 +1,267 @@
+//! From accepted writes to records: sealing, encoding, appending; and the opening of a generation.
+//!
+//! Owns: when an epoch closes, and the order in which encoded epochs become records. Invariants: a
+//! record takes its place in the chain in the order in which its epoch closed; a generation is
+//! durable in both superblock slots before its first record, and its first record before any READ.
+
+use super::event::{Action, Level};
+use super::primary::Stage;
+use super::run::{Part, Run};
+use crate::cache::{Cache, Gathered, RingId, RingState, ring::Ring};
+use crate::format::message::Role;
+use crate::format::record::{Encoded, Kind, Stamp, encode_note, flags, seal};
+use crate::journal::tail_of;
+use crate::link::lag::Sample;
+use crate::role;
+use crate::units::{BootId, Lsn};
+use std::collections::VecDeque;
+
+/// Epochs being encoded or waiting for their turn.
+const DEPTH: usize = 8;
+/// Appends in flight.
+const APPENDS: usize = 8;
+/// Epochs of small writes that may be in the pipeline while another fills up.
+const SHALLOW: usize = 2;
+
+struct Sealing {
+    job: u64,
+    last_write: Option<u64>,
+    kind: Kind,
+    flags: u32,
+    reserved: u64,
+    encoded: Option<Encoded>,
+}
+
+/// Epochs on their way into the journal.
+#[derive(Default)]
+pub struct Pipeline {
+    queue: VecDeque<Sealing>,
+    jobs: u64,
+    reserved: u64,
+    open_since: Option<u64>,
+    /// Newest record sealed because somebody waits.
+    committing: Lsn,
+}
+
+impl Pipeline {
+    /// Journal bytes set aside for what is on its way.
+    pub fn reserved(&self) -> u64 {
+        self.reserved
+    }
+    /// A write went into the open epoch.
+    pub fn opened(&mut self, now: u64) {
+        self.open_since.get_or_insert(now);
+    }
+    /// Adds a record that carries no writes.
+    pub fn note(&mut self, kind: Kind, flags: u32, payload: &[u8]) {
+        self.jobs += 1;
+        let encoded = Some(encode_note(payload));
+        self.queue.push_back(Sealing { job: self.jobs, last_write: None, kind, flags, reserved: 0, encoded });
+    }
+}
+
+impl Run {
+    /// Closes, encodes and appends what is due; whether anything moved.
+    pub(super) fn pump_sealing(&mut self) -> bool {
+        let closed = self.close_epoch();
+        let gathered = self.gather_epochs();
+        closed | gathered | self.append_records()
+    }
+
+    fn close_epoch(&mut self) -> bool {
+        let timing = self.cfg.timing;
+        let draining = self.admin.is_draining();
+        let durable = self.journal.durable();
+        let tail = self.journal.tail().last_write;
+        let Part::Primary(p) = &mut self.part else { return false };
+        let (first_wanted, last_wanted) = (p.first_wanted(), p.last_wanted());
+        let Some(cache) = &mut p.cache else { return false };
+        if !cache.has_open() {
+            p.pipeline.open_since = None;
+            return false;
+        }
+        let since = p.pipeline.open_since.unwrap_or(self.now.mono);
+        let pending = p.pipeline.queue.len() + cache.closed();
+        // While a commit is under way, what arrives joins the next one.
+        let committing = p.pipeline.committing > durable
+            || p.pipeline
+                .queue
+                .iter()
+                .any(|s| s.last_write.is_some_and(|w| first_wanted.is_some_and(|f| f <= w)));
+        let wanted = last_wanted.is_some_and(|w| w > tail) && !committing;
+        let full = cache.open_bytes() >= timing.seal_bytes && pending < SHALLOW;
+        let old = self.now.mono >= since + timing.seal_after && pending < DEPTH;
+        if wanted || full || old || draining {
+            cache.close();
+            p.pipeline.open_since = None;
+            return true;
+        }
+        if pending < DEPTH {
+            self.wake_at(since + timing.seal_after);
+        }
+        false
+    }
+
+    fn gather_epochs(&mut self) -> bool {
+        let level = self.cfg.level;
+        let Part::Primary(p) = &mut self.part else { return false };
+        let Some(cache) = &mut p.cache else { return false };
+        let mut moved = false;
+        while p.pipeline.queue.len() < DEPTH {
+            // Behind: compressing would make it worse.
+            let level = level.filter(|_| cache.closed() < DEPTH);
+            let Some(Gathered { job, last_seq, reserved }) = cache.gather(level) else { break };
+            p.pipeline.jobs += 1;
+            p.pipeline.reserved += reserved;
+            let sealing = Sealing {
+                job: p.pipeline.jobs,
+                last_write: Some(last_seq),
+                kind: Kind::Writes,
+                flags: 0,
+                reserved,
+                encoded: None,
+            };
+            self.out.push(Action::Encode { token: Self::encode_token(sealing.job), job });
+            p.pipeline.queue.push_back(sealing);
+            moved = true;
+        }
+        moved
+    }
+
+    /// An epoch is encoded.
+    pub(super) fn encoded(&mut self, job: u64, encoded: Encoded) {
+        if let Part::Primary(p) = &mut self.part
+            && let Some(s) = p.pipeline.queue.iter_mut().find(|s| s.job == job)
+        {
+            s.encoded = Some(encoded);
+        }
+    }
+
+    fn append_records(&mut self) -> bool {
+        let mut moved = false;
+        while self.journal.in_flight() < APPENDS {
+            let Part::Primary(p) = &mut self.part else { break };
+            let Some(len) =
+                p.pipeline.queue.front().and_then(|s| s.encoded.as_ref()).map(Encoded::padded_len)
+            else {
+                break;
+            };
+            if !self.journal.fits(len) {
+                p.starved = true;
+                break;
+            }
+            let s = p.pipeline.queue.pop_front().expect("just seen");
+            p.pipeline.reserved -= s.reserved;
+            self.append(s);
+            moved = true;
+        }
+        moved
+    }
+
+    fn append(&mut self, s: Sealing) {
+        let Part::Primary(p) = &mut self.part else { return };
+        let tail = *self.journal.tail();
+        let last_write = s.last_write.unwrap_or(tail.last_write);
+        let waited = p.first_wanted().is_some_and(|w| w <= last_write) || s.flags & flags::SYNC != 0;
+        let stamp = Stamp {
+            group: self.cfg.group,
+            generation: self.meta.sb.generation,
+            lsn: tail.point.lsn.next(),
+            prev: tail.point.hash,
+            time: self.now.wall.max(tail.time),
+            flags: s.flags | if waited { flags::SYNC } else { 0 },
+            last_write,
+            durable: self.journal.durable(),
+            kind: s.kind,
+        };
+        let record = seal(s.encoded.expect("only encoded epochs are appended"), stamp);
+        self.journal.append(self.now, &record, waited, &mut self.disk);
+        for (extent, _) in record.extents() {
+            self.maps.mark(extent);
+        }
+        if waited {
+            p.pipeline.committing = record.stamp.lsn;
+        }
+        if s.kind == Kind::SyncSet && s.flags & flags::OPENS == 0 {
+            self.links.entering_at(record.stamp.lsn);
+        }
+        p.appended(tail_of(&record), self.now.mono);
+        let bytes = self.journal.bytes();
+        self.links.timeline.push(Sample { lsn: record.stamp.lsn, time: record.stamp.time, bytes });
+        self.links.record_bytes += record.wire_len();
+        self.feed.push(record, self.journal.written());
+    }
+
+    /// The way from a recovered journal to a primary that serves; whether anything moved.
+    pub(super) fn open(&mut self) -> bool {
+        let end = self.journal.tail().point.lsn;
+        let checkpointed = self.links.checkpoint == end && self.checkpoint_idle();
+        let Part::Primary(p) = &mut self.part else { return false };
+        match p.stage {
+            Stage::Redo if self.image.applied.point.lsn == end && self.image.is_idle() => {
+                p.stage = Stage::Checkpoint;
+                self.image.hurry = true;
+                true
+            }
+            Stage::Checkpoint if checkpointed && !self.admin.is_promoting() => {
+                self.open_generation();
+                true
+            }
+            Stage::Opening(ticket) if self.meta.is_saved(ticket) => {
+                self.open_journal();
+                true
+            }
+            _ => false,
+        }
+    }
+
+    fn open_generation(&mut self) {
+        let tail = *self.journal.tail();
+        let sb = &self.meta.sb;
+        let id = RingId { group: sb.group, boot: self.cfg.boot, term: sb.term };
+        let live = !sb.clean && sb.cache_boot == self.cfg.boot && sb.cache_boot != BootId::default();
+        let Some(memory) = self.ring.take() else { return };
+        let ring = match Ring::open(memory, id, tail.last_write) {
+            RingState::Ours(ring) if live => ring,
+            RingState::Foreign(_) if live && !self.cfg.accept_lost_cache => {
+                return self.fail(
+                    "the write cache is missing, but this machine has not rebooted since it was in use: \
+                     acknowledged writes may be lost. Put the cache file back, or start with \
+                     --accept-lost-cache to go on with what is in the journal"
+                        .into(),
+                );
+            }
+            RingState::Ours(ring) => Ring::format(ring.into_memory(), id, tail.last_write),
+            RingState::Foreign(memory) => Ring::format(memory, id, tail.last_write),
+        };
+        let Part::Primary(p) = &mut self.part else { return };
+        p.begin_at(tail.last_write);
+        p.cache = Some(Cache::new(ring));
+        let sb = &mut self.meta.sb;
+        sb.role = Role::Primary;
+        sb.generation = role::next_generation(&sb.openings, sb.term);
+        role::note_opening(&mut sb.openings, sb.generation, tail.point);
+        sb.cache_boot = self.cfg.boot;
+        sb.clean = false;
+        sb.floor = sb.floor.max(tail.point.lsn);
+        p.stage = Stage::Opening(self.meta.save(true));
+    }
+
+    fn open_journal(&mut self) {
+        let members: Vec<u8> = self.meta.sb.sync_set.iter().flat_map(|n| n.0.to_le_bytes()).collect();
+        let end = self.journal.tail().point.lsn;
+        let Part::Primary(p) = &mut self.part else { return };
+        let Some(cache) = &mut p.cache else { return };
+        let leftover = cache.last_seq() - cache.freed_seq();
+        p.pipeline.note(Kind::SyncSet, flags::OPENS | flags::SYNC, &members);
+        cache.close();
+        let last = Lsn(end.0 + 1 + cache.closed() as u64);
+        p.stage = Stage::Settling(last);
+        self.journal.want(last);
+        let start = self.meta.sb.generation.start;
+        self.log(
+            Level::Info,
+            format!("serving after LSN {end}, start {start} of the term; {leftover} writes taken up from the cache"),
+        );
+    }
+}

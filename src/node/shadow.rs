@@ -1,0 +1,295 @@
+//! The shadow: records from the primary, into the journal, into the image.
+//!
+//! Owns: what is received and what is told of it. Invariants: only the exact continuation of the
+//! journal is appended (I7); a position is told only when it is true (I5); nothing above the
+//! primary's announced durable LSN is applied.
+
+use super::event::{Action, Level, LinkId, Positions};
+use super::run::{Part, Run};
+use super::status::{Lag, Quantiles};
+use super::{JOURNAL, JOURNAL_RECOVERY};
+use crate::disk::DiskResult;
+use crate::format::message::Message;
+use crate::format::record::{Record, flags, origin};
+use crate::journal::Journal;
+use crate::journal::recovery::{Outcome, Recovery};
+use crate::link::receiver::{Held, Verdict, judge};
+use crate::units::{HistoryPoint, Lsn, MICROS, SECONDS};
+use hdrhistogram::Histogram;
+use std::collections::VecDeque;
+
+/// See the module's documentation.
+pub struct Shadow {
+    cut: Option<(LinkId, HistoryPoint, Option<Box<Recovery>>)>,
+    /// Positions last told, and on which link.
+    told: Option<(LinkId, Positions)>,
+    /// Seal times of the records that are not durable, and not applied.
+    undurable: VecDeque<(Lsn, u64)>,
+    unapplied: VecDeque<(Lsn, u64)>,
+    meter: Meter,
+    /// Records received that the journal has no room for yet.
+    held: VecDeque<Record>,
+    /// No more dialling: the node is shutting down.
+    pub(super) closing: bool,
+}
+
+/// Acknowledge what was only received in steps of this many records.
+const RECEIVED_STEP: u64 = 32;
+
+impl Shadow {
+    /// A shadow without a link.
+    pub fn new() -> Shadow {
+        Shadow {
+            cut: None,
+            told: None,
+            undurable: VecDeque::new(),
+            unapplied: VecDeque::new(),
+            meter: Meter::default(),
+            held: VecDeque::new(),
+            closing: false,
+        }
+    }
+
+    /// The journal is about to be cut back: nothing goes from it into the image.
+    pub fn is_cutting(&self) -> bool {
+        self.cut.is_some()
+    }
+}
+
+impl Run {
+    /// Moves the shadow on; whether anything moved.
+    pub(super) fn pump_shadow(&mut self) -> bool {
+        let moved = self.append_held();
+        self.begin_cut();
+        self.note_durable();
+        let limit = self.meta.sb.limit;
+        if limit > self.journal.durable() && self.journal.tail().point.lsn > self.journal.durable() {
+            // What is durable on the primary is wanted in the image, so it is wanted durable here.
+            let lsn = limit.min(self.journal.tail().point.lsn);
+            self.journal.want(lsn);
+        }
+        self.tell_positions();
+        moved
+    }
+
+    /// A record came in over the link that feeds this shadow.
+    pub(super) fn received(&mut self, link: LinkId, record: Record) {
+        let tail = *self.journal.tail();
+        let Part::Shadow(s) = &mut self.part else { return };
+        let last = s.held.back();
+        let held = Held {
+            group: self.cfg.group,
+            term: self.meta.sb.term,
+            point: last.map_or(tail.point, Record::point),
+            generation: last.map_or(tail.generation, |r| r.stamp.generation),
+            last_write: last.map_or(tail.last_write, |r| r.stamp.last_write),
+            time: last.map_or(tail.time, |r| r.stamp.time),
+            durable: last.map_or(tail.durable, |r| r.stamp.durable),
+        };
+        match judge(&held, &record) {
+            Verdict::Duplicate => {}
+            Verdict::Reject(why) => self.drop_link(link, &format!("the primary sent {why}")),
+            Verdict::Accept => {
+                s.held.push_back(record);
+                self.append_held();
+            }
+        }
+    }
+
+    fn append_held(&mut self) -> bool {
+        let mut moved = false;
+        loop {
+            let Part::Shadow(s) = &mut self.part else { return moved };
+            let Some(record) = s.held.front() else { return moved };
+            if !self.journal.fits(record.padded_len()) {
+                self.image.hurry = true;
+                return moved;
+            }
+            let record = s.held.pop_front().expect("just seen");
+            let (lsn, time) = (record.stamp.lsn, record.stamp.time);
+            s.undurable.push_back((lsn, time));
+            s.unapplied.push_back((lsn, time));
+            let late = self.links.primary_clock().map_or(0, |c| c.since(time, self.now.wall));
+            s.meter.record(0, late, self.now.mono);
+            let wanted = record.stamp.flags & flags::SYNC != 0;
+            self.journal.append(self.now, &record, wanted, &mut self.disk);
+            super::boot::note(&mut self.meta.sb, &mut self.maps, &record);
+            self.links.record_bytes += record.wire_len();
+            self.feed.push(record, self.journal.written());
+            moved = true;
+        }
+    }
+
+    /// The primary has everything up to here durable.
+    pub(super) fn announced(&mut self, lsn: Lsn) {
+        self.meta.sb.limit = self.meta.sb.limit.max(lsn);
+    }
+
+    fn note_durable(&mut self) {
+        let durable = self.journal.durable();
+        let wall = self.now.wall;
+        let Part::Shadow(s) = &mut self.part else { return };
+        while let Some((_, time)) = s.undurable.pop_front_if(|(lsn, _)| *lsn <= durable) {
+            let late = self.links.primary_clock().map_or(0, |c| c.since(time, wall));
+            s.meter.record(1, late, self.now.mono);
+        }
+    }
+
+    /// Everything up to here is in the image.
+    pub(super) fn note_applied(&mut self, applied: Lsn) {
+        let wall = self.now.wall;
+        let Part::Shadow(s) = &mut self.part else { return };
+        while let Some((_, time)) = s.unapplied.pop_front_if(|(lsn, _)| *lsn <= applied) {
+            let late = self.links.primary_clock().map_or(0, |c| c.since(time, wall));
+            s.meter.record(2, late, self.now.mono);
+        }
+    }
+
+    fn tell_positions(&mut self) {
+        let now = Positions {
+            received: self.journal.tail().point.lsn,
+            durable: self.journal.durable(),
+            applied: self.image.applied.point.lsn,
+        };
+        let Some(link) = self.links.receiving() else { return };
+        let Part::Shadow(s) = &mut self.part else { return };
+        if let Some((told_on, told)) = s.told
+            && told_on == link
+        {
+            let news = now.durable > told.durable
+                || now.applied > told.applied
+                || now.received.0 >= told.received.0 + RECEIVED_STEP;
+            if !news {
+                return;
+            }
+        }
+        s.told = Some((link, now));
+        let Positions { received, durable, applied } = now;
+        self.out.push(Action::Send { link, message: Message::Positions { received, durable, applied } });
+    }
+
+    /// The primary asks to compare histories at `at`, which is before the tail here: if they are equal
+    /// there, what lies behind is cut off.
+    pub(super) fn cut_to(&mut self, link: LinkId, at: HistoryPoint) {
+        if let Part::Shadow(s) = &mut self.part {
+            s.cut = Some((link, at, None));
+        }
+    }
+
+    fn begin_cut(&mut self) {
+        // Nothing may be reading or writing the journal, or moving the image, meanwhile.
+        let quiet = self.journal.is_quiet() && self.image.is_idle() && self.checkpoint_idle();
+        let Part::Shadow(s) = &mut self.part else { return };
+        let Some((_, at, recovery @ None)) = &mut s.cut else { return };
+        if !quiet {
+            return;
+        }
+        let origin = origin(self.cfg.group);
+        let mut begun = Box::new(Recovery::compare(JOURNAL_RECOVERY, &self.meta.sb, origin, *at));
+        begun.start(&mut self.disk);
+        *recovery = Some(begun);
+    }
+
+    /// The answer to a request of the recovery that cuts the journal back.
+    pub(super) fn cut_done(&mut self, id: u64, result: DiskResult) {
+        let Part::Shadow(s) = &mut self.part else { return };
+        let Some((link, at, Some(recovery))) = &mut s.cut else { return };
+        let Some(outcome) = recovery.complete(id, result, &mut |_| {}, &mut self.disk) else { return };
+        let (link, at) = (*link, *at);
+        s.cut = None;
+        match outcome {
+            Outcome::Found(r) => {
+                let sb = &mut self.meta.sb;
+                self.journal = Journal::new(JOURNAL, sb.group, sb.geometry, r.head, r.segments, r.tail);
+                sb.openings.retain(|o| o.at.lsn < at.lsn);
+                s.undurable.clear();
+                s.unapplied.retain(|(lsn, _)| *lsn <= at.lsn);
+                s.held.clear();
+                self.feed.clear();
+                self.image.reader.reset();
+                self.update_keep();
+                self.log(
+                    Level::Info,
+                    format!("cut {} places behind LSN {} that the primary lost", r.cut, at.lsn),
+                );
+                self.histories_agree(link);
+            }
+            Outcome::Differs => self.histories_differ(link, at.lsn),
+            Outcome::Stopped(text) => self.fail(text),
+        }
+    }
+
+    /// Lag as this shadow measures it.
+    pub(super) fn lag(&self) -> Option<Lag> {
+        let Part::Shadow(s) = &self.part else { return None };
+        let clock = self.links.primary_clock()?;
+        let applied = self.image.applied.point.lsn;
+        let heard = self.links.heard_of_primary();
+        let newest = heard.tail.max(self.journal.tail().point.lsn);
+        let records = newest.0.saturating_sub(applied.0);
+        let since = s.unapplied.front().map_or(heard.time, |(_, time)| *time);
+        let bytes = if records > 0 { heard.bytes } else { 0 };
+        let seconds =
+            if records > 0 { clock.since(since, self.now.wall) as f64 / SECONDS as f64 } else { 0.0 };
+        Some(Lag {
+            count: s.meter.count(),
+            received: s.meter.quantiles(0),
+            durable: s.meter.quantiles(1),
+            applied: s.meter.quantiles(2),
+            records,
+            bytes,
+            seconds,
+            clock_offset: clock.offset() as f64 / SECONDS as f64,
+        })
+    }
+}
+
+/// Distributions of lag over the last half to whole minute.
+#[derive(Default)]
+struct Meter {
+    halves: [Option<[Histogram<u64>; 3]>; 2],
+    since: u64,
+}
+
+/// How long one half fills.
+const HALF: u64 = 30 * SECONDS;
+
+impl Meter {
+    fn fresh() -> [Histogram<u64>; 3] {
+        // One microsecond to an hour, two digits.
+        std::array::from_fn(|_| Histogram::new_with_bounds(1, 3_600_000_000, 2).expect("fixed bounds"))
+    }
+
+    fn record(&mut self, stage: usize, nanos: u64, now: u64) {
+        if self.halves[0].is_none() || now >= self.since + HALF {
+            self.halves[1] = self.halves[0].take();
+            self.halves[0] = Some(Meter::fresh());
+            self.since = now;
+        }
+        if let Some(h) = &mut self.halves[0] {
+            h[stage].saturating_record((nanos / MICROS).max(1));
+        }
+    }
+
+    fn merged(&self, stage: usize) -> Option<Histogram<u64>> {
+        let mut all = self.halves[0].as_ref()?[stage].clone();
+        if let Some(older) = &self.halves[1] {
+            all.add(&older[stage]).ok()?;
+        }
+        Some(all)
+    }
+
+    fn count(&self) -> u64 {
+        self.merged(2).map_or(0, |h| h.len())
+    }
+
+    fn quantiles(&self, stage: usize) -> Quantiles {
+        let Some(h) = self.merged(stage).filter(|h| !h.is_empty()) else { return Quantiles::default() };
+        let seconds = |micros: u64| micros as f64 / 1e6;
+        Quantiles {
+            p50: seconds(h.value_at_quantile(0.5)),
+            p99: seconds(h.value_at_quantile(0.99)),
+            max: seconds(h.max()),
+        }
+    }
+}

@@ -1,0 +1,14 @@
+//! The kernel, wrapped: one io_uring, files, sockets, shared memory, clocks.
+//!
+//! Owns: nearly all `unsafe` of the program, and every rule about buffers and descriptors that the
+//! kernel works on. Invariant: a buffer or descriptor given to the kernel is owned by the ring until
+//! its completion is reaped; a file that failed a write or a sync never reports a later success.
+
+pub mod clock;
+pub mod disk;
+pub mod mmap;
+pub mod net;
+pub mod open;
+pub mod process;
+pub mod uring;
+pub mod wake;

@@ -1,0 +1,58 @@
+//! What the process asks of the kernel about itself.
+//!
+//! Owns: identity of this boot, randomness, and the promise not to wait for our own writeback.
+//! Invariant: none of it is read by a machine except through its configuration or an event.
+
+use crate::units::BootId;
+use nix::libc;
+use std::io;
+
+/// Tells the kernel that this thread (and those it starts) serves a block device: memory that it
+/// needs must not be reclaimed by writing to that device. Needs CAP_SYS_RESOURCE; false without it.
+pub fn become_io_flusher() -> bool {
+    const PR_SET_IO_FLUSHER: libc::c_int = 57;
+    // SAFETY: this prctl takes plain numbers and touches no memory of ours.
+    unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1u64, 0u64, 0u64, 0u64) == 0 }
+}
+
+/// The kernel's boot id.
+pub fn boot_id() -> io::Result<BootId> {
+    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+    parse_uuid(text.trim()).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "boot_id is not a UUID"))
+}
+
+fn parse_uuid(text: &str) -> Option<BootId> {
+    let digits: Vec<u8> = text.bytes().filter(|b| *b != b'-').collect();
+    if digits.len() != 32 {
+        return None;
+    }
+    let mut id = [0; 16];
+    for (byte, pair) in id.iter_mut().zip(digits.chunks_exact(2)) {
+        let digit = |d: u8| char::from(d).to_digit(16);
+        *byte = (digit(pair[0])? << 4 | digit(pair[1])?) as u8;
+    }
+    Some(id)
+}
+
+/// Fresh random bytes.
+///
+/// # Panics
+/// When the kernel has no randomness to give, which Linux does not do after boot.
+pub fn random<const N: usize>() -> [u8; N] {
+    let mut bytes = [0; N];
+    getrandom::fill(&mut bytes).expect("getrandom(2) does not fail after boot");
+    bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_boot_id_is_read_and_stays() {
+        assert_eq!(boot_id().unwrap(), boot_id().unwrap());
+        assert_eq!(parse_uuid("not a uuid"), None);
+        assert_eq!(parse_uuid("00112233-4455-6677-8899-aabbccddeeff").unwrap()[15], 0xff);
+        assert_ne!(random::<32>(), random::<32>());
+    }
+}
