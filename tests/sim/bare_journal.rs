@@ -119,7 +119,8 @@ impl Run {
             match recovery.complete(id, result, &mut note, &mut out) {
                 Some(Outcome::Found(found)) => {
                     let after = self.sb.checkpoint.lsn.0 as usize;
-                    let kept: Vec<_> = self.chain[after + 1..].iter().map(|t| t.point).take(seen.len()).collect();
+                    let kept: Vec<_> =
+                        self.chain[after + 1..].iter().map(|t| t.point).take(seen.len()).collect();
                     assert_eq!(seen, kept, "redo sees the records after the checkpoint");
                     return Some(*found);
                 }

@@ -163,8 +163,12 @@ impl Disk {
     fn check_rules(&self, request: &DiskRequest) -> Result<(), String> {
         let file = request.file;
         let wrong = |what: &str| Err(format!("{file:?}: {what}: {}", describe(request)));
-        let Some((offset, len)) = range(&request.op) else { return Ok(()) };
-        let Some(model) = self.files.get(&file) else { return wrong("no such file") };
+        let Some((offset, len)) = range(&request.op) else {
+            return Ok(());
+        };
+        let Some(model) = self.files.get(&file) else {
+            return wrong("no such file");
+        };
         if len == 0 || offset.checked_add(len).is_none_or(|end| end > model.live.len() as u64) {
             return wrong("outside the file");
         }
@@ -182,7 +186,9 @@ impl Disk {
             return Ok(());
         }
         for other in self.in_flight.values().filter(|o| o.request.file == file && writes(&o.request.op)) {
-            let Some((o, n)) = range(&other.request.op) else { continue };
+            let Some((o, n)) = range(&other.request.op) else {
+                continue;
+            };
             if offset < o + n && o < offset + len {
                 return wrong(&format!("overlaps {} in flight", describe(&other.request)));
             }
@@ -245,7 +251,9 @@ impl Disk {
         for InFlight { request, submitted } in left {
             let order = self.order;
             self.order += 1;
-            let Some(model) = self.files.get_mut(&request.file) else { continue };
+            let Some(model) = self.files.get_mut(&request.file) else {
+                continue;
+            };
             let (offset, data) = match request.op {
                 DiskOp::Write { offset, data, .. } => (offset, Data::Bytes(data)),
                 DiskOp::Zero { offset, len } => (offset, Data::Zeroes(len as usize)),
@@ -352,9 +360,8 @@ pub fn check() {
         freeze(buf)
     };
     let request = |op| DiskRequest { token: Token(0), file: File::Backing(0), op };
-    let write = |byte, sectors, dsync| {
-        request(DiskOp::Write { offset: 0, data: filled(byte, sectors), dsync })
-    };
+    let write =
+        |byte, sectors, dsync| request(DiskOp::Write { offset: 0, data: filled(byte, sectors), dsync });
     let (mut kept, mut lost, mut torn) = (0, 0, 0);
     for seed in 0..200 {
         let mut rng = Prng::new(seed);

@@ -132,7 +132,14 @@ impl World {
 
     fn arm(&mut self, node: usize) {
         let rng = &mut self.scenario.rng;
-        let file = rng.pick(&[File::Journal, File::Journal, File::Backing(0), File::Backing(0), File::Superblock, File::DirtyMaps]);
+        let file = rng.pick(&[
+            File::Journal,
+            File::Journal,
+            File::Backing(0),
+            File::Backing(0),
+            File::Superblock,
+            File::DirtyMaps,
+        ]);
         let kind = if file == File::DirtyMaps { 2 } else { rng.below(3) as u8 };
         let fault = DiskFault { errno: 5, drops: rng.permille(500) };
         let skip = rng.below(10);

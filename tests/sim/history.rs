@@ -96,7 +96,12 @@ impl History {
     }
 
     /// Enters a record. `sealer` is the node it was seen at first.
-    pub fn enter(&mut self, record: &Record, sealer: NodeId, model: &Model) -> Result<(), (&'static str, String)> {
+    pub fn enter(
+        &mut self,
+        record: &Record,
+        sealer: NodeId,
+        model: &Model,
+    ) -> Result<(), (&'static str, String)> {
         let stamp = &record.stamp;
         let say = |text: &str| format!("record {} of {:?}: {text}", stamp.lsn, stamp.generation);
         if stamp.generation.term.node != sealer {
@@ -185,7 +190,8 @@ fn check_order(
             if *new == 0 || *new == old {
                 continue; // zeroes do not say whose they are
             }
-            let w: &Write = model.writes.get(*new as usize).ok_or_else(|| format!("write {new} was never made"))?;
+            let w: &Write =
+                model.writes.get(*new as usize).ok_or_else(|| format!("write {new} was never made"))?;
             if w.volume != *volume || !(w.first..w.first + w.sectors).contains(&sector) {
                 return Err(format!("write {new} was not of sector {sector}"));
             }

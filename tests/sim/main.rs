@@ -162,7 +162,10 @@ fn main() {
     let (mut passed, mut failed) = models();
     let begun = Instant::now();
     let limit = args.minutes.map(|m| Duration::from_secs(m * 60));
-    let seeds = args.one.map_or(args.start..args.start.saturating_add(if limit.is_some() { u64::MAX } else { args.seeds }), |s| s..s + 1);
+    let seeds = args.one.map_or(
+        args.start..args.start.saturating_add(if limit.is_some() { u64::MAX } else { args.seeds }),
+        |s| s..s + 1,
+    );
     let (mut total, mut lines, mut records) = (Counts::default(), 0, 0);
     let mut kinds: BTreeMap<String, (u64, u64)> = BTreeMap::new();
     for seed in seeds {
@@ -186,8 +189,13 @@ fn main() {
             None => passed += 1,
             Some(failure) if args.keep_going => {
                 failed += 1;
-                println!("FAILED seed {seed}: {}: {}", failure.invariant, failure.text.lines().take(3).collect::<Vec<_>>().join(" "));
-                let kind: String = format!("{}: {}", failure.invariant, failure.text.chars().take(60).collect::<String>());
+                println!(
+                    "FAILED seed {seed}: {}: {}",
+                    failure.invariant,
+                    failure.text.lines().take(3).collect::<Vec<_>>().join(" ")
+                );
+                let kind: String =
+                    format!("{}: {}", failure.invariant, failure.text.chars().take(60).collect::<String>());
                 kinds.entry(kind).or_insert((0, seed)).0 += 1;
             }
             Some(failure) => {

@@ -44,8 +44,8 @@ struct Version {
     decided: u64,
     acked: bool,
     durable: bool,
-    /// A read has shown a later one.
-    hidden: bool,
+    /// When a read has shown a later one.
+    hidden: u64,
 }
 
 /// A volume as the model sees it.
@@ -72,7 +72,7 @@ impl Model {
     /// Volumes of zeroes: (number, bytes).
     pub fn new(volumes: &[(u8, u64)]) -> Model {
         let zero =
-            Version { id: 0, zero: true, submit: 0, decided: 0, acked: true, durable: true, hidden: false };
+            Version { id: 0, zero: true, submit: 0, decided: 0, acked: true, durable: true, hidden: NEVER };
         let volume = |&(number, size): &(u8, u64)| Volume {
             number,
             sectors: vec![vec![zero.clone()]; size as usize / SECTOR],
@@ -127,7 +127,17 @@ impl Model {
         let submit = self.tick();
         let id = self.writes.len() as WriteId;
         let (decided, acked) = (NEVER, false);
-        self.writes.push(Write { volume, first, sectors, zero, submit, began: submit, decided, acked, remote: 0 });
+        self.writes.push(Write {
+            volume,
+            first,
+            sectors,
+            zero,
+            submit,
+            began: submit,
+            decided,
+            acked,
+            remote: 0,
+        });
         self.enter(id, zero, submit);
         id
     }
@@ -142,7 +152,7 @@ impl Model {
     fn enter(&mut self, id: WriteId, zero: bool, submit: u64) {
         self.in_flight.push(id);
         let version =
-            Version { id, zero, submit, decided: NEVER, acked: false, durable: false, hidden: false };
+            Version { id, zero, submit, decided: NEVER, acked: false, durable: false, hidden: NEVER };
         self.versions(id).for_each(|list| list.push(version.clone()));
     }
     /// A write is answered.
@@ -176,7 +186,9 @@ impl Model {
     }
     fn make_durable(&mut self, id: WriteId) {
         for list in self.versions(id) {
-            let Some(at) = list.iter().rposition(|v| v.id == id && v.acked) else { continue };
+            let Some(at) = list.iter().rposition(|v| v.id == id && v.acked) else {
+                continue;
+            };
             list[at].durable = true;
             let floor = list[at].submit;
             list.retain(|v| v.decided >= floor);
@@ -202,7 +214,7 @@ impl Model {
             for v in list.iter_mut().filter(|v| !v.durable) {
                 v.acked = false;
             }
-            list.iter_mut().for_each(|v| v.hidden = false);
+            list.iter_mut().for_each(|v| v.hidden = NEVER);
         }
     }
 
@@ -221,12 +233,12 @@ impl Model {
     }
 
     fn check_sector(&mut self, volume: usize, sector: u64, id: WriteId, submit: u64) -> Result<(), String> {
-        let crashed = self.crashed;
+        let (now, crashed) = (self.tick(), self.crashed);
         let list = &mut self.volumes[volume].sectors[sector as usize];
         let replaced = list.iter().filter(|v| v.acked && v.decided < submit).map(|v| v.submit).max();
         let floor = replaced.unwrap_or(0);
         let same = |v: &Version| if id == 0 { v.zero } else { v.id == id };
-        let possible = |v: &Version| !v.hidden && v.decided >= floor;
+        let possible = |v: &Version| v.hidden >= submit && v.decided >= floor;
         let Some(at) = list.iter().rposition(|v| same(v) && possible(v)) else {
             return Err(format!(
                 "volume {volume} sector {sector} reads as write {id}; possible were {:?} at {submit}, floor {floor}",
@@ -235,12 +247,12 @@ impl Model {
         };
         // Whatever was decided before this read began and is not what it saw came before that.
         for v in list.iter_mut().filter(|v| !same(v) && v.decided < submit) {
-            v.hidden = true;
+            v.hidden = v.hidden.min(now);
         }
         if list[at].decided <= crashed && (!list[at].durable || list.len() > 1) {
             // Read after a recovery: it stands for good.
             let v = &mut list[at];
-            (v.acked, v.durable, v.hidden) = (true, true, false);
+            (v.acked, v.durable, v.hidden) = (true, true, NEVER);
             let kept = v.id;
             list.retain(|v| v.id == kept || v.decided > crashed);
         }
@@ -256,7 +268,8 @@ impl Model {
             for (list, id) in volume.sectors.iter_mut().zip(ids) {
                 let (id, zero) = (*id, *id == 0);
                 let (submit, decided) = (now, now);
-                *list = vec![Version { id, zero, submit, decided, acked: true, durable: true, hidden: false }];
+                *list =
+                    vec![Version { id, zero, submit, decided, acked: true, durable: true, hidden: NEVER }];
             }
         }
     }
@@ -267,9 +280,8 @@ impl Model {
         if newer != 0 {
             return newer == older || self.writes[newer as usize].decided >= began;
         }
-        let covers = |w: &Write| {
-            w.zero && w.volume == volume && (w.first..w.first + w.sectors).contains(&sector)
-        };
+        let covers =
+            |w: &Write| w.zero && w.volume == volume && (w.first..w.first + w.sectors).contains(&sector);
         older == 0 || self.writes[1..].iter().any(|w| covers(w) && w.decided >= began)
     }
 
@@ -280,7 +292,10 @@ impl Model {
                 let there = image[w.volume][sector as usize];
                 let older = if w.zero { there != 0 } else { there != id as WriteId };
                 if older && !self.may_follow(there, id as WriteId, w.volume, sector) {
-                    return Some(format!("volume {} sector {sector} holds write {there}, not {id}: {w:?}", w.volume));
+                    return Some(format!(
+                        "volume {} sector {sector} holds write {there}, not {id}: {w:?}",
+                        w.volume
+                    ));
                 }
             }
         }

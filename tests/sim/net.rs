@@ -105,7 +105,8 @@ impl Connection {
     pub fn send(&mut self, side: usize, now: u64, frame: Bytes, rng: &mut Prng) -> u64 {
         let end = &mut self.ends[side];
         let transfer = frame.len() as u64 * 1_000_000 / self.rate;
-        let jitter = if rng.permille(20) { rng.below(10 * self.latency) } else { rng.below(self.latency / 4 + 1) };
+        let jitter =
+            if rng.permille(20) { rng.below(10 * self.latency) } else { rng.below(self.latency / 4 + 1) };
         end.not_before = (now + self.latency + jitter).max(end.not_before) + transfer;
         end.inbound.push_back(frame);
         end.not_before

@@ -6,7 +6,7 @@
 use crate::disk::{self, Fault as DiskFault};
 use crate::net;
 use crate::plan::Fault;
-use crate::world::{Coming, Sabotage, Outcome, Purpose, World, broken, peer_node};
+use crate::world::{Coming, Outcome, Purpose, Sabotage, World, broken, peer_node};
 use bytes::Bytes;
 use volrep::disk::{DiskOp, DiskRequest, File};
 use volrep::format::message::Message;
@@ -58,7 +58,12 @@ impl World {
             match action {
                 Action::Disk(request) => self.disk_submit(node, request)?,
                 Action::Encode { token, job } => {
-                    self.trace.note(self.now, node, "encode", [token.0, job.extents.len() as u64, job.buf.len() as u64]);
+                    self.trace.note(
+                        self.now,
+                        node,
+                        "encode",
+                        [token.0, job.extents.len() as u64, job.buf.len() as u64],
+                    );
                     let compressor = self.compressors.entry(job.level.unwrap_or(0)).or_default();
                     let size = job.buf.len() as u64;
                     let encoded = encode(job, compressor);
@@ -158,7 +163,9 @@ impl World {
             host.disk.complete(ticket, fault, &mut self.rng)
         };
         if self.sabotage == Some(Sabotage::StaleRead) && kind == 0 && class == File::Backing(0) {
-            let zeroes = |b: Bytes| if b.len() > 512 && self.rng.permille(20) { vec![0; b.len()].into() } else { b };
+            let zeroes = |b: Bytes| {
+                if b.len() > 512 && self.rng.permille(20) { vec![0; b.len()].into() } else { b }
+            };
             result = result.map(zeroes);
         }
         if let Some(sync) = host.map_syncs.remove(&ticket)
@@ -172,7 +179,12 @@ impl World {
             self.counts.met(&name);
             host.watch.failed(file, kind);
         }
-        self.trace.note(self.now, node, "disk done", [request.token.0, kind.into(), u64::from(result.is_err())]);
+        self.trace.note(
+            self.now,
+            node,
+            "disk done",
+            [request.token.0, kind.into(), u64::from(result.is_err())],
+        );
         self.step(node, Event::Disk { token: request.token, result })
     }
 
@@ -216,7 +228,9 @@ impl World {
 
     fn close(&mut self, node: usize, link: LinkId) {
         self.trace.note(self.now, node, "close", [link.0, 0, 0]);
-        let Some((connection, side)) = self.net.find(link) else { return };
+        let Some((connection, side)) = self.net.find(link) else {
+            return;
+        };
         let c = &self.net.connections[&connection];
         if c.ends[side].down {
             return;
@@ -268,7 +282,9 @@ impl World {
             return Ok(());
         }
         let c = self.net.connections.get_mut(&connection).expect("never removed");
-        let Some(frame) = c.arrive(side) else { return Ok(()) };
+        let Some(frame) = c.arrive(side) else {
+            return Ok(());
+        };
         match net::parse(&frame) {
             Ok(message) => {
                 let (kind, number) = digest(&message);
@@ -323,7 +339,9 @@ impl World {
                     c.ends[side].down = true;
                 }
             }
-            let Some(side) = (0..2).find(|s| !c.ends[*s].down) else { continue };
+            let Some(side) = (0..2).find(|s| !c.ends[*s].down) else {
+                continue;
+            };
             let lost = self.rng.below(c.under_way(side) as u64 + 1) as usize;
             c.cut(side, lost);
             let silent = power && self.rng.permille(700);
@@ -358,10 +376,20 @@ impl World {
 
     fn refused(&mut self, node: usize, purpose: Purpose, why: Refusal, text: &str) -> Outcome {
         self.counts.met(&format!("{purpose:?} refused: {why:?}"));
-        if purpose == Purpose::Promote {
-            return self.promotion_refused(text);
+        match purpose {
+            Purpose::Promote => return self.promotion_refused(text),
+            Purpose::Open if why == Refusal::Busy => {
+                let incarnation = self.hosts[node].incarnation;
+                self.after(5_000_000, Coming::Ask { node, incarnation });
+                return Ok(());
+            }
+            _ => {}
         }
         let fault = self.hosts[node].watch.faulted || self.scenario.demoted(node);
-        if fault { Ok(()) } else { broken("contract", format!("{purpose:?} refused ({why:?}) without a fault: {text}")) }
+        if fault {
+            Ok(())
+        } else {
+            broken("contract", format!("{purpose:?} refused ({why:?}) without a fault: {text}"))
+        }
     }
 }

@@ -160,7 +160,11 @@ impl Plan {
         let sync = if rng.permille(350) { rng.within(1, (1 << (nodes - 1)) - 1) as u8 } else { 0 } << 1;
         let promotion = rng.permille(350).then(|| {
             let at = rng.within(mix.requests / 4, mix.requests * 3 / 4);
-            (at, rng.pick(&[Loss::Forever, Loss::Kill, Loss::Power]), rng.within(1, nodes as u64 - 1) as usize)
+            (
+                at,
+                rng.pick(&[Loss::Forever, Loss::Kill, Loss::Power]),
+                rng.within(1, nodes as u64 - 1) as usize,
+            )
         });
         let behind = rng.permille(200);
         Plan {
@@ -196,10 +200,16 @@ fn draw_volumes(rng: &mut Prng) -> Vec<(u8, u64, u64)> {
 }
 
 fn draw_mix(rng: &mut Prng) -> Mix {
-    let largest = rng.pick(&[1, 8, 16, 32, 128, 512]);
+    let largest = if rng.permille(50) { 6000 } else { rng.pick(&[1, 8, 16, 32, 128, 512]) };
     Mix {
         depth: rng.log(1, 48),
-        requests: if largest > 64 { rng.within(100, 300) } else { rng.within(200, 700) },
+        requests: if largest > 512 {
+            rng.within(20, 60)
+        } else if largest > 64 {
+            rng.within(100, 300)
+        } else {
+            rng.within(200, 700)
+        },
         largest,
         read: rng.pick(&[0, 100, 300]),
         flush: rng.pick(&[0, 20, 100, 300]),

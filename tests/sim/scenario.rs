@@ -120,10 +120,11 @@ impl World {
     }
 
     fn impatient(&mut self) -> Outcome {
-        let waited = self.now - match self.scenario.phase {
-            Phase::Work => self.work.progress.max(self.scenario.since),
-            _ => self.scenario.since,
-        };
+        let waited = self.now
+            - match self.scenario.phase {
+                Phase::Work => self.work.progress.max(self.scenario.since),
+                _ => self.scenario.since,
+            };
         if waited < PATIENCE {
             return Ok(());
         }
@@ -132,27 +133,46 @@ impl World {
     }
 
     fn describe(&self, node: usize) -> String {
-        let Some(s) = &self.hosts[node].status else { return format!("{node}: down") };
-        let peers: Vec<_> =
-            s.peers.iter().map(|p| format!("{} {} {:?} applied {}", p.name, p.state, p.reason, p.applied_lsn)).collect();
+        let Some(s) = &self.hosts[node].status else {
+            return format!("{node}: down");
+        };
+        let peers: Vec<_> = s
+            .peers
+            .iter()
+            .map(|p| format!("{} {} {:?} applied {}", p.name, p.state, p.reason, p.applied_lsn))
+            .collect();
         format!(
             "{node}: {} {} {:?} tail {} durable {} applied {} checkpoint {} set {:?} journal {}/{} cache {} peers {peers:?}",
-            s.role, s.state, s.reason, s.tail_lsn, s.durable_lsn, s.applied_lsn, s.checkpoint_lsn, s.sync_set,
-            s.journal_used, s.journal_size, s.cache_used
+            s.role,
+            s.state,
+            s.reason,
+            s.tail_lsn,
+            s.durable_lsn,
+            s.applied_lsn,
+            s.checkpoint_lsn,
+            s.sync_set,
+            s.journal_used,
+            s.journal_size,
+            s.cache_used
         )
     }
 
     /// Checks a node's state by itself.
     fn look_at(&mut self, node: usize) -> Outcome {
-        let Some(s) = self.poll(node)? else { return Ok(()) };
+        let Some(s) = self.poll(node)? else {
+            return Ok(());
+        };
         let watch = &self.hosts[node].watch;
-        let ordered = s.checkpoint_lsn <= s.applied_lsn && s.applied_lsn <= s.tail_lsn && s.durable_lsn <= s.tail_lsn;
+        let ordered =
+            s.checkpoint_lsn <= s.applied_lsn && s.applied_lsn <= s.tail_lsn && s.durable_lsn <= s.tail_lsn;
         if !ordered && s.state != "Recovering" && s.state != "Failed" {
             return broken("I5", format!("positions out of order: {}", self.describe(node)));
         }
         let (faulted, demoted) = (watch.faulted, self.scenario.demoted(node));
         match s.state.as_str() {
-            "Failed" if !faulted && !demoted => broken("contract", format!("failed without a fault: {}", self.describe(node))),
+            "Failed" if !faulted && !demoted => {
+                broken("contract", format!("failed without a fault: {}", self.describe(node)))
+            }
             "Failed" if !demoted && !watch.stopping => {
                 // Its administrator starts it again.
                 self.hosts[node].watch.stopping = true;
@@ -160,7 +180,9 @@ impl World {
                 self.restart(node, false, delay);
                 Ok(())
             }
-            "Diverged" if !self.scenario.promoted => broken("I1", format!("diverged without a promotion: {}", self.describe(node))),
+            "Diverged" if !self.scenario.promoted => {
+                broken("I1", format!("diverged without a promotion: {}", self.describe(node)))
+            }
             "Inconsistent" => broken("I1", format!("inconsistent: {}", self.describe(node))),
             _ => Ok(()),
         }
@@ -319,12 +341,16 @@ impl World {
     }
 
     fn all_current(&self, joining: bool) -> bool {
-        let Some(p) = &self.hosts[self.scenario.primary].status else { return false };
+        let Some(p) = &self.hosts[self.scenario.primary].status else {
+            return false;
+        };
         if p.state != "UpToDate" || p.role != "primary" || self.scenario.verify.is_some() {
             return false;
         }
         self.followers().all(|n| {
-            let Some(s) = &self.hosts[n].status else { return false };
+            let Some(s) = &self.hosts[n].status else {
+                return false;
+            };
             let known = p.peers.iter().any(|q| q.name == self.hosts[n].config.name && q.state == "UpToDate");
             let current = s.state == "UpToDate" && s.applied_lsn == p.tail_lsn && known;
             current || (!joining && self.excused(s))
@@ -332,12 +358,14 @@ impl World {
     }
 
     fn all_at_rest(&self) -> bool {
-        let Some(p) = &self.hosts[self.scenario.primary].status else { return false };
+        let Some(p) = &self.hosts[self.scenario.primary].status else {
+            return false;
+        };
         let rests = |s: &Status| s.checkpoint_lsn == p.tail_lsn && s.applied_lsn == p.tail_lsn;
         rests(p)
-            && self.followers().all(|n| {
-                self.hosts[n].status.as_ref().is_some_and(|s| rests(s) || self.excused(s))
-            })
+            && self
+                .followers()
+                .all(|n| self.hosts[n].status.as_ref().is_some_and(|s| rests(s) || self.excused(s)))
     }
 
     fn begin_verify(&mut self, node: usize) -> Outcome {
@@ -350,7 +378,8 @@ impl World {
             }
         }
         self.scenario.rng.shuffle(&mut left);
-        let image = (0..self.model.volumes.len()).map(|v| vec![0; self.model.volume_sectors(v) as usize]).collect();
+        let image =
+            (0..self.model.volumes.len()).map(|v| vec![0; self.model.volume_sectors(v) as usize]).collect();
         let rebase = self.scenario.rebase;
         self.scenario.verify = Some(Verify { left, outstanding: 0, image, rebase });
         self.verify_on(node)
@@ -370,7 +399,9 @@ impl World {
 
     /// A part of the image came back.
     pub fn verified(&mut self, node: usize, extent: Extent, bytes: &Bytes, tick: u64) -> Outcome {
-        let Some(v) = &mut self.scenario.verify else { return Ok(()) };
+        let Some(v) = &mut self.scenario.verify else {
+            return Ok(());
+        };
         v.outstanding -= 1;
         let number = extent.address().volume();
         let first = extent.address().offset() / SECTOR as u64;
@@ -380,7 +411,9 @@ impl World {
         if !v.rebase {
             self.counts.check("I6");
             self.counts.check("I3");
-            self.model.check_read(extent, bytes, tick).or_else(|text| broken("I3", format!("after a recovery: {text}")))?;
+            self.model
+                .check_read(extent, bytes, tick)
+                .or_else(|text| broken("I3", format!("after a recovery: {text}")))?;
         }
         let finished = v.left.is_empty() && v.outstanding == 0;
         if finished { self.image_read(node) } else { self.verify_on(node) }
@@ -388,7 +421,9 @@ impl World {
 
     /// The whole image was read: it must be the image of the journal's last record.
     fn image_read(&mut self, node: usize) -> Outcome {
-        let Some(v) = self.scenario.verify.take() else { return Ok(()) };
+        let Some(v) = self.scenario.verify.take() else {
+            return Ok(());
+        };
         let tail = self.tail_hash(node)?;
         self.counts.check("I1");
         self.same_image(&v.image, tail, "after a recovery")?;
@@ -398,7 +433,10 @@ impl World {
                 && !self.scenario.promoted
                 && !self.history.includes(tail, applied.hash)
             {
-                return broken("I1", format!("the primary came back without {applied:?}, which {shadow} had applied"));
+                return broken(
+                    "I1",
+                    format!("the primary came back without {applied:?}, which {shadow} had applied"),
+                );
             }
         }
         if v.rebase {
@@ -431,7 +469,9 @@ impl World {
     }
 
     fn tail_hash(&mut self, node: usize) -> Result<Hash, crate::world::Violation> {
-        let Some(s) = self.poll(node)? else { return broken("contract", "gone while it was looked at") };
+        let Some(s) = self.poll(node)? else {
+            return broken("contract", "gone while it was looked at");
+        };
         let watch = &self.hosts[node].watch;
         match watch.at(s.tail_lsn, self.history.origin) {
             Some(hash) => Ok(hash),
@@ -485,7 +525,9 @@ impl World {
             let extent = Extent::new(Address::new(number, 0).expect("small"), size).expect("whole sectors");
             let tick = self.model.tick();
             let content = self.hosts[node].disk.content(File::Backing(number));
-            self.model.check_read(extent, content, tick).or_else(|text| broken("I2", format!("at rest: {text}")))?;
+            self.model
+                .check_read(extent, content, tick)
+                .or_else(|text| broken("I2", format!("at rest: {text}")))?;
         }
         Ok(())
     }

@@ -102,7 +102,12 @@ impl World {
         self.counts.check("I2");
         let sealer = self.hosts[node].id;
         let lsn = record.stamp.lsn.0;
-        self.trace.note(self.now, node, "sealed", [lsn, record.wire().len() as u64, record.stamp.flags.into()]);
+        self.trace.note(
+            self.now,
+            node,
+            "sealed",
+            [lsn, record.wire().len() as u64, record.stamp.flags.into()],
+        );
         let entered = self.history.enter(record, sealer, &self.model);
         entered.or_else(|(invariant, text)| broken(invariant, text))
     }
@@ -113,7 +118,8 @@ impl World {
             return broken("contract", "a superblock slot that does not decode");
         };
         self.counts.check("I7");
-        let text = format!("{:?} term {:?} checkpoint {} clean {}", s.role, s.term, s.checkpoint.lsn, s.clean);
+        let text =
+            format!("{:?} term {:?} checkpoint {} clean {}", s.role, s.term, s.checkpoint.lsn, s.clean);
         self.trace.say(self.now, node, "slot", &text);
         let host = &mut self.hosts[node];
         let watch = &mut host.watch;
@@ -138,7 +144,9 @@ impl World {
         let Ok((_, s)) = Superblock::choose([a, b]) else {
             return broken("I3", "neither superblock slot decodes");
         };
-        let Some(first) = s.maps.first().copied() else { return Ok(()) };
+        let Some(first) = s.maps.first().copied() else {
+            return Ok(());
+        };
         let sizes: Vec<_> = s.volumes.iter().map(|v| (v.number, v.size)).collect();
         let maps = Maps::new(Box::new(host.maps.content()), &sizes, s.maps.clone(), first.from);
         let maps = maps.or_else(|text| broken("I9", text))?;
@@ -207,9 +215,13 @@ impl World {
         let Some(hash) = watch.at(lsn, self.history.origin) else {
             return broken("I5", format!("applied {lsn}, which was never in its journal"));
         };
-        let said = watch.applied.unwrap_or(HistoryPoint { lsn: volrep::units::Lsn(0), hash: self.history.origin });
+        let said =
+            watch.applied.unwrap_or(HistoryPoint { lsn: volrep::units::Lsn(0), hash: self.history.origin });
         if !self.history.includes(hash, said.hash) && !self.history.includes(said.hash, hash) {
-            return broken("I5", format!("applied {lsn} of a history without {said:?}, which it had applied"));
+            return broken(
+                "I5",
+                format!("applied {lsn} of a history without {said:?}, which it had applied"),
+            );
         }
         if lsn < said.lsn.0 {
             return broken("I5", format!("applied {lsn} after {} was reported", said.lsn));

@@ -91,15 +91,13 @@ impl Workload {
 
 /// Draws an extent: small ones are likelier, and many lie in the same few places.
 fn draw_extent(volumes: &[(u8, u64, u64)], mix: &Mix, rng: &mut Prng) -> Extent {
-    let (number, size, _) = rng.pick(volumes);
+    let (number, size, block) = rng.pick(volumes);
     let sectors = size / SECTOR as u64;
-    let len = rng.log(1, mix.largest).min(sectors);
-    let len = if rng.permille(300) { len.next_multiple_of(8).min(sectors) } else { len };
+    // The front end tells its client the smallest unit.
+    let unit = if rng.permille(300) { 8 } else { block / SECTOR as u64 };
+    let len = rng.log(1, mix.largest).next_multiple_of(unit).min(sectors);
     let room = if rng.permille(mix.hot) { (sectors / 16).max(len) } else { sectors };
-    let mut first = rng.below(room.min(sectors) - len + 1);
-    if rng.permille(300) {
-        first -= first % 8;
-    }
+    let first = rng.below(room.min(sectors) - len + 1) / unit * unit;
     let address = Address::new(number, first * SECTOR as u64).expect("within a small volume");
     Extent::new(address, len * SECTOR as u64).expect("whole sectors of one volume")
 }
@@ -252,7 +250,8 @@ impl World {
         self.counts.check("I8");
         let watch = &self.hosts[node].watch;
         if watch.heard_term > watch.acting_term {
-            let text = format!("acknowledges under term {} having heard of {}", watch.acting_term, watch.heard_term);
+            let text =
+                format!("acknowledges under term {} having heard of {}", watch.acting_term, watch.heard_term);
             return broken("I8", text);
         }
         self.counts.check("I10");
@@ -279,12 +278,17 @@ impl World {
         if self.plan.sync == 0 {
             return Ok(0);
         }
-        let Some(status) = self.poll(node)? else { return Ok(0) };
+        let Some(status) = self.poll(node)? else {
+            return Ok(0);
+        };
         if status.ack_level != "durable" {
             return Ok(0);
         }
-        let named = |name: &String, h: &crate::world::Host| *name == h.config.name || *name == format!("{:?}", h.id);
-        let bit = |(n, h)| if status.sync_set.iter().any(|name| named(name, h)) { 1u8 << n } else { 0 };
+        let named =
+            |name: &String, h: &crate::world::Host| *name == h.config.name || *name == format!("{:?}", h.id);
+        let bit = |(n, h)| {
+            if status.sync_set.iter().any(|name| named(name, h)) { 1u8 << n } else { 0 }
+        };
         Ok(self.hosts.iter().enumerate().map(bit).fold(0, |a, b: u8| a | b))
     }
 }

@@ -67,6 +67,8 @@ pub enum Coming {
     /// What was asked of a node is done. (Never handled within the step that answered it: what the
     /// same step asked for comes first.)
     Granted { node: usize, incarnation: u32, purpose: Purpose },
+    /// Time to ask for `Open` again.
+    Ask { node: usize, incarnation: u32 },
     /// A part of the image came back.
     Verified { node: usize, incarnation: u32, extent: Extent, bytes: Bytes, tick: u64 },
     /// A partition ends.
@@ -291,7 +293,10 @@ impl World {
                 self.verified(node, extent, &bytes, tick)
             }
             Coming::Disk { .. } | Coming::Encoded { .. } | Coming::Dialed { .. } => Ok(()),
-            Coming::Granted { .. } | Coming::Verified { .. } => Ok(()),
+            Coming::Ask { node, incarnation } if self.lives(node, incarnation) => {
+                self.ask(node, AdminOp::Open, Purpose::Open)
+            }
+            Coming::Granted { .. } | Coming::Verified { .. } | Coming::Ask { .. } => Ok(()),
             Coming::Up { connection, side } => self.link_up(connection, side),
             Coming::Arrive { connection, side } => self.arrive(connection, side),
             Coming::Down { connection, side } => self.link_down(connection, side),
@@ -332,7 +337,9 @@ impl World {
     /// Gives a node an event and does what it asks.
     pub fn step(&mut self, node: usize, event: Event) -> Outcome {
         let host = &mut self.hosts[node];
-        let Some(running) = &mut host.node else { return Ok(()) };
+        let Some(running) = &mut host.node else {
+            return Ok(());
+        };
         let now = Now { mono: host.mono_base + self.now, wall: host.wall_base + self.now };
         let mut actions = Actions::default();
         running.step(now, event, &mut actions);
@@ -441,7 +448,14 @@ fn volume_name(number: u8) -> String {
     format!("v{number}")
 }
 
-fn config(plan: &Plan, n: usize, ids: &[NodeId], group: GroupId, key: [u8; 32], rng: &mut Prng) -> NodeConfig {
+fn config(
+    plan: &Plan,
+    n: usize,
+    ids: &[NodeId],
+    group: GroupId,
+    key: [u8; 32],
+    rng: &mut Prng,
+) -> NodeConfig {
     let volume = |&(number, size, block): &(u8, u64, u64)| VolumeConfig {
         number,
         name: volume_name(number),
