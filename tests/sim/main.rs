@@ -195,7 +195,7 @@ fn main() {
                     failure.text.lines().take(3).collect::<Vec<_>>().join(" ")
                 );
                 let kind: String =
-                    format!("{}: {}", failure.invariant, failure.text.chars().take(60).collect::<String>());
+                    format!("{}: {}", failure.invariant, failure.text.chars().take(70).map(|c| if c.is_ascii_digit() { '#' } else { c }).collect::<String>().replace("##", "#").replace("##", "#"));
                 kinds.entry(kind).or_insert((0, seed)).0 += 1;
             }
             Some(failure) => {

@@ -7,6 +7,7 @@
 //! Times are ticks of the model's own clock: one per submission, completion and crash.
 
 use crate::content::{SECTOR, WriteId, parse};
+use std::collections::BTreeSet;
 use volrep::units::Extent;
 
 /// Not yet.
@@ -66,6 +67,8 @@ pub struct Model {
     /// Acknowledged writes that no flush covers yet.
     volatile: Vec<WriteId>,
     crashed: u64,
+    /// When the reads outstanding were submitted: they may return what was replaced since.
+    reads: BTreeSet<u64>,
 }
 
 impl Model {
@@ -95,6 +98,7 @@ impl Model {
             in_flight: Vec::new(),
             volatile: Vec::new(),
             crashed: 0,
+            reads: BTreeSet::new(),
         }
     }
     /// The next tick.
@@ -184,14 +188,26 @@ impl Model {
         covered.iter().for_each(|id| self.make_durable(*id));
         covered
     }
+    /// A read is submitted.
+    pub fn begin_read(&mut self) -> u64 {
+        let now = self.tick();
+        self.reads.insert(now);
+        now
+    }
+    /// A read is answered, or never will be.
+    pub fn end_read(&mut self, submit: u64) {
+        self.reads.remove(&submit);
+    }
     fn make_durable(&mut self, id: WriteId) {
+        let oldest = self.reads.first().copied().unwrap_or(NEVER);
         for list in self.versions(id) {
             let Some(at) = list.iter().rposition(|v| v.id == id && v.acked) else {
                 continue;
             };
             list[at].durable = true;
-            let floor = list[at].submit;
-            list.retain(|v| v.decided >= floor);
+            let (floor, seen) = (list[at].submit, list[at].decided > oldest);
+            // Whoever reads from now on can't see what this one has replaced; who reads already may.
+            list.retain(|v| v.decided >= floor || seen);
         }
     }
 
@@ -199,6 +215,7 @@ impl Model {
     pub fn kill(&mut self) {
         let now = self.tick();
         self.crashed = now;
+        self.reads.clear();
         for id in std::mem::take(&mut self.in_flight) {
             self.writes[id as usize].decided = now;
             for list in self.versions(id) {

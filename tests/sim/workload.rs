@@ -137,7 +137,7 @@ impl World {
             let extent = draw_extent(&self.plan.volumes, &mix, &mut self.work.rng);
             let fua = self.work.rng.permille(mix.fua);
             match draw - mix.flush {
-                d if d < mix.read => (Op::Read(extent), Asked::Read { extent, tick: self.model.tick() }),
+                d if d < mix.read => (Op::Read(extent), Asked::Read { extent, tick: self.model.begin_read() }),
                 d if d < mix.read + mix.zero => {
                     let id = self.model.begin_write(extent, true);
                     (Op::Zero { extent, fua }, Asked::Write { id, fua, latched })
@@ -227,6 +227,7 @@ impl World {
             }
             Asked::Read { extent, tick } => {
                 self.counts.check("I2");
+                self.model.end_read(tick);
                 self.model.check_read(extent, bytes, tick).or_else(|text| broken("I2", text))?;
             }
             Asked::Verify { extent, tick } => {
@@ -265,6 +266,9 @@ impl World {
         self.counts.met("request failed");
         if let Asked::Write { id, .. } = asked {
             self.model.end_write(*id, false, false);
+        }
+        if let Asked::Read { tick, .. } = asked {
+            self.model.end_read(*tick);
         }
         let watch = &self.hosts[node].watch;
         if watch.faulted || watch.stopping || self.scenario.demoted(node) {
