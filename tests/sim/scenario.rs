@@ -80,6 +80,10 @@ impl Scenario {
     pub fn over(&self) -> bool {
         self.phase == Phase::Over
     }
+    /// The primary is lost, and nobody was promoted yet.
+    pub fn is_losing(&self, node: usize) -> bool {
+        node == 0 && self.phase == Phase::Promote
+    }
     /// Another node was promoted over this one (or is about to be).
     pub fn demoted(&self, node: usize) -> bool {
         node == 0 && (self.promoted || self.phase == Phase::Promote)

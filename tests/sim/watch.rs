@@ -150,7 +150,8 @@ impl World {
         let sizes: Vec<_> = s.volumes.iter().map(|v| (v.number, v.size)).collect();
         let maps = Maps::new(Box::new(host.maps.content()), &sizes, s.maps.clone(), first.from);
         let maps = maps.or_else(|text| broken("I9", text))?;
-        for range in &s.maps {
+        // A map may begin after the checkpoint: recovery marks those records again.
+        for range in s.maps.iter().filter(|r| r.from.lsn < s.checkpoint.lsn) {
             self.counts.check("I9");
             let listed = maps.since(range.from.lsn);
             for (volume, sector, sectors) in self.history.written(s.checkpoint.hash, range.from.hash) {

@@ -23,7 +23,7 @@ use volrep::node::Node;
 use volrep::node::config::{NodeConfig, PeerConfig, VolumeConfig};
 use volrep::node::event::{Actions, AdminId, AdminOp, Event};
 use volrep::node::status::Status;
-use volrep::units::{Extent, Generation, GroupId, HistoryPoint, Lsn, NodeId, Now, Term};
+use volrep::units::{Extent, Generation, GroupId, HistoryPoint, Lsn, NodeId, Now, SECONDS, Term};
 
 /// A broken promise.
 #[derive(Clone, Debug)]
@@ -319,6 +319,11 @@ impl World {
     pub fn boot(&mut self, node: usize) -> Outcome {
         let at = self.now;
         if self.hosts[node].gone || self.hosts[node].node.is_some() {
+            return Ok(());
+        }
+        if self.scenario.is_losing(node) {
+            // Not before another was promoted.
+            self.after(SECONDS, Coming::Boot { node });
             return Ok(());
         }
         self.check_maps(node)?;
