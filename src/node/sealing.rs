@@ -235,7 +235,7 @@ impl Run {
             RingState::Foreign(memory) => Ring::format(memory, id, tail.last_write),
         };
         let Part::Primary(p) = &mut self.part else { return };
-        p.begin_at(tail.last_write);
+        p.begin_at(&tail, self.meta.sb.sync_set.is_empty());
         p.cache = Some(Cache::new(ring));
         let sb = &mut self.meta.sb;
         sb.role = Role::Primary;
