@@ -403,7 +403,7 @@ impl Recovery {
         let mut segments = Vec::new();
         let mut sequence = if end.offset == 0 { end.segment - 1 } else { end.segment };
         while let Some(header) = self.headers.get(&sequence) {
-            segments.push(Segment { sequence, before: header.before });
+            segments.push(Segment { sequence, before: header.before, time: header.time });
             sequence -= 1;
         }
         segments.reverse();
