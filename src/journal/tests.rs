@@ -246,7 +246,7 @@ fn what_is_kept_is_found_without_walking_all_segments() {
             time: 0,
             durable: Lsn(0),
         };
-        let segments = if first_offset == 0 { vec![] } else { vec![Segment { sequence: 1, before: tail.point }] };
+        let segments = if first_offset == 0 { vec![] } else { vec![Segment { sequence: 1, before: tail.point, time: 0 }] };
         let head = cursor::Place { segment: 1, offset: first_offset };
         let mut j = Journal::new(1, sb.group, geometry, head, segments, tail);
         assert_eq!(j.busy_from, busy_from(&j));
@@ -265,7 +265,9 @@ fn what_is_kept_is_found_without_walking_all_segments() {
                 _ => {
                     let back = dice >> 59 & 1 == 0;
                     let id = if back { waiting.pop_back() } else { waiting.pop_front() };
-                    id.map(|id| j.complete(id, Ok(Bytes::new())).unwrap());
+                    if let Some(id) = id {
+                        j.complete(id, Ok(Bytes::new())).unwrap();
+                    }
                     if j.poll(Now::default(), 0, 0, &mut out).is_none() && j.sync.is_some() {
                         j.complete(SYNC, Ok(Bytes::new())).unwrap();
                     }
