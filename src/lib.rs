@@ -12,6 +12,8 @@
 
 pub mod apply;
 pub mod cache;
+pub mod cli;
+pub mod control;
 pub mod daemon;
 pub mod disk;
 pub mod extents;

@@ -1,2 +1,5 @@
 //! The `volrep` program.
-fn main() {}
+
+fn main() -> std::process::ExitCode {
+    volrep::cli::run()
+}

@@ -1,0 +1,137 @@
+//! `volrep promote`: makes a shadow the primary.
+//!
+//! Owns: what is said before it, and the call of the fence hook. Invariant: nothing counts as fencing
+//! but the hook's success and the flag that says so; what may be lost is said before anything is done.
+
+use super::config;
+use super::failure::{Exit, Failure};
+use super::fence::fence;
+use super::output::{Output, confirm};
+use super::places::Places;
+use super::size::{grouped, human, span};
+use super::{remote, status};
+use crate::control::{Reply, Verb};
+use crate::node::status::{PeerStatus, SCHEMA_VERSION, Status};
+use serde_json::{Value, json};
+
+/// Make this shadow the primary
+#[derive(clap::Args, Clone, Debug)]
+pub struct Promote {
+    /// The group's name
+    #[arg(value_name = "NAME")]
+    group: String,
+    /// Only say what would happen and what may be lost
+    #[arg(long)]
+    dry_run: bool,
+    /// Your word that the old primary can no longer write; nothing else stands for it
+    #[arg(long)]
+    i_fenced_the_old_primary: bool,
+    /// Don't ask for the group's name
+    #[arg(long)]
+    yes: bool,
+}
+
+impl Promote {
+    /// Does it.
+    pub fn run(&self, places: &Places, out: &Output) -> Result<(), Failure> {
+        let config = config::load(places, &self.group)?;
+        let before = status::obtain(places, &self.group)?;
+        if before.state == "Stopped" {
+            let what = format!("`{}` is not running here, so it can't be promoted", self.group);
+            return Err(Failure::new(Exit::Failure, what, before.action));
+        }
+        eprintln!("{}", at_stake(&before));
+        let named = self.i_fenced_the_old_primary;
+        // With a hook the plan is that of a fenced primary: the hook runs only after the plan is confirmed.
+        let plan = self.ask(places, named || config.fence_hook.is_some(), true)?;
+        if self.dry_run {
+            let hook = config.fence_hook.as_ref().filter(|_| !named);
+            if let Some(hook) = hook {
+                eprintln!("volrep: would call {} first, and go on only if it succeeds", hook.display());
+            }
+            out.document(&self.document(&before, None, &plan), || plan.clone());
+            return Ok(());
+        }
+        eprintln!("{plan}");
+        confirm(&self.group, "promote this shadow", self.yes)?;
+        let fenced = match (&config.fence_hook, named) {
+            (Some(hook), false) => {
+                let (name, term) = old_primary(&before);
+                fence(hook, name, term).map(|()| true)?
+            }
+            (_, named) => named,
+        };
+        let done = self.ask(places, fenced, false)?;
+        let after = status::obtain(places, &self.group).ok();
+        out.document(&self.document(&before, after.as_ref(), &done), || done.clone());
+        Ok(())
+    }
+
+    fn ask(&self, places: &Places, fenced: bool, dry_run: bool) -> Result<String, Failure> {
+        match remote::ask(places, &self.group, Verb::Promote { fenced, dry_run }, None)? {
+            Reply::Done { text } => Ok(text),
+            _ => Err(remote::odd(&self.group)),
+        }
+    }
+
+    fn document(&self, before: &Status, after: Option<&Status>, text: &str) -> Value {
+        let (old, term) = old_primary(before);
+        let peer = before.peers.first();
+        json!({
+            "schema_version": SCHEMA_VERSION,
+            "group": self.group,
+            "node": before.node,
+            "dry_run": self.dry_run,
+            "old_primary": old,
+            "old_term": term,
+            "term": after.map(|s| s.term),
+            "tail_lsn": before.tail_lsn,
+            "at_last_heartbeat": {
+                "seconds_ago": peer.and_then(|p| p.heard_seconds_ago),
+                "lag_records": lag(before).1,
+                "lag_bytes": lag(before).2,
+            },
+            "text": text,
+        })
+    }
+}
+
+fn old_primary(s: &Status) -> (&str, u64) {
+    (s.peers.first().map_or("unknown", |p| p.name.as_str()), s.term)
+}
+
+/// Seconds, records and bytes that the shadow lacked when it last heard of its primary.
+fn lag(s: &Status) -> (f64, u64, u64) {
+    let of_peer = |p: &PeerStatus| (p.lag_seconds, p.lag_records, p.lag_bytes);
+    match (&s.lag, s.peers.first()) {
+        (Some(lag), _) => (lag.seconds, lag.records, lag.bytes),
+        (None, Some(p)) => of_peer(p),
+        (None, None) => (0.0, 0, 0),
+    }
+}
+
+/// What a promotion may lose, as far as this node can know.
+pub fn at_stake(s: &Status) -> String {
+    if s.role == "primary" {
+        return format!("{} is the primary of `{}` already.", s.node, s.group);
+    }
+    let end = format!("The shadow ends at LSN {}", grouped(s.tail_lsn));
+    let Some(p) = s.peers.first() else {
+        return format!("{end}; no primary is known here, so what it has beyond that is unknown.");
+    };
+    let Some(heard) = p.heard_seconds_ago else {
+        return format!("{} was not heard since this daemon started. {end}; what {0} wrote later is unknown.", p.name);
+    };
+    let (_, records, bytes) = lag(s);
+    let missing = match (records, bytes) {
+        (0, _) => format!("nothing acknowledged on {} was missing here", p.name),
+        (n, bytes) => format!("{} in {} records of {} was not applied here (what the journal here holds of it is kept)", human(bytes), grouped(n), p.name),
+    };
+    let ago = span(heard);
+    let connection = if p.state == "Disconnected" {
+        format!("{} is unreachable and not known to be fenced. ", p.name)
+    } else {
+        format!("{} is connected and may be writing: a switch without loss is better. ", p.name)
+    };
+    format!("{connection}{end};\nat the last heartbeat, {ago} ago, {missing}; later writes are unknown.")
+}

@@ -1,0 +1,205 @@
+//! The administrator's way to a running node: one JSON line asks, one answers.
+//!
+//! Owns: the protocol on the control socket, and the front ends that it opens. Invariant: a line is
+//! bounded ([`MAX_REQUEST`], [`MAX_REPLY`]) before it is parsed; only the socket's owner gets in
+//! (0600 in a 0700 directory).
+
+pub mod client;
+pub mod fronts;
+pub mod server;
+
+use crate::node::event::Refusal;
+use crate::node::status::Status;
+use serde::{Deserialize, Serialize};
+
+/// The protocol's version; both ends must speak the same one.
+pub const VERSION: u32 = 1;
+/// Longest request, bytes.
+pub const MAX_REQUEST: usize = 64 << 10;
+/// Longest reply, bytes.
+pub const MAX_REPLY: usize = 1 << 20;
+
+/// A request; each has a connection of its own.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Request {
+    /// [`VERSION`].
+    pub version: u32,
+    /// What is asked.
+    #[serde(flatten)]
+    pub verb: Verb,
+}
+
+/// What is asked of a running node.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(tag = "verb", rename_all = "snake_case")]
+pub enum Verb {
+    /// The state now.
+    Status,
+    /// Offer the volumes as devices, once the node serves them.
+    Attach {
+        /// How.
+        device: DeviceKind,
+    },
+    /// Take the devices away and drain to the backing.
+    Detach,
+    /// Become the primary.
+    Promote {
+        /// The operator's word that the old primary can no longer write.
+        fenced: bool,
+        /// Only say what would happen.
+        dry_run: bool,
+    },
+}
+
+/// How volumes are offered.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum DeviceKind {
+    /// The best that this machine can
+    Auto,
+    /// A ublk block device
+    Ublk,
+    /// An NBD server on a unix socket
+    Nbd,
+    /// A file through FUSE, and a loop device on it
+    Fuse,
+}
+
+impl std::fmt::Display for DeviceKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            DeviceKind::Auto => "auto",
+            DeviceKind::Ublk => "ublk",
+            DeviceKind::Nbd => "nbd",
+            DeviceKind::Fuse => "fuse",
+        })
+    }
+}
+
+/// A volume that is offered.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Attached {
+    /// The volume's name.
+    pub volume: String,
+    /// The device's path or the NBD URI.
+    pub device: String,
+}
+
+/// The answer.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "snake_case")]
+pub enum Reply {
+    /// To [`Verb::Status`].
+    Status {
+        /// The state.
+        status: Box<Status>,
+    },
+    /// To [`Verb::Attach`].
+    Attached {
+        /// How, in the end.
+        device: DeviceKind,
+        /// In the order of the volumes' numbers.
+        volumes: Vec<Attached>,
+    },
+    /// Done; what to tell.
+    Done {
+        /// That.
+        text: String,
+    },
+    /// Not done.
+    Refused {
+        /// Which exit code.
+        kind: Kind,
+        /// Why, and what to do next.
+        text: String,
+    },
+}
+
+impl Reply {
+    /// A refusal.
+    pub fn refused(kind: Kind, text: impl Into<String>) -> Reply {
+        Reply::Refused { kind, text: text.into() }
+    }
+}
+
+/// Why a request was not done.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// It failed.
+    Failed,
+    /// In use, or in a state in which it can't be done.
+    Busy,
+    /// A peer that is needed can't be reached.
+    Unreachable,
+    /// It would lose data.
+    WouldLoseData,
+    /// The histories have diverged.
+    Diverged,
+    /// The old primary may still be writing.
+    Unfenced,
+}
+
+impl From<Refusal> for Kind {
+    fn from(r: Refusal) -> Kind {
+        match r {
+            Refusal::Failed => Kind::Failed,
+            Refusal::Busy => Kind::Busy,
+            Refusal::Unreachable => Kind::Unreachable,
+            Refusal::WouldLoseData => Kind::WouldLoseData,
+            Refusal::Diverged => Kind::Diverged,
+            Refusal::Unfenced => Kind::Unfenced,
+        }
+    }
+}
+
+/// Reads a request, whatever bytes it is.
+pub fn parse_request(line: &[u8]) -> Result<Verb, Reply> {
+    #[derive(Deserialize)]
+    struct Version {
+        version: u32,
+    }
+    let refuse = |text: String| Reply::refused(Kind::Failed, text);
+    // The version first: the rest may be of a kind that only another version knows.
+    let version = serde_json::from_slice::<Version>(line).map_err(|e| refuse(format!("not a request: {e}")))?;
+    if version.version != VERSION {
+        return Err(refuse(format!(
+            "the daemon speaks version {VERSION} of the control protocol, the command version {}: use the volrep \
+             that belongs to the daemon, or restart the daemon",
+            version.version
+        )));
+    }
+    let request = serde_json::from_slice::<Request>(line).map_err(|e| refuse(format!("not a request: {e}")))?;
+    Ok(request.verb)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn golden() {
+        let request = Request { version: VERSION, verb: Verb::Attach { device: DeviceKind::Auto } };
+        let line = serde_json::to_string(&request).unwrap();
+        assert_eq!(line, r#"{"version":1,"verb":"attach","device":"auto"}"#);
+        assert_eq!(parse_request(line.as_bytes()), Ok(request.verb));
+        let reply = Reply::refused(Kind::WouldLoseData, "no");
+        let line = serde_json::to_string(&reply).unwrap();
+        assert_eq!(line, r#"{"reply":"refused","kind":"would_lose_data","text":"no"}"#);
+    }
+
+    #[test]
+    fn another_version_is_told_so() {
+        let Err(Reply::Refused { text, .. }) = parse_request(br#"{"version":2,"verb":"dance"}"#) else { panic!() };
+        assert!(text.contains("version 2"), "{text}");
+        assert!(parse_request(br#"{"version":1,"verb":"dance"}"#).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_panic(bytes: Vec<u8>) {
+            let _ = parse_request(&bytes);
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! What every verb owes: help, usage errors, no such group, the JSON form of an error.
+
+use super::{Place, volrep};
+
+/// Each verb, and a command line that is complete but names a group that does not exist.
+const VERBS: [(&str, &[&str], &[&str]); 8] = [
+    ("init", &["init", "g", "--volume", "a=/x"], &["--volume", "--sync", "--node", "--listen", "--journal-size", "--journal-dir", "--cache-size", "--buffered", "--dry-run"]),
+    ("token", &["token", "g"], &["--peer", "--address"]),
+    ("join", &["join", "t", "--volume", "a=/x"], &["--volume", "--from", "--group", "--yes", "--node", "--listen", "--journal-size", "--journal-dir", "--cache-size", "--buffered", "--dry-run"]),
+    ("serve", &["serve", "g"], &["--attach", "--workers", "--dry-run"]),
+    ("attach", &["attach", "g"], &["--device"]),
+    ("detach", &["detach", "g"], &["--dry-run"]),
+    ("status", &["status", "g"], &["--watch"]),
+    ("promote", &["promote", "g"], &["--dry-run", "--i-fenced-the-old-primary", "--yes"]),
+];
+const SHARED: [&str; 6] = ["--json", "--config", "--state-dir", "--run-dir", "--shm-dir", "--dev-dir"];
+
+#[test]
+fn help_names_every_flag() {
+    for (verb, _, flags) in VERBS {
+        let ended = volrep(&[verb, "--help"]);
+        ended.expect(0, &[]);
+        for flag in flags.iter().chain(&SHARED) {
+            assert!(ended.stdout.contains(flag), "{verb} --help does not name {flag}");
+        }
+        // A flag that the list above does not know would go untested.
+        let words = ended.stdout.split(|c: char| !c.is_ascii_alphanumeric() && c != '-');
+        for word in words.filter(|w| w.len() > 2 && w.starts_with("--")) {
+            let known = flags.contains(&word) || SHARED.contains(&word) || word == "--help";
+            assert!(known, "{verb} --help names {word}, which is not tested");
+        }
+    }
+    let ended = volrep(&["--help"]);
+    VERBS.iter().for_each(|(verb, ..)| assert!(ended.stdout.contains(verb)));
+    assert!(ended.stdout.contains("15 fencing unconfirmed"));
+}
+
+#[test]
+fn an_unknown_flag_is_usage() {
+    for (verb, complete, _) in VERBS {
+        let mut args = complete.to_vec();
+        args.push("--frobnicate");
+        volrep(&args).expect(2, &["--frobnicate"]);
+        volrep(&[verb, "--json", "--frobnicate"]).expect(2, &[]);
+        let error = volrep(&[verb, "--json", "--frobnicate"]).json();
+        assert_eq!(error["error"]["exit"], 2);
+        assert_eq!(error["error"]["kind"], "usage");
+    }
+    volrep::<&str>(&[]).expect(2, &[]);
+    volrep(&["frobnicate"]).expect(2, &["frobnicate"]);
+}
+
+#[test]
+fn no_such_group_is_told_with_what_there_is() {
+    let place = Place::new();
+    place.init(&["data=disk:1M"]).expect(0, &[]);
+    for (verb, ..) in VERBS.iter().filter(|(verb, ..)| !["init", "join"].contains(verb)) {
+        place.run(&[verb, "gg"]).expect(10, &["no group `gg`", "did you mean `g`?"]);
+        let ended = place.run(&[verb, "nowhere", "--json"]);
+        ended.expect(10, &["here are: g"]);
+        let error = ended.json();
+        assert_eq!(error["schema_version"], 1);
+        assert_eq!(error["error"]["exit"], 10);
+        assert_eq!(error["error"]["kind"], "no_such_group");
+        assert!(error["error"]["next"].as_str().unwrap().contains("here are: g"));
+    }
+}
+
+#[test]
+fn a_wrong_configuration_names_the_key() {
+    let place = Place::new();
+    place.init(&["data=disk:1M"]).expect(0, &[]);
+    let path = place.config().join("g.toml");
+    let good = std::fs::read_to_string(&path).unwrap();
+    for (from, to, words) in [
+        ("compression =", "compresion =", &["compresion", "did you mean `compression`?", "line "][..]),
+        ("size = \"64M\"", "size = \"64 apples\"", &["64 apples", "not a size"]),
+        ("segments = 4", "segments = 1", &["journal.segments"]),
+        ("segments = 4", "segments = 5", &["does not belong to this configuration", "4 segments"]),
+        ("on_full", "[", &["line "]),
+    ] {
+        assert!(good.contains(from), "{from}");
+        std::fs::write(&path, good.replacen(from, to, 1)).unwrap();
+        let ended = place.run(&["serve", "g", "--dry-run"]);
+        assert_ne!(ended.code, 0);
+        ended.expect(ended.code, words);
+        assert_ne!(place.run(&["status", "g"]).code, 0);
+    }
+    std::fs::write(&path, good).unwrap();
+    place.run(&["serve", "g", "--dry-run"]).expect(0, &[]);
+}
+
+#[test]
+fn the_environment_names_places_and_a_flag_wins() {
+    let place = Place::new();
+    let at = |name: &str| place.path().join(name);
+    let mut command = super::program();
+    command.env("VOLREP_CONFIG_DIR", at("a")).env("VOLREP_STATE_DIR", at("b")).args(["--state-dir"]).arg(at("c"));
+    command.args(["init", "g", "--node", "n", "--journal-size", "8M", "--volume", "d=disk:1M"]).current_dir(place.path());
+    super::Ended::of(command.output().unwrap()).expect(0, &[]);
+    assert!(at("a/g.toml").exists() && at("c/g/superblock").exists() && !at("b").exists());
+}
+
+#[test]
+fn status_of_a_stopped_group() {
+    let place = Place::new();
+    let none = place.run(&["status"]);
+    assert!(none.expect(0, &[]).stdout.starts_with("no groups in "), "{}", none.stdout);
+    place.init(&["data=disk:1M", "wal=disk2:1M"]).expect(0, &[]);
+    let ended = place.run(&["status", "g"]);
+    ended.expect(0, &[]);
+    assert!(ended.stdout.ends_with("action: start it: volrep serve g\n"), "{}", ended.stdout);
+    let one = place.run(&["status", "g", "--json"]).expect(0, &[]).json();
+    assert_eq!((&one["state"], &one["role"], &one["term"]), (&"Stopped".into(), &"primary".into(), &1.into()));
+    assert_eq!(one["volumes"][1]["name"], "wal");
+    let all = place.run(&["status", "--json"]).expect(0, &[]).json();
+    assert_eq!(all["groups"][0], one);
+}
+
+#[test]
+fn verbs_that_need_the_daemon_say_so() {
+    let place = Place::new();
+    place.init(&["data=disk:1M"]).expect(0, &[]);
+    for verb in ["attach", "detach", "promote"] {
+        place.run(&[verb, "g"]).expect(1, &["not running", "volrep serve g"]);
+    }
+}
+
+#[test]
+fn damage_to_the_superblock_is_told() {
+    let place = Place::new();
+    place.init(&["data=disk:1M"]).expect(0, &[]);
+    let path = place.config().join("state/g/superblock");
+    let good = std::fs::read(&path).unwrap();
+    let mut one = good.clone();
+    one[100] ^= 1;
+    std::fs::write(&path, &one).unwrap();
+    place.run(&["status", "g"]).expect(0, &[]);
+    one[(64 << 10) + 100] ^= 1;
+    std::fs::write(&path, &one).unwrap();
+    place.run(&["status", "g"]).expect(1, &["superblock is damaged", "checksum", "another node"]);
+    std::fs::write(&path, &good[..1000]).unwrap();
+    place.run(&["serve", "g"]).expect(1, &["superblock"]);
+    std::fs::remove_file(&path).unwrap();
+    place.run(&["serve", "g"]).expect(1, &["is not there", "VOLREP_"]);
+}
