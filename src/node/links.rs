@@ -254,7 +254,10 @@ impl Run {
 
     /// A connection is gone.
     pub(super) fn link_down(&mut self, link: LinkId) {
-        if let Some(peer) = self.links.peer_of(link)
+        // The end of a link that was given up says nothing of the one that took its place.
+        let given_up = self.links.by_id.get(&link).is_none_or(|l| matches!(l.state, LinkState::Closing));
+        if !given_up
+            && let Some(peer) = self.links.peer_of(link)
             && matches!(peer.state, "UpToDate" | "CatchingUp")
         {
             peer.state = "Disconnected";
