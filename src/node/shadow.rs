@@ -5,6 +5,7 @@
 //! primary's announced durable LSN is applied.
 
 use super::event::{Action, Level, LinkId, Positions};
+use super::meta::Ticket;
 use super::run::{Part, Run};
 use super::status::{Lag, Quantiles};
 use super::{JOURNAL, JOURNAL_RECOVERY};
@@ -23,12 +24,18 @@ pub struct Shadow {
     cut: Option<(LinkId, HistoryPoint, Option<Box<Recovery>>)>,
     /// Positions last told, and on which link.
     told: Option<(LinkId, Positions)>,
-    /// Seal times of the records that are not durable, and not applied.
-    undurable: VecDeque<(Lsn, u64)>,
+    /// Seal times of the records that are not durable (and the durable LSNs they carry), and not applied.
+    undurable: VecDeque<(Lsn, u64, Lsn)>,
     unapplied: VecDeque<(Lsn, u64)>,
     meter: Meter,
     /// Records received that the journal has no room for yet.
     held: VecDeque<Record>,
+    /// A restart would find, in the superblock or in a durable record, that the primary has
+    /// everything up to here: only that much may be applied, or the restarted shadow would let
+    /// records be taken back that its image has.
+    vouched: Lsn,
+    /// The superblock that will vouch for a higher limit.
+    vouching: Option<(Ticket, Lsn)>,
     /// No more dialling: the node is shutting down.
     pub(super) closing: bool,
 }
@@ -37,8 +44,8 @@ pub struct Shadow {
 const RECEIVED_STEP: u64 = 32;
 
 impl Shadow {
-    /// A shadow without a link.
-    pub fn new() -> Shadow {
+    /// A shadow without a link; the primary has everything up to `limit`, as recovery found.
+    pub fn new(limit: Lsn) -> Shadow {
         Shadow {
             cut: None,
             told: None,
@@ -46,8 +53,15 @@ impl Shadow {
             unapplied: VecDeque::new(),
             meter: Meter::default(),
             held: VecDeque::new(),
+            vouched: limit,
+            vouching: None,
             closing: false,
         }
+    }
+
+    /// Nothing above it may be applied.
+    pub fn vouched(&self) -> Lsn {
+        self.vouched
     }
 
     /// The journal is about to be cut back: nothing goes from it into the image.
@@ -62,6 +76,7 @@ impl Run {
         let moved = self.append_held();
         self.begin_cut();
         self.note_durable();
+        self.vouch();
         let limit = self.meta.sb.limit;
         if limit > self.journal.durable() && self.journal.tail().point.lsn > self.journal.durable() {
             // What is durable on the primary is wanted in the image, so it is wanted durable here.
@@ -107,7 +122,7 @@ impl Run {
             }
             let record = s.held.pop_front().expect("just seen");
             let (lsn, time) = (record.stamp.lsn, record.stamp.time);
-            s.undurable.push_back((lsn, time));
+            s.undurable.push_back((lsn, time, record.stamp.durable));
             s.unapplied.push_back((lsn, time));
             let late = self.links.primary_clock().map_or(0, |c| c.since(time, self.now.wall));
             s.meter.record(0, late, self.now.mono);
@@ -125,11 +140,31 @@ impl Run {
         self.meta.sb.limit = self.meta.sb.limit.max(lsn);
     }
 
+    /// The primary's announcement is written down before it is acted on. While records flow, they
+    /// carry it themselves; when they pause, the superblock does.
+    fn vouch(&mut self) {
+        let (limit, durable) = (self.meta.sb.limit, self.journal.durable());
+        let quiet = self.journal.is_quiet();
+        let Part::Shadow(s) = &mut self.part else { return };
+        match s.vouching {
+            Some((ticket, upto)) if self.meta.is_saved(ticket) => {
+                s.vouched = s.vouched.max(upto);
+                s.vouching = None;
+            }
+            Some(_) => return,
+            None => {}
+        }
+        if quiet && s.vouched < limit.min(durable) {
+            s.vouching = Some((self.meta.save(false), limit));
+        }
+    }
+
     fn note_durable(&mut self) {
         let durable = self.journal.durable();
         let wall = self.now.wall;
         let Part::Shadow(s) = &mut self.part else { return };
-        while let Some((_, time)) = s.undurable.pop_front_if(|(lsn, _)| *lsn <= durable) {
+        while let Some((_, time, carried)) = s.undurable.pop_front_if(|(lsn, ..)| *lsn <= durable) {
+            s.vouched = s.vouched.max(carried);
             let late = self.links.primary_clock().map_or(0, |c| c.since(time, wall));
             s.meter.record(1, late, self.now.mono);
         }
