@@ -378,6 +378,11 @@ impl World {
         self.counts.met(&format!("{purpose:?} refused: {why:?}"));
         match purpose {
             Purpose::Promote => return self.promotion_refused(text),
+            Purpose::Shutdown if self.hosts[node].watch.faulted => {
+                let incarnation = self.hosts[node].incarnation;
+                self.after(0, Coming::Granted { node, incarnation, purpose });
+                return Ok(());
+            }
             Purpose::Open if why == Refusal::Busy => {
                 let incarnation = self.hosts[node].incarnation;
                 self.after(5_000_000, Coming::Ask { node, incarnation });

@@ -132,8 +132,21 @@ impl World {
         if waited < PATIENCE {
             return Ok(());
         }
+        if self.blocked_for_good() {
+            self.counts.met("blocked: a member of the sync set has diverged");
+            self.enter(Phase::Over);
+            return Ok(());
+        }
         let states = (0..self.hosts.len()).map(|n| self.describe(n)).collect::<Vec<_>>().join("; ");
         broken("liveness", format!("{:?} does not end: {states}", self.scenario.phase))
+    }
+
+    /// A FLUSH waits for a member that a promotion has left behind: that takes an administrator.
+    fn blocked_for_good(&self) -> bool {
+        let state = |n: usize| self.hosts[n].status.as_ref().map(|s| s.state.as_str());
+        self.scenario.promoted
+            && state(self.scenario.primary) == Some("Blocked")
+            && self.followers().any(|n| self.hosts[n].status.as_ref().is_some_and(|s| self.excused(s)))
     }
 
     fn describe(&self, node: usize) -> String {
@@ -211,6 +224,9 @@ impl World {
     pub fn process_gone(&mut self, node: usize, power: bool) {
         self.work.forget(node);
         if node == self.scenario.primary {
+            if matches!(self.scenario.phase, Phase::Drain | Phase::Rest) {
+                self.enter(Phase::Settle);
+            }
             self.work.open = false;
             self.scenario.verify = None;
             if power { self.model.power_loss() } else { self.model.kill() }
@@ -295,6 +311,11 @@ impl World {
         self.net.partitions.clear();
         self.scenario.dials_fail_until = 0;
         self.scenario.message_faults.clear();
+        if self.scenario.promoted && !self.hosts[0].gone {
+            // It came back unasked; whoever still follows it is to find the promoted node.
+            self.kill(0, false);
+            self.hosts[0].gone = true;
+        }
         for node in 0..self.hosts.len() {
             self.hosts[node].armed.clear();
             self.hosts[node].slow = 1;
