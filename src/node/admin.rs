@@ -90,6 +90,7 @@ impl Run {
         }
         if shutdown && matches!(self.part, Part::Shadow(_)) {
             self.close_links("this node is shutting down");
+            self.forget_held();
         }
         self.admin.drains.push(Drain { id, seq, shutdown, closing: None });
     }

@@ -135,6 +135,13 @@ impl Run {
         }
     }
 
+    /// What was received and not appended is forgotten; the primary sends it again.
+    pub(super) fn forget_held(&mut self) {
+        if let Part::Shadow(s) = &mut self.part {
+            s.held.clear();
+        }
+    }
+
     /// The primary has everything up to here durable.
     pub(super) fn announced(&mut self, lsn: Lsn) {
         self.meta.sb.limit = self.meta.sb.limit.max(lsn);
