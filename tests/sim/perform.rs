@@ -197,8 +197,15 @@ impl World {
         };
         let mut frame = net::frame(message);
         let mut copies = 1;
+        if self.scenario.gaps.remove(&link.0) {
+            // A lost message shows at the next one: the stream's own checks fail.
+            frame = net::flip(&frame, &mut self.rng);
+        }
         match self.scenario.message_faults.pop() {
-            Some(Fault::DropMessage) => copies = 0,
+            Some(Fault::DropMessage) => {
+                self.scenario.gaps.insert(link.0);
+                copies = 0;
+            }
             Some(Fault::DuplicateMessage) => copies = 2,
             Some(_) => {
                 frame = net::flip(&frame, &mut self.rng);
