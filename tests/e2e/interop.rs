@@ -114,7 +114,7 @@ fn fio_verifies_random_sizes_overlaps_and_trims() {
         "--name=small --rw=randwrite --bsrange=512-16k --offset=0 --size=64m --fsync=16",
         "--name=large --rw=randwrite --bsrange=512-1m --offset=64m --size=64m --fsync=64",
         "--name=trims --rw=randtrimwrite --bs=8k --offset=128m --size=64m --fsync=32",
-        "--name=mixed --rw=randrw --rwmixread=30 --bsrange=512-256k --offset=192m --size=64m --fdatasync=8",
+        "--name=mixed --rw=randrw --rwmixread=30 --bsrange=512-256k --offset=192m --size=64m --fsync=8",
     ];
     let mut args: Vec<&str> = Vec::new();
     for job in jobs {

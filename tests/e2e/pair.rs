@@ -148,7 +148,9 @@ impl Drop for Node {
         let ours = |line: &str| line.split(' ').nth(1).map(PathBuf::from).filter(|p| p.starts_with(&below));
         let mut mounts: Vec<_> = mounts.lines().filter_map(ours).collect();
         let front = mounts.iter().position(|m| m.ends_with("run/g/fuse")).map(|i| mounts.remove(i));
-        mounts.iter().rev().for_each(|m| drop(umount2(m, MntFlags::MNT_DETACH)));
+        for mount in mounts.iter().rev() {
+            let _ = umount2(mount, MntFlags::MNT_DETACH);
+        }
         if let Some(daemon) = self.daemon.as_mut()
             && std::thread::panicking()
         {
