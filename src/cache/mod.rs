@@ -9,7 +9,7 @@ pub mod ring;
 
 use crate::disk::{AlignedBuf, Memory, aligned};
 use crate::extents::{ExtentMap, Piece};
-use crate::format::record::{Content, EncodeJob, MAX_EXTENTS, MAX_RAW, room};
+use crate::format::record::{Content, EncodeJob, MAX_EXTENTS, MAX_RAW, padded, room};
 use crate::units::{Extent, round_up};
 use ring::Ring;
 pub use ring::{RingId, RingState, ring_len};
@@ -143,7 +143,8 @@ impl Cache {
         let content = |s: &Slot| if s.at.is_some() { Content::Data } else { Content::Zeroes };
         let extents: Vec<_> = epoch.map.iter().map(|(e, s)| (e, content(s))).collect();
         let raw: u64 = extents.iter().filter(|(_, c)| *c == Content::Data).map(|(e, _)| e.len()).sum();
-        let mut buf: AlignedBuf = aligned(room(extents.len()) + raw as usize);
+        // Whole blocks: sealing pads the record where it is.
+        let mut buf: AlignedBuf = aligned(padded(room(extents.len()) + raw as usize));
         buf.resize(room(extents.len()), 0);
         for (extent, slot) in epoch.map.iter() {
             if let Some(at) = slot.at {

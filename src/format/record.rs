@@ -155,17 +155,26 @@ pub fn room(extents: usize) -> usize {
     HEADER + extents * ENTRY
 }
 
-/// Compression contexts, reused: making one costs more than compressing a small record.
+/// A compression context and its output buffer, reused: making them costs more than compressing a
+/// small record.
 #[derive(Default)]
-pub struct Compressor(Option<(i32, zstd::bulk::Compressor<'static>)>);
+pub struct Compressor {
+    context: Option<(i32, zstd::bulk::Compressor<'static>)>,
+    packed: Vec<u8>,
+}
 
 impl Compressor {
-    fn compress(&mut self, level: i32, from: &[u8], to: &mut [u8]) -> Option<usize> {
-        if self.0.as_ref().is_none_or(|(l, _)| *l != level) {
-            self.0 = Some((level, zstd::bulk::Compressor::new(level).ok()?));
+    /// `from` compressed to less than `limit` bytes, or `None`.
+    fn compress(&mut self, level: i32, from: &[u8], limit: usize) -> Option<&[u8]> {
+        if self.context.as_ref().is_none_or(|(l, _)| *l != level) {
+            self.context = Some((level, zstd::bulk::Compressor::new(level).ok()?));
         }
-        // An error here means that it does not fit in `to`: stored raw instead.
-        self.0.as_mut()?.1.compress_to_buffer(from, to).ok()
+        if self.packed.len() < limit {
+            self.packed.resize(limit, 0);
+        }
+        // An error here means that it does not fit in `limit`: stored raw instead.
+        let n = self.context.as_mut()?.1.compress_to_buffer(from, &mut self.packed[..limit]).ok()?;
+        Some(&self.packed[..n])
     }
 }
 
@@ -180,14 +189,13 @@ pub fn encode(job: EncodeJob, compressor: &mut Compressor) -> Encoded {
     assert!(extents.len() <= MAX_EXTENTS && raw <= MAX_RAW, "an epoch is bounded when sealed");
     let mut codec = Codec::Raw;
     if let Some(level) = level.filter(|_| raw > 0) {
-        let limit = raw - raw / 16;
-        let mut packed = aligned(room + limit);
-        packed.resize(room + limit, 0);
-        if let Some(n) = compressor.compress(level, &buf[room..], &mut packed[room..])
-            && padded(room + n) < padded(room + raw)
-        {
-            packed.truncate(room + n);
-            buf = packed;
+        let pays = |n: usize| padded(room + n) < padded(room + raw);
+        let packed = compressor.compress(level, &buf[room..], raw - raw / 16);
+        if let Some(packed) = packed.filter(|p| pays(p.len())) {
+            let mut small = aligned(padded(room + packed.len()));
+            small.resize(room, 0);
+            small.extend_from_slice(packed);
+            buf = small;
             codec = Codec::Zstd;
         }
     }

@@ -27,7 +27,7 @@ use crate::disk::{DiskRequest, IoError, Memory};
 use crate::units::Now;
 use boot::Boot;
 use config::NodeConfig;
-use event::{Action, Actions, AdminOp, Answer, Event, Level, Op, Refusal, RequestId};
+use event::{Action, Actions, AdminId, AdminOp, Answer, Event, Level, Op, Refusal, RequestId};
 use run::Run;
 
 /// Owners of tokens.
@@ -46,6 +46,7 @@ pub struct Node {
     stage: Stage,
     /// Requests that came before the node could serve them.
     early: Vec<(RequestId, Op)>,
+    early_admin: Vec<(AdminId, AdminOp)>,
 }
 
 enum Stage {
@@ -66,7 +67,7 @@ impl Node {
     /// A node over its write cache and its dirty maps. The shell holds the locks of all files before
     /// this. `ring` is all zeroes when new; it is taken up if it belongs to this group and boot.
     pub fn new(cfg: NodeConfig, ring: Option<Box<dyn Memory>>, maps: Box<dyn Memory>) -> Node {
-        Node { cfg, stage: Stage::New { ring, maps }, early: Vec::new() }
+        Node { cfg, stage: Stage::New { ring, maps }, early: Vec::new(), early_admin: Vec::new() }
     }
 
     /// Begins recovery; call once, before the first `step`.
@@ -114,12 +115,18 @@ impl Node {
         for (id, op) in self.early.drain(..) {
             run.step(now, Event::Request { id, op }, actions);
         }
+        for (id, op) in self.early_admin.drain(..) {
+            run.step(now, Event::Admin { id, op }, actions);
+        }
         self.stage = Stage::Running(run);
     }
 
     fn broken(&mut self, text: String, actions: &mut Actions) {
         for (id, _) in self.early.drain(..) {
             actions.push(Action::Complete { id, result: Err(IoError::EIO) });
+        }
+        for (id, _) in self.early_admin.drain(..) {
+            actions.push(Action::Answer { id, answer: Answer::Refused(Refusal::Failed, text.clone()) });
         }
         actions.push(Action::Stop { text: text.clone() });
         self.stage = Stage::Broken(text);
@@ -141,11 +148,12 @@ impl Node {
                 let status = Box::new(report::bare(&self.cfg, state, broken));
                 actions.push(Action::Answer { id, answer: Answer::Status(status) });
             }
-            Event::Admin { id, .. } => {
-                let text =
-                    broken.unwrap_or_else(|| "the journal is being recovered; try again shortly".into());
-                actions.push(Action::Answer { id, answer: Answer::Refused(Refusal::Busy, text) });
-            }
+            Event::Admin { id, op } => match broken {
+                Some(text) => {
+                    actions.push(Action::Answer { id, answer: Answer::Refused(Refusal::Failed, text) });
+                }
+                None => self.early_admin.push((id, op)),
+            },
             _ => {}
         }
     }
