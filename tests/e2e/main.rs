@@ -6,7 +6,9 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod crash;
+mod input;
 mod interop;
 mod model;
 mod nbd;
+mod outage;
 mod pair;
