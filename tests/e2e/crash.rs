@@ -57,12 +57,14 @@ fn a_killed_shadow_goes_on_where_it_was() {
     for _ in 0..rounds {
         let (after, more) = (model.moment(5, 300), model.moment(5, 100));
         std::thread::scope(|scope| {
-            let load = scope.spawn(|| model.load(&mut client, 16, Instant::now() + after + more));
+            let load = scope.spawn(|| model.load(&mut client, 16, Instant::now() + after + more * 2));
             std::thread::sleep(after);
             pair.shadow.kill();
+            std::thread::sleep(more);
+            // Before the load ends: it may have filled the journal, and then waits for the shadow.
+            pair.shadow.start();
             load.join().unwrap().unwrap();
         });
-        pair.shadow.start();
     }
     pair.wait_following();
     model.check(&mut client, "at the end");

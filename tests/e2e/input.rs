@@ -92,7 +92,8 @@ fn a_damaged_journal_is_refused_with_nothing_changed() {
     let mut pair = Pair::prepare(&setup());
     for node in [&pair.primary, &pair.shadow] {
         // Payloads as they are, so that the test finds them; everything since the start is needed.
-        node.configure(|t| t.replace("compression = 1", "compression = 0") + "\n[timing]\ncheckpoint_after = \"1h\"\n");
+        node.configure(|t| t.replace("compression = 1", "compression = 0").replace("#checkpoint_after = \"5s\"", "checkpoint_after = \"1h\""));
+            assert!(std::fs::read_to_string(node.place.config().join("g.toml")).unwrap().contains("\ncheckpoint_after"));
     }
     pair.primary.start();
     pair.shadow.start();

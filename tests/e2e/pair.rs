@@ -249,6 +249,8 @@ impl Pair {
     /// Makes the shadow the primary, after the old one was killed.
     #[track_caller]
     pub fn promote(&self) {
+        // A connection outlives its killed process by a moment, and promotion refuses while it stands.
+        until("the shadow misses the primary", || (self.shadow.status()["state"] != "UpToDate").then_some(()));
         let args = ["promote", "g", "--i-fenced-the-old-primary", "--yes"];
         self.shadow.place.run(&args).expect(0, &[]);
     }
