@@ -113,6 +113,8 @@ pub struct Links {
     heard: Heard,
     /// The records sealed here, to measure shadows against.
     pub(super) timeline: Timeline,
+    /// Journal bytes on the timeline from before the start.
+    pub(super) bytes_before: u64,
     /// Bytes of records that every follower gets.
     pub(super) record_bytes: u64,
     /// The checkpoint that is durable.
@@ -142,6 +144,7 @@ impl Links {
             primary: None,
             heard: Heard::default(),
             timeline: Timeline::default(),
+            bytes_before: 0,
             record_bytes: 0,
             checkpoint: sb.checkpoint.lsn,
             entering: None,
@@ -259,7 +262,10 @@ impl Run {
         {
             peer.state = "Disconnected";
         }
-        self.links.by_id.remove(&link);
+        let gone = self.links.by_id.remove(&link);
+        if gone.is_some_and(|l| matches!(l.state, LinkState::Receiving)) {
+            self.forget_held();
+        }
     }
 
     /// Dialling failed.
@@ -281,7 +287,11 @@ impl Run {
         if matches!(l.state, LinkState::Closing) {
             return;
         }
+        let was_fed = matches!(l.state, LinkState::Receiving);
         l.state = LinkState::Closing;
+        if was_fed {
+            self.forget_held();
+        }
         self.out.push(Action::Close { link });
         let name = self.links.peer_of(link).map(|p| {
             if matches!(p.state, "UpToDate" | "CatchingUp") {

@@ -17,6 +17,7 @@ use crate::disk::{DiskRequest, DiskResult, IoError, Memory, Token};
 use crate::format::message::Role;
 use crate::journal::Journal;
 use crate::journal::maps::Maps;
+use crate::link::lag::Sample;
 use crate::units::Now;
 
 /// What a node is.
@@ -76,7 +77,21 @@ impl Run {
             cfg,
         };
         run.update_keep();
+        run.begin_timeline();
         run
+    }
+
+    /// Shadows may lack records of earlier runs: the segments say how old these are.
+    fn begin_timeline(&mut self) {
+        let segment = self.meta.sb.geometry.segment;
+        let mut bytes = 0;
+        for s in self.journal.segments().filter(|s| s.time > 0) {
+            self.links.timeline.push(Sample { lsn: s.before.lsn, time: s.time, bytes });
+            bytes += segment;
+        }
+        let tail = self.journal.tail();
+        self.links.timeline.push(Sample { lsn: tail.point.lsn, time: tail.time, bytes });
+        self.links.bytes_before = bytes;
     }
 
     /// Takes one event.

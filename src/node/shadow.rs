@@ -29,10 +29,13 @@ pub struct Shadow {
     meter: Meter,
     /// Records received that the journal has no room for yet.
     held: VecDeque<Record>,
+    held_bytes: u64,
     /// No more dialling: the node is shutting down.
     pub(super) closing: bool,
 }
 
+/// Bytes of records that may wait for room in the journal; the primary's window is far smaller.
+const HELD: u64 = 256 << 20;
 /// Acknowledge what was only received in steps of this many records.
 const RECEIVED_STEP: u64 = 32;
 
@@ -46,6 +49,7 @@ impl Shadow {
             unapplied: VecDeque::new(),
             meter: Meter::default(),
             held: VecDeque::new(),
+            held_bytes: 0,
             closing: false,
         }
     }
@@ -90,9 +94,22 @@ impl Run {
             Verdict::Duplicate => {}
             Verdict::Reject(why) => self.drop_link(link, &format!("the primary sent {why}")),
             Verdict::Accept => {
+                s.held_bytes += record.wire_len();
                 s.held.push_back(record);
+                if s.held_bytes > HELD {
+                    return self.drop_link(link, "the primary sent far more than was acknowledged");
+                }
                 self.append_held();
             }
+        }
+    }
+
+    /// The link that brought them is gone: what is not in the journal will be sent again, if the
+    /// primary still has it.
+    pub(super) fn forget_held(&mut self) {
+        if let Part::Shadow(s) = &mut self.part {
+            s.held.clear();
+            s.held_bytes = 0;
         }
     }
 
@@ -106,6 +123,7 @@ impl Run {
                 return moved;
             }
             let record = s.held.pop_front().expect("just seen");
+            s.held_bytes -= record.wire_len();
             let (lsn, time) = (record.stamp.lsn, record.stamp.time);
             s.undurable.push_back((lsn, time));
             s.unapplied.push_back((lsn, time));
@@ -204,7 +222,7 @@ impl Run {
                 sb.openings.retain(|o| o.at.lsn < at.lsn);
                 s.undurable.clear();
                 s.unapplied.retain(|(lsn, _)| *lsn <= at.lsn);
-                s.held.clear();
+                self.forget_held();
                 self.feed.clear();
                 self.image.reader.reset();
                 self.update_keep();
