@@ -55,7 +55,7 @@ impl Run {
         let Booted { sb, slot, maps, recovered: r } = booted;
         let part = match sb.role {
             Role::Primary => Part::Primary(Primary::new()),
-            Role::Shadow => Part::Shadow(Shadow::new()),
+            Role::Shadow => Part::Shadow(Shadow::new(sb.limit)),
         };
         let journal = Journal::new(JOURNAL, sb.group, sb.geometry, r.head, r.segments, r.tail);
         let mut run = Run {
@@ -197,6 +197,7 @@ impl Run {
         self.log(Level::Error, text.clone());
         self.fault = Some(text);
         self.refuse_everything();
+        self.refuse_admin();
         self.close_links("this node has failed");
     }
 

@@ -197,8 +197,15 @@ impl World {
         };
         let mut frame = net::frame(message);
         let mut copies = 1;
+        if self.scenario.gaps.remove(&link.0) {
+            // A lost message shows at the next one: the stream's own checks fail.
+            frame = net::flip(&frame, &mut self.rng);
+        }
         match self.scenario.message_faults.pop() {
-            Some(Fault::DropMessage) => copies = 0,
+            Some(Fault::DropMessage) => {
+                self.scenario.gaps.insert(link.0);
+                copies = 0;
+            }
             Some(Fault::DuplicateMessage) => copies = 2,
             Some(_) => {
                 frame = net::flip(&frame, &mut self.rng);
@@ -378,6 +385,11 @@ impl World {
         self.counts.met(&format!("{purpose:?} refused: {why:?}"));
         match purpose {
             Purpose::Promote => return self.promotion_refused(text),
+            Purpose::Shutdown if self.hosts[node].watch.faulted => {
+                let incarnation = self.hosts[node].incarnation;
+                self.after(0, Coming::Granted { node, incarnation, purpose });
+                return Ok(());
+            }
             Purpose::Open if why == Refusal::Busy => {
                 let incarnation = self.hosts[node].incarnation;
                 self.after(5_000_000, Coming::Ask { node, incarnation });

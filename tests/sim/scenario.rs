@@ -10,6 +10,7 @@ use crate::prng::Prng;
 use crate::workload::Asked;
 use crate::world::{Coming, Outcome, Purpose, World, broken};
 use bytes::Bytes;
+use std::collections::BTreeSet;
 use volrep::disk::File;
 use volrep::node::config::FullPolicy;
 use volrep::node::event::{AdminOp, Op};
@@ -54,6 +55,8 @@ pub struct Scenario {
     verify: Option<Verify>,
     /// To befall the next messages.
     pub message_faults: Vec<Fault>,
+    /// Links on which a message was lost and none sent since.
+    pub gaps: BTreeSet<u64>,
     /// No dial succeeds before.
     pub dials_fail_until: u64,
     rebase: bool,
@@ -72,6 +75,7 @@ impl Scenario {
             next_fault: 0,
             verify: None,
             message_faults: Vec::new(),
+            gaps: BTreeSet::new(),
             dials_fail_until: 0,
             rebase: false,
         }
@@ -132,8 +136,21 @@ impl World {
         if waited < PATIENCE {
             return Ok(());
         }
+        if self.blocked_for_good() {
+            self.counts.met("blocked: a member of the sync set has diverged");
+            self.enter(Phase::Over);
+            return Ok(());
+        }
         let states = (0..self.hosts.len()).map(|n| self.describe(n)).collect::<Vec<_>>().join("; ");
         broken("liveness", format!("{:?} does not end: {states}", self.scenario.phase))
+    }
+
+    /// A FLUSH waits for a member that a promotion has left behind: that takes an administrator.
+    fn blocked_for_good(&self) -> bool {
+        let state = |n: usize| self.hosts[n].status.as_ref().map(|s| s.state.as_str());
+        self.scenario.promoted
+            && state(self.scenario.primary) == Some("Blocked")
+            && self.followers().any(|n| self.hosts[n].status.as_ref().is_some_and(|s| self.excused(s)))
     }
 
     fn describe(&self, node: usize) -> String {
@@ -184,7 +201,7 @@ impl World {
                 self.restart(node, false, delay);
                 Ok(())
             }
-            "Diverged" if !self.scenario.promoted => {
+            "Diverged" if !self.scenario.demoted(0) => {
                 broken("I1", format!("diverged without a promotion: {}", self.describe(node)))
             }
             "Inconsistent" => broken("I1", format!("inconsistent: {}", self.describe(node))),
@@ -211,6 +228,9 @@ impl World {
     pub fn process_gone(&mut self, node: usize, power: bool) {
         self.work.forget(node);
         if node == self.scenario.primary {
+            if matches!(self.scenario.phase, Phase::Drain | Phase::Rest) {
+                self.enter(Phase::Settle);
+            }
             self.work.open = false;
             self.scenario.verify = None;
             if power { self.model.power_loss() } else { self.model.kill() }
@@ -261,7 +281,12 @@ impl World {
     /// The promotion is refused; it may be for the moment only.
     pub fn promotion_refused(&mut self, text: &str) -> Outcome {
         self.scenario.asked = false;
-        self.trace.say(self.now, self.scenario.primary, "refused", text);
+        let target = self.plan.promotion.expect("in its phase").2;
+        if text.contains("is the primary already") {
+            // An earlier attempt was cut short after its term was durable.
+            let incarnation = self.hosts[target].incarnation;
+            self.after(0, Coming::Granted { node: target, incarnation, purpose: Purpose::Promote });
+        }
         Ok(())
     }
 
@@ -295,6 +320,11 @@ impl World {
         self.net.partitions.clear();
         self.scenario.dials_fail_until = 0;
         self.scenario.message_faults.clear();
+        if self.scenario.promoted && !self.hosts[0].gone {
+            // It came back unasked; whoever still follows it is to find the promoted node.
+            self.kill(0, false);
+            self.hosts[0].gone = true;
+        }
         for node in 0..self.hosts.len() {
             self.hosts[node].armed.clear();
             self.hosts[node].slow = 1;
@@ -407,6 +437,10 @@ impl World {
             return Ok(());
         };
         v.outstanding -= 1;
+        if bytes.is_empty() {
+            v.left.push(extent); // its disk failed once
+            return self.verify_on(node);
+        }
         let number = extent.address().volume();
         let first = extent.address().offset() / SECTOR as u64;
         let ids = parse_run(bytes, number, first).or_else(|text| broken("I12", text))?;

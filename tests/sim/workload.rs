@@ -270,6 +270,11 @@ impl World {
         if let Asked::Read { tick, .. } = asked {
             self.model.end_read(*tick);
         }
+        if let Asked::Verify { extent, tick } = asked {
+            let (incarnation, extent, tick) = (self.hosts[node].incarnation, *extent, *tick);
+            let bytes = Bytes::new();
+            self.after(1_000_000, Coming::Verified { node, incarnation, extent, bytes, tick });
+        }
         let watch = &self.hosts[node].watch;
         if watch.faulted || watch.stopping || self.scenario.demoted(node) {
             return Ok(());

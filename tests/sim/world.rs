@@ -394,7 +394,7 @@ impl World {
         }
         self.trace.note(self.now, node, if power { "power loss" } else { "kill" }, [0; 3]);
         let host = &mut self.hosts[node];
-        host.node = None;
+        (host.node, host.status) = (None, None);
         host.waiting.clear();
         host.map_syncs.clear();
         host.armed.clear();
