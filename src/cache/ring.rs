@@ -213,7 +213,12 @@ impl Ring {
         }
         self.tail = match self.slot(seq + 1) {
             Some((entry, begin, _)) if seq < self.last => entry.at.unwrap_or(begin),
-            _ => self.head,
+            _ => {
+                // Empty: begin at the start of the area, or a write of more than half of it might never
+                // find room before its end.
+                self.head = crate::units::round_up(self.head, self.data);
+                self.head
+            }
         };
         self.freed = seq;
         self.memory.publish(FREED, seq);

@@ -142,6 +142,7 @@ fn stopped(group: &str, config: &config::Config, s: &Superblock) -> Status {
         sync_set: s.sync_set.iter().map(|id| name(*id)).collect(),
         volumes: config.volumes.iter().map(volume).collect(),
         tail_lsn: s.floor.0.max(checkpoint),
+        tail_time: None,
         durable_lsn: s.floor.0.max(checkpoint),
         applied_lsn: checkpoint,
         checkpoint_lsn: checkpoint,

@@ -24,6 +24,8 @@ pub struct Segment {
     pub sequence: u64,
     /// The record before its first.
     pub before: HistoryPoint,
+    /// That record's time.
+    pub time: u64,
 }
 
 /// The newest record, as what follows it needs to know it.
@@ -153,6 +155,10 @@ impl Journal {
     pub fn oldest(&self) -> HistoryPoint {
         self.segments.front().map_or(self.tail.point, |s| s.before)
     }
+    /// The retained segments, oldest first.
+    pub fn segments(&self) -> impl Iterator<Item = &Segment> {
+        self.segments.iter()
+    }
     /// Bytes in use (held for redo or for a peer), and altogether.
     pub fn usage(&self) -> (u64, u64) {
         let whole = self.head.segment.saturating_sub(self.busy_from);
@@ -235,7 +241,8 @@ impl Journal {
         if self.head.offset > 0 {
             self.head = Place { segment: self.head.segment + 1, offset: 0 };
         }
-        self.segments.push_back(Segment { sequence: self.head.segment, before: self.tail.point });
+        let (before, time) = (self.tail.point, self.tail.time);
+        self.segments.push_back(Segment { sequence: self.head.segment, before, time });
         while self.segments.len() > self.geometry.segments as usize {
             self.segments.pop_front();
         }

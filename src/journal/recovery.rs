@@ -228,12 +228,9 @@ impl Recovery {
             self.read_headers(out);
             return None;
         }
-        // The segment that the superblock names may have been opened by a record that was never
-        // durable: then the checkpoint is the end of the one before, and the walk must reach it there.
-        let named = self.sb.checkpoint_segment;
-        let usable = |s: &u64| self.headers.get(s).is_some_and(|h| h.before.lsn <= self.sb.checkpoint.lsn);
-        let first = [named, named.saturating_sub(1)].into_iter().find(usable).unwrap_or(named);
-        let before = match self.headers.get(&first).copied().filter(|_| usable(&first)) {
+        let first = self.first_segment();
+        let header = self.headers.get(&first).copied();
+        let before = match header.filter(|h| h.before.lsn <= self.sb.checkpoint.lsn) {
             Some(h) => {
                 self.start_found = true;
                 // The walk begins at the segment's own start and must pass the checkpoint.
@@ -251,6 +248,24 @@ impl Recovery {
         };
         self.state = State::Walk(Cursor::new(self.sb.geometry, self.sb.group, first, before));
         self.walk(seen, out)
+    }
+
+    /// Where the walk to the checkpoint begins. Normally the segment that the superblock names. It may
+    /// have been opened by a record that was never durable: then the checkpoint is the end of the one
+    /// before. Or it ended with the checkpoint and was overwritten since: then the next one begins there.
+    fn first_segment(&self) -> u64 {
+        let (named, checkpoint) = (self.sb.checkpoint_segment, self.sb.checkpoint);
+        let header = |s: u64| self.headers.get(&s);
+        let leads = |s: u64| header(s).is_some_and(|h| h.before.lsn <= checkpoint.lsn);
+        if leads(named) {
+            named
+        } else if header(named + 1).is_some_and(|h| h.before == checkpoint) {
+            named + 1
+        } else if named > 1 && leads(named - 1) {
+            named - 1
+        } else {
+            named
+        }
     }
 
     fn walk(&mut self, seen: &mut dyn FnMut(&Record), out: &mut Vec<DiskRequest>) -> Option<Outcome> {
@@ -388,7 +403,7 @@ impl Recovery {
         let mut segments = Vec::new();
         let mut sequence = if end.offset == 0 { end.segment - 1 } else { end.segment };
         while let Some(header) = self.headers.get(&sequence) {
-            segments.push(Segment { sequence, before: header.before });
+            segments.push(Segment { sequence, before: header.before, time: header.time });
             sequence -= 1;
         }
         segments.reverse();

@@ -90,8 +90,20 @@ impl Run {
         }
         if shutdown && matches!(self.part, Part::Shadow(_)) {
             self.close_links("this node is shutting down");
+            self.forget_held();
         }
         self.admin.drains.push(Drain { id, seq, shutdown, closing: None });
+    }
+
+    /// Answers everything that can't be done any more.
+    pub(super) fn refuse_admin(&mut self) {
+        let admin = std::mem::take(&mut self.admin);
+        let text = self.fault.clone().unwrap_or_default();
+        let drains = admin.drains.into_iter().map(|d| d.id);
+        let promotion = admin.promotion.into_iter().map(|(id, _)| id);
+        for id in admin.opens.into_iter().chain(admin.promoted).chain(promotion).chain(drains) {
+            self.answer(id, Err((Refusal::Failed, text.clone())));
+        }
     }
 
     /// Moves administrators' requests on; whether anything moved.

@@ -52,6 +52,8 @@ impl Feed {
 #[derive(Default)]
 pub struct Reader {
     cursor: Option<Cursor>,
+    /// The record for which the cursor was made.
+    made_for: Lsn,
     /// Id of the read in flight.
     pending: Option<u64>,
 }
@@ -84,6 +86,7 @@ impl Reader {
         }
         if self.cursor.as_ref().is_none_or(|c| c.last().lsn >= lsn) {
             self.cursor = journal.cursor(lsn.prev());
+            self.made_for = lsn;
         }
         let Some(cursor) = &mut self.cursor else { return Fetched::Lost };
         loop {
@@ -95,6 +98,12 @@ impl Reader {
                     self.pending = Some(*ids);
                     out.push(DiskRequest { token: Token::new(owner, *ids), file: File::Journal, op });
                     return Fetched::Pending;
+                }
+                // Memory may have fed this follower for so long that the journal went round meanwhile.
+                Step::Gap(_) if self.made_for != lsn => {
+                    let Some(again) = journal.cursor(lsn.prev()) else { return Fetched::Lost };
+                    *cursor = again;
+                    self.made_for = lsn;
                 }
                 Step::Gap(_) => {
                     self.cursor = None;

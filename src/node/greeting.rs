@@ -123,6 +123,10 @@ impl Run {
 
     /// The acceptor's verdict on this shadow.
     pub(super) fn welcomed(&mut self, link: LinkId, primary: &Identity, verdict: Verdict) {
+        if matches!(&self.part, Part::Shadow(s) if s.is_cutting()) {
+            // Begun for an earlier link: what this one compared may be gone in a moment.
+            return self.drop_link(link, "the journal is being cut back");
+        }
         let own = self.identity();
         if primary.role != Role::Primary || primary.group != own.group || primary.volumes != own.volumes {
             return self.drop_link(link, "it is not a primary of this group with these volumes");
@@ -133,6 +137,7 @@ impl Run {
         self.meet(link, primary);
         self.meta.sb.term = primary.term;
         self.links.follow(primary.node);
+        self.leave_others(link);
         match verdict {
             Verdict::Compare(at) if at.lsn > own.tail.lsn => {
                 self.drop_link(link, "it compares what is not here")
@@ -154,6 +159,17 @@ impl Run {
                 self.drop_link(link, "a resync is needed");
             }
             Verdict::Diverged(lsn) => self.histories_differ(link, lsn),
+        }
+    }
+
+    /// One primary at a time: under a term that may have ended, nothing is acknowledged any more (I8).
+    fn leave_others(&mut self, link: LinkId) {
+        let following = |state: &LinkState| {
+            matches!(state, LinkState::Cutting | LinkState::Settling(_) | LinkState::Receiving)
+        };
+        let others = self.links.by_id.iter().filter(|(id, l)| **id != link && following(&l.state));
+        for id in others.map(|(id, _)| *id).collect::<Vec<_>>() {
+            self.drop_link(id, "this shadow follows another primary now");
         }
     }
 

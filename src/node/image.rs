@@ -97,7 +97,7 @@ impl Run {
             Part::Primary(p) if p.is_redoing() => self.journal.tail().point.lsn,
             Part::Primary(_) => Lsn(0),
             Part::Shadow(s) if s.is_cutting() => Lsn(0),
-            Part::Shadow(_) => self.journal.durable().min(self.meta.sb.limit),
+            Part::Shadow(s) => self.journal.durable().min(s.vouched()),
         }
     }
 

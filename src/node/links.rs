@@ -113,6 +113,8 @@ pub struct Links {
     heard: Heard,
     /// The records sealed here, to measure shadows against.
     pub(super) timeline: Timeline,
+    /// Journal bytes on the timeline from before the start.
+    pub(super) bytes_before: u64,
     /// Bytes of records that every follower gets.
     pub(super) record_bytes: u64,
     /// The checkpoint that is durable.
@@ -142,6 +144,7 @@ impl Links {
             primary: None,
             heard: Heard::default(),
             timeline: Timeline::default(),
+            bytes_before: 0,
             record_bytes: 0,
             checkpoint: sb.checkpoint.lsn,
             entering: None,
@@ -247,6 +250,10 @@ impl Run {
         if self.fault.is_some() {
             return self.drop_link(link, "this node has failed");
         }
+        if matches!(&self.part, Part::Shadow(s) if s.closing) {
+            // The dial was under way when the node was told to shut down.
+            return self.drop_link(link, "this node is shutting down");
+        }
         if dialed.is_none() {
             self.send(link, Message::Challenge { nonce });
         }
@@ -254,12 +261,18 @@ impl Run {
 
     /// A connection is gone.
     pub(super) fn link_down(&mut self, link: LinkId) {
-        if let Some(peer) = self.links.peer_of(link)
+        // The end of a link that was given up says nothing of the one that took its place.
+        let given_up = self.links.by_id.get(&link).is_none_or(|l| matches!(l.state, LinkState::Closing));
+        if !given_up
+            && let Some(peer) = self.links.peer_of(link)
             && matches!(peer.state, "UpToDate" | "CatchingUp")
         {
             peer.state = "Disconnected";
         }
-        self.links.by_id.remove(&link);
+        let gone = self.links.by_id.remove(&link);
+        if gone.is_some_and(|l| matches!(l.state, LinkState::Receiving)) {
+            self.forget_held();
+        }
     }
 
     /// Dialling failed.
@@ -281,7 +294,11 @@ impl Run {
         if matches!(l.state, LinkState::Closing) {
             return;
         }
+        let was_fed = matches!(l.state, LinkState::Receiving);
         l.state = LinkState::Closing;
+        if was_fed {
+            self.forget_held();
+        }
         self.out.push(Action::Close { link });
         let name = self.links.peer_of(link).map(|p| {
             if matches!(p.state, "UpToDate" | "CatchingUp") {
@@ -435,8 +452,17 @@ impl Run {
         let Some(p) = self.links.peer_of(link) else { return };
         (p.received, p.durable, p.applied) = (received, durable, applied);
         let node = p.node;
+        let checkpoint = self.links.checkpoint;
+        let mut back = false;
         if let Some(known) = self.meta.sb.peers.iter_mut().find(|k| Some(k.node) == node) {
             known.durable = durable;
+            // It was given up while the journal was full, and has caught up before it lost anything.
+            back = known.behind && durable >= checkpoint;
+            known.behind &= !back;
+        }
+        if back {
+            self.meta.save(false);
+            self.set_peer(link, "CatchingUp", None);
         }
         self.update_keep();
     }
@@ -620,7 +646,7 @@ impl Run {
     /// A peer that is configured for the sync set enters it once it is current.
     fn enter_sync_set(&mut self) -> bool {
         let Part::Primary(p) = &mut self.part else { return false };
-        if !p.is_serving() || self.fault.is_some() {
+        if !p.is_serving() || p.closing || self.fault.is_some() {
             return false;
         }
         if let Some((node, lsn)) = self.links.entering {

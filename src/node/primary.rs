@@ -111,10 +111,15 @@ impl Primary {
     pub fn durable_write(&self) -> u64 {
         self.durable_write
     }
-    /// A write sequence that everything before the start has.
-    pub(super) fn begin_at(&mut self, last_write: u64) {
-        self.durable_write = last_write;
-        self.committed_write = last_write;
+    /// The journal was recovered up to `tail`: everything in it is durable here. With a sync set
+    /// (not `alone`), whether its members have it is not known yet.
+    pub(super) fn begin_at(&mut self, tail: &Tail, alone: bool) {
+        self.durable_write = tail.last_write;
+        if alone {
+            self.committed_write = tail.last_write;
+        } else {
+            self.uncommitted.push_back((tail.point.lsn, tail.last_write));
+        }
     }
     /// Whether everything accepted up to `seq` is in the backing.
     pub(super) fn is_written_back(&self, seq: u64) -> bool {

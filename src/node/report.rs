@@ -8,7 +8,7 @@ use super::links::PeerView;
 use super::run::{Part, Run};
 use super::status::{PeerStatus, SCHEMA_VERSION, Status, VolumeStatus};
 use crate::format::message::Role;
-use crate::units::SECONDS;
+use crate::units::{MILLIS, SECONDS};
 
 /// The status of a node that has not recovered yet, or could not.
 pub fn bare(cfg: &NodeConfig, state: &str, reason: Option<String>) -> Status {
@@ -31,6 +31,7 @@ pub fn bare(cfg: &NodeConfig, state: &str, reason: Option<String>) -> Status {
         sync_set: vec![],
         volumes: cfg.volumes.iter().map(volume).collect(),
         tail_lsn: 0,
+        tail_time: None,
         durable_lsn: 0,
         applied_lsn: 0,
         checkpoint_lsn: 0,
@@ -44,6 +45,12 @@ pub fn bare(cfg: &NodeConfig, state: &str, reason: Option<String>) -> Status {
         lag: None,
         verified: None,
     }
+}
+
+/// Nanoseconds since 1970 as RFC 3339, to the millisecond; `None` for 0.
+fn rfc3339(time: u64) -> Option<String> {
+    let time = jiff::Timestamp::from_millisecond((time / MILLIS) as i64).ok().filter(|_| time > 0)?;
+    Some(format!("{time:.3}"))
 }
 
 impl Run {
@@ -69,6 +76,7 @@ impl Run {
             ack_level: if sb.sync_set.is_empty() { "local" } else { "durable" }.into(),
             sync_set: sb.sync_set.iter().map(|n| member(*n)).collect(),
             tail_lsn: self.journal.tail().point.lsn.0,
+            tail_time: rfc3339(self.journal.tail().time),
             durable_lsn: self.journal.durable().0,
             applied_lsn: self.image.applied.point.lsn.0,
             checkpoint_lsn: self.links.checkpoint.0,

@@ -17,6 +17,7 @@ use crate::disk::{DiskRequest, DiskResult, IoError, Memory, Token};
 use crate::format::message::Role;
 use crate::journal::Journal;
 use crate::journal::maps::Maps;
+use crate::link::lag::Sample;
 use crate::units::Now;
 
 /// What a node is.
@@ -54,7 +55,7 @@ impl Run {
         let Booted { sb, slot, maps, recovered: r } = booted;
         let part = match sb.role {
             Role::Primary => Part::Primary(Primary::new()),
-            Role::Shadow => Part::Shadow(Shadow::new()),
+            Role::Shadow => Part::Shadow(Shadow::new(sb.limit)),
         };
         let journal = Journal::new(JOURNAL, sb.group, sb.geometry, r.head, r.segments, r.tail);
         let mut run = Run {
@@ -76,7 +77,21 @@ impl Run {
             cfg,
         };
         run.update_keep();
+        run.begin_timeline();
         run
+    }
+
+    /// Shadows may lack records of earlier runs: the segments say how old these are.
+    fn begin_timeline(&mut self) {
+        let segment = self.meta.sb.geometry.segment;
+        let mut bytes = 0;
+        for s in self.journal.segments().filter(|s| s.time > 0) {
+            self.links.timeline.push(Sample { lsn: s.before.lsn, time: s.time, bytes });
+            bytes += segment;
+        }
+        let tail = self.journal.tail();
+        self.links.timeline.push(Sample { lsn: tail.point.lsn, time: tail.time, bytes });
+        self.links.bytes_before = bytes;
     }
 
     /// Takes one event.
@@ -182,6 +197,7 @@ impl Run {
         self.log(Level::Error, text.clone());
         self.fault = Some(text);
         self.refuse_everything();
+        self.refuse_admin();
         self.close_links("this node has failed");
     }
 

@@ -186,7 +186,7 @@ impl Run {
             self.links.entering_at(record.stamp.lsn);
         }
         p.appended(tail_of(&record), self.now.mono);
-        let bytes = self.journal.bytes();
+        let bytes = self.links.bytes_before + self.journal.bytes();
         self.links.timeline.push(Sample { lsn: record.stamp.lsn, time: record.stamp.time, bytes });
         self.links.record_bytes += record.wire_len();
         self.feed.push(record, self.journal.written());
@@ -235,7 +235,7 @@ impl Run {
             RingState::Foreign(memory) => Ring::format(memory, id, tail.last_write),
         };
         let Part::Primary(p) = &mut self.part else { return };
-        p.begin_at(tail.last_write);
+        p.begin_at(&tail, self.meta.sb.sync_set.is_empty());
         p.cache = Some(Cache::new(ring));
         let sb = &mut self.meta.sb;
         sb.role = Role::Primary;

@@ -5,6 +5,7 @@
 //! primary's announced durable LSN is applied.
 
 use super::event::{Action, Level, LinkId, Positions};
+use super::meta::Ticket;
 use super::run::{Part, Run};
 use super::status::{Lag, Quantiles};
 use super::{JOURNAL, JOURNAL_RECOVERY};
@@ -23,22 +24,31 @@ pub struct Shadow {
     cut: Option<(LinkId, HistoryPoint, Option<Box<Recovery>>)>,
     /// Positions last told, and on which link.
     told: Option<(LinkId, Positions)>,
-    /// Seal times of the records that are not durable, and not applied.
-    undurable: VecDeque<(Lsn, u64)>,
+    /// Seal times of the records that are not durable (and the durable LSNs they carry), and not applied.
+    undurable: VecDeque<(Lsn, u64, Lsn)>,
     unapplied: VecDeque<(Lsn, u64)>,
     meter: Meter,
     /// Records received that the journal has no room for yet.
     held: VecDeque<Record>,
+    held_bytes: u64,
+    /// A restart would find, in the superblock or in a durable record, that the primary has
+    /// everything up to here: only that much may be applied, or the restarted shadow would let
+    /// records be taken back that its image has.
+    vouched: Lsn,
+    /// The superblock that will vouch for a higher limit.
+    vouching: Option<(Ticket, Lsn)>,
     /// No more dialling: the node is shutting down.
     pub(super) closing: bool,
 }
 
+/// Bytes of records that may wait for room in the journal; the primary's window is far smaller.
+const HELD: u64 = 256 << 20;
 /// Acknowledge what was only received in steps of this many records.
 const RECEIVED_STEP: u64 = 32;
 
 impl Shadow {
-    /// A shadow without a link.
-    pub fn new() -> Shadow {
+    /// A shadow without a link; the primary has everything up to `limit`, as recovery found.
+    pub fn new(limit: Lsn) -> Shadow {
         Shadow {
             cut: None,
             told: None,
@@ -46,8 +56,16 @@ impl Shadow {
             unapplied: VecDeque::new(),
             meter: Meter::default(),
             held: VecDeque::new(),
+            held_bytes: 0,
+            vouched: limit,
+            vouching: None,
             closing: false,
         }
+    }
+
+    /// Nothing above it may be applied.
+    pub fn vouched(&self) -> Lsn {
+        self.vouched
     }
 
     /// The journal is about to be cut back: nothing goes from it into the image.
@@ -62,6 +80,7 @@ impl Run {
         let moved = self.append_held();
         self.begin_cut();
         self.note_durable();
+        self.vouch();
         let limit = self.meta.sb.limit;
         if limit > self.journal.durable() && self.journal.tail().point.lsn > self.journal.durable() {
             // What is durable on the primary is wanted in the image, so it is wanted durable here.
@@ -90,9 +109,22 @@ impl Run {
             Verdict::Duplicate => {}
             Verdict::Reject(why) => self.drop_link(link, &format!("the primary sent {why}")),
             Verdict::Accept => {
+                s.held_bytes += record.wire_len();
                 s.held.push_back(record);
+                if s.held_bytes > HELD {
+                    return self.drop_link(link, "the primary sent far more than was acknowledged");
+                }
                 self.append_held();
             }
+        }
+    }
+
+    /// The link that brought them is gone: what is not in the journal will be sent again, if the
+    /// primary still has it.
+    pub(super) fn forget_held(&mut self) {
+        if let Part::Shadow(s) = &mut self.part {
+            s.held.clear();
+            s.held_bytes = 0;
         }
     }
 
@@ -106,8 +138,9 @@ impl Run {
                 return moved;
             }
             let record = s.held.pop_front().expect("just seen");
+            s.held_bytes -= record.wire_len();
             let (lsn, time) = (record.stamp.lsn, record.stamp.time);
-            s.undurable.push_back((lsn, time));
+            s.undurable.push_back((lsn, time, record.stamp.durable));
             s.unapplied.push_back((lsn, time));
             let late = self.links.primary_clock().map_or(0, |c| c.since(time, self.now.wall));
             s.meter.record(0, late, self.now.mono);
@@ -125,11 +158,31 @@ impl Run {
         self.meta.sb.limit = self.meta.sb.limit.max(lsn);
     }
 
+    /// The primary's announcement is written down before it is acted on. While records flow, they
+    /// carry it themselves; when they pause, the superblock does.
+    fn vouch(&mut self) {
+        let (limit, durable) = (self.meta.sb.limit, self.journal.durable());
+        let quiet = self.journal.is_quiet();
+        let Part::Shadow(s) = &mut self.part else { return };
+        match s.vouching {
+            Some((ticket, upto)) if self.meta.is_saved(ticket) => {
+                s.vouched = s.vouched.max(upto);
+                s.vouching = None;
+            }
+            Some(_) => return,
+            None => {}
+        }
+        if quiet && s.vouched < limit.min(durable) {
+            s.vouching = Some((self.meta.save(false), limit));
+        }
+    }
+
     fn note_durable(&mut self) {
         let durable = self.journal.durable();
         let wall = self.now.wall;
         let Part::Shadow(s) = &mut self.part else { return };
-        while let Some((_, time)) = s.undurable.pop_front_if(|(lsn, _)| *lsn <= durable) {
+        while let Some((_, time, carried)) = s.undurable.pop_front_if(|(lsn, ..)| *lsn <= durable) {
+            s.vouched = s.vouched.max(carried);
             let late = self.links.primary_clock().map_or(0, |c| c.since(time, wall));
             s.meter.record(1, late, self.now.mono);
         }
@@ -204,7 +257,7 @@ impl Run {
                 sb.openings.retain(|o| o.at.lsn < at.lsn);
                 s.undurable.clear();
                 s.unapplied.retain(|(lsn, _)| *lsn <= at.lsn);
-                s.held.clear();
+                self.forget_held();
                 self.feed.clear();
                 self.image.reader.reset();
                 self.update_keep();

@@ -34,6 +34,8 @@ pub struct Status {
     pub volumes: Vec<VolumeStatus>,
     /// Newest record in the journal.
     pub tail_lsn: u64,
+    /// When that record was sealed, RFC 3339; null before the first.
+    pub tail_time: Option<String>,
     /// Newest record durable here.
     pub durable_lsn: u64,
     /// Newest record in the backing (as reads see it).

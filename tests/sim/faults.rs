@@ -1,0 +1,148 @@
+//! How each fault of a plan strikes.
+//!
+//! Owns: nothing; it acts on the world. Invariant: what it breaks for a while heals by itself.
+
+use crate::disk::Fault as DiskFault;
+use crate::perform::Armed;
+use crate::plan::Fault;
+use crate::world::{Coming, Outcome, Purpose, World};
+use volrep::disk::File;
+use volrep::node::event::{AdminOp, Event};
+use volrep::units::{MICROS, MILLIS, SECONDS};
+
+impl World {
+    /// A shadow of the plan, any.
+    fn some_shadow(&mut self) -> Option<usize> {
+        let primary = self.scenario.primary;
+        let shadows: Vec<_> =
+            (0..self.hosts.len()).filter(|n| *n != primary && !self.scenario.demoted(*n)).collect();
+        (!shadows.is_empty()).then(|| self.scenario.rng.pick(&shadows))
+    }
+
+    fn crash(&mut self, node: usize, power: bool) {
+        if self.hosts[node].gone {
+            return;
+        }
+        self.kill(node, power);
+        let delay = self.scenario.rng.log(MILLIS, 2 * SECONDS);
+        self.after(delay, Coming::Boot { node });
+    }
+
+    /// Strikes.
+    pub fn inject(&mut self, fault: Fault) -> Outcome {
+        self.trace.say(self.now, self.scenario.primary, "fault", &format!("{fault:?}"));
+        self.counts.met(&format!("{fault:?}"));
+        let primary = self.scenario.primary;
+        match fault {
+            Fault::KillPrimary => self.crash(primary, false),
+            Fault::PowerPrimary => self.crash(primary, true),
+            Fault::KillShadow | Fault::PowerShadow => {
+                if let Some(node) = self.some_shadow() {
+                    self.crash(node, fault == Fault::PowerShadow);
+                }
+            }
+            Fault::KillAll | Fault::PowerAll => {
+                (0..self.hosts.len()).for_each(|n| self.crash(n, fault == Fault::PowerAll));
+            }
+            Fault::RestartPrimary => return self.stop(primary),
+            Fault::RestartShadow => {
+                if let Some(node) = self.some_shadow() {
+                    return self.stop(node);
+                }
+            }
+            Fault::Cut | Fault::HalfOpen | Fault::Stall => self.break_link(fault),
+            Fault::Partition => self.part(),
+            Fault::DropMessage | Fault::DuplicateMessage | Fault::FlipBit => {
+                self.scenario.message_faults.push(fault);
+            }
+            Fault::DialFailure => {
+                self.scenario.dials_fail_until = self.now + self.scenario.rng.log(10 * MILLIS, 5 * SECONDS);
+            }
+            Fault::IoErrorPrimary => self.arm(primary),
+            Fault::IoErrorShadow => {
+                if let Some(node) = self.some_shadow() {
+                    self.arm(node);
+                }
+            }
+            Fault::ClockJump => {
+                let node = self.scenario.rng.below(self.hosts.len() as u64) as usize;
+                let jump = self.scenario.rng.log(MILLIS, 3600 * SECONDS);
+                let base = &mut self.hosts[node].wall_base;
+                *base = if self.scenario.rng.permille(500) { *base + jump } else { *base - jump };
+            }
+            Fault::SpuriousWake => {
+                let node = self.scenario.rng.below(self.hosts.len() as u64) as usize;
+                return self.step(node, Event::Wake);
+            }
+            Fault::SlowDisk => {
+                let node = self.scenario.rng.below(self.hosts.len() as u64) as usize;
+                self.hosts[node].slow = self.scenario.rng.pick(&[1, 10, 50]);
+            }
+        }
+        Ok(())
+    }
+
+    fn stop(&mut self, node: usize) -> Outcome {
+        let host = &mut self.hosts[node];
+        let starting = host.status.as_ref().is_none_or(|s| s.state == "Recovering");
+        if host.node.is_none() || host.watch.stopping || starting {
+            return Ok(());
+        }
+        host.watch.stopping = true;
+        if node == self.scenario.primary {
+            self.work.open = false;
+        }
+        self.ask(node, AdminOp::Shutdown, Purpose::Shutdown)
+    }
+
+    fn break_link(&mut self, fault: Fault) {
+        let standing = self.net.standing();
+        if standing.is_empty() {
+            return;
+        }
+        let connection = self.scenario.rng.pick(&standing);
+        let c = self.net.connections.get_mut(&connection).expect("standing");
+        if fault == Fault::Stall {
+            let until = self.now + self.scenario.rng.log(MILLIS, 10 * SECONDS);
+            (0..2).for_each(|side| c.hold(side, until));
+            return;
+        }
+        let deaf = (fault == Fault::HalfOpen).then(|| self.scenario.rng.below(2) as usize);
+        let mut told = Vec::new();
+        for side in 0..2 {
+            let left = self.scenario.rng.below(c.under_way(side) as u64 + 1) as usize;
+            c.cut(side, left);
+            if deaf != Some(side) {
+                told.push((c.after_all(side, self.now) + self.scenario.rng.log(MICROS, 20 * MILLIS), side));
+            }
+        }
+        for (at, side) in told {
+            self.at(at, Coming::Down { connection, side });
+        }
+    }
+
+    fn part(&mut self) {
+        let a = self.scenario.rng.below(self.hosts.len() as u64) as usize;
+        let b = (a + 1 + self.scenario.rng.below(self.hosts.len() as u64 - 1) as usize) % self.hosts.len();
+        let until = self.now + self.scenario.rng.log(MILLIS, 20 * SECONDS);
+        let pair = (a.min(b), a.max(b));
+        self.net.partitions.insert(pair, until);
+        self.at(until, Coming::Heal { pair });
+    }
+
+    fn arm(&mut self, node: usize) {
+        let rng = &mut self.scenario.rng;
+        let file = rng.pick(&[
+            File::Journal,
+            File::Journal,
+            File::Backing(0),
+            File::Backing(0),
+            File::Superblock,
+            File::DirtyMaps,
+        ]);
+        let kind = if file == File::DirtyMaps { 2 } else { rng.below(3) as u8 };
+        let fault = DiskFault { errno: 5, drops: rng.permille(500) };
+        let skip = rng.below(10);
+        self.hosts[node].armed.push(Armed { file, kind, skip, fault });
+    }
+}

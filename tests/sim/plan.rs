@@ -1,0 +1,246 @@
+//! What one seed does: geometry, timings, workload, and which faults strike when.
+//!
+//! Owns: the swarm: each seed has its own mix, most features off in most seeds, so that their
+//! combinations are met. Invariant: a plan depends on its seed alone.
+
+use crate::prng::Prng;
+use volrep::node::config::{FullPolicy, Timing};
+use volrep::units::{MICROS, MILLIS, SECONDS};
+
+/// A thing that goes wrong (or is done by hand) at some moment of the work.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Fault {
+    /// kill -9 of the primary's daemon.
+    KillPrimary,
+    /// The primary's machine loses power.
+    PowerPrimary,
+    /// kill -9 of a shadow's daemon.
+    KillShadow,
+    /// A shadow's machine loses power.
+    PowerShadow,
+    /// kill -9 of every daemon.
+    KillAll,
+    /// All machines lose power at once.
+    PowerAll,
+    /// A clean stop and start of the primary.
+    RestartPrimary,
+    /// A clean stop and start of a shadow.
+    RestartShadow,
+    /// A connection breaks.
+    Cut,
+    /// One side of a connection goes and the other never hears of it.
+    HalfOpen,
+    /// Two nodes cannot reach each other for a while.
+    Partition,
+    /// A connection stands still for a while.
+    Stall,
+    /// A message is lost.
+    DropMessage,
+    /// A message comes twice.
+    DuplicateMessage,
+    /// A bit of a message turns.
+    FlipBit,
+    /// Dials fail for a while.
+    DialFailure,
+    /// A disk request of the primary fails.
+    IoErrorPrimary,
+    /// A disk request of a shadow fails.
+    IoErrorShadow,
+    /// A wall clock jumps.
+    ClockJump,
+    /// A node is woken without reason.
+    SpuriousWake,
+    /// A disk is slow for a while.
+    SlowDisk,
+}
+
+/// Every kind.
+pub const FAULTS: [Fault; 21] = [
+    Fault::KillPrimary,
+    Fault::PowerPrimary,
+    Fault::KillShadow,
+    Fault::PowerShadow,
+    Fault::KillAll,
+    Fault::PowerAll,
+    Fault::RestartPrimary,
+    Fault::RestartShadow,
+    Fault::Cut,
+    Fault::HalfOpen,
+    Fault::Partition,
+    Fault::Stall,
+    Fault::DropMessage,
+    Fault::DuplicateMessage,
+    Fault::FlipBit,
+    Fault::DialFailure,
+    Fault::IoErrorPrimary,
+    Fault::IoErrorShadow,
+    Fault::ClockJump,
+    Fault::SpuriousWake,
+    Fault::SlowDisk,
+];
+
+/// How the primary is lost before the promotion.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Loss {
+    /// It never comes back.
+    Forever,
+    /// Its process is killed; it is started again after the promotion.
+    Kill,
+    /// Its machine loses power; it is started again after the promotion.
+    Power,
+}
+
+/// Chances, in thousandths, and sizes of requests.
+#[derive(Clone, Debug)]
+pub struct Mix {
+    /// Requests outstanding at once.
+    pub depth: u64,
+    /// Requests in all.
+    pub requests: u64,
+    /// Largest write, sectors.
+    pub largest: u64,
+    /// Reads.
+    pub read: u64,
+    /// Flushes.
+    pub flush: u64,
+    /// Zeroings.
+    pub zero: u64,
+    /// Writes with FUA.
+    pub fua: u64,
+    /// Writes in the hot range.
+    pub hot: u64,
+    /// Writes that do not compress.
+    pub rich: u64,
+    /// Longest pause between requests, ns.
+    pub think: u64,
+}
+
+/// What one seed does.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Nodes; the first is the primary.
+    pub nodes: usize,
+    /// Number, bytes, block of each volume.
+    pub volumes: Vec<(u8, u64, u64)>,
+    /// Bytes of a journal segment.
+    pub segment: u64,
+    /// Segments.
+    pub segments: u32,
+    /// Bytes of the write cache.
+    pub cache: u64,
+    /// Compression.
+    pub level: Option<i32>,
+    /// When the journal is full.
+    pub full: FullPolicy,
+    /// Shadows that a FLUSH waits for, as bits by node.
+    pub sync: u8,
+    /// Intervals of the nodes.
+    pub timing: Timing,
+    /// See the node's configuration.
+    pub feed: u64,
+    /// See the node's configuration.
+    pub window: u64,
+    /// The workload.
+    pub mix: Mix,
+    /// Faults, by the number of requests submitted before, rising.
+    pub faults: Vec<(u64, Fault)>,
+    /// The promotion, after this many requests, and the node promoted.
+    pub promotion: Option<(u64, Loss, usize)>,
+    /// Slowest disk write, ns.
+    pub disk_write: u64,
+    /// Slowest sync, ns.
+    pub disk_sync: u64,
+}
+
+impl Plan {
+    /// The plan of a seed.
+    pub fn draw(rng: &mut Prng) -> Plan {
+        let nodes = if rng.permille(350) { 3 } else { 2 };
+        let mix = draw_mix(rng);
+        let sync = if rng.permille(350) { rng.within(1, (1 << (nodes - 1)) - 1) as u8 } else { 0 } << 1;
+        let promotion = rng.permille(350).then(|| {
+            let at = rng.within(mix.requests / 4, mix.requests * 3 / 4);
+            (
+                at,
+                rng.pick(&[Loss::Forever, Loss::Kill, Loss::Power]),
+                rng.within(1, nodes as u64 - 1) as usize,
+            )
+        });
+        let behind = rng.permille(200);
+        Plan {
+            nodes,
+            volumes: draw_volumes(rng),
+            segment: 2 << 20,
+            segments: rng.pick(&[4, 4, 4, 5, 8]),
+            cache: rng.pick(&[1, 2, 4, 8]) << 20,
+            level: rng.pick(&[None, Some(1), Some(1), Some(3)]),
+            full: if behind { FullPolicy::Behind } else { FullPolicy::Block },
+            sync,
+            timing: draw_timing(rng),
+            feed: rng.log(64 << 10, 16 << 20),
+            window: rng.log(64 << 10, 16 << 20),
+            faults: draw_faults(rng, mix.requests),
+            mix,
+            promotion,
+            disk_write: rng.log(50 * MICROS, 20 * MILLIS),
+            disk_sync: rng.log(100 * MICROS, 50 * MILLIS),
+        }
+    }
+}
+
+fn draw_volumes(rng: &mut Prng) -> Vec<(u8, u64, u64)> {
+    let mut one = |number: u8, largest: u64| {
+        let block = rng.pick(&[512, 4096]);
+        let blocks = rng.within(64 << 10, largest) / block;
+        (number, blocks * block, block)
+    };
+    let first = one(0, 4 << 20);
+    let second = one(3, 1 << 20);
+    if rng.permille(300) { vec![first, second] } else { vec![first] }
+}
+
+fn draw_mix(rng: &mut Prng) -> Mix {
+    let largest = if rng.permille(50) { 6000 } else { rng.pick(&[1, 8, 16, 32, 128, 512]) };
+    Mix {
+        depth: rng.log(1, 48),
+        requests: if largest > 512 {
+            rng.within(20, 60)
+        } else if largest > 64 {
+            rng.within(100, 300)
+        } else {
+            rng.within(200, 700)
+        },
+        largest,
+        read: rng.pick(&[0, 100, 300]),
+        flush: rng.pick(&[0, 20, 100, 300]),
+        zero: rng.pick(&[0, 0, 50, 150]),
+        fua: rng.pick(&[0, 0, 50, 300]),
+        hot: rng.pick(&[0, 500, 900]),
+        rich: rng.pick(&[0, 200, 1000]),
+        think: rng.pick(&[0, 100 * MICROS, 3 * MILLIS]),
+    }
+}
+
+fn draw_timing(rng: &mut Prng) -> Timing {
+    let heartbeat = rng.log(20 * MILLIS, 500 * MILLIS);
+    Timing {
+        seal_after: rng.log(50 * MICROS, 20 * MILLIS),
+        seal_bytes: rng.pick(&[4 << 10, 64 << 10, 64 << 10, 1 << 20]),
+        sync_after: rng.log(100 * MICROS, 50 * MILLIS),
+        heartbeat,
+        silence: heartbeat * rng.within(4, 12),
+        redial: rng.log(10 * MILLIS, 500 * MILLIS),
+        write_back_after: rng.log(100 * MICROS, 500 * MILLIS),
+        checkpoint_after: rng.log(5 * MILLIS, SECONDS),
+    }
+}
+
+fn draw_faults(rng: &mut Prng, requests: u64) -> Vec<(u64, Fault)> {
+    let count = rng.pick(&[0, 1, 2, 3, 5, 8, 12]);
+    let mut kinds = FAULTS.to_vec();
+    rng.shuffle(&mut kinds);
+    kinds.truncate(rng.within(1, 5) as usize);
+    let mut faults: Vec<_> = (0..count).map(|_| (rng.within(1, requests), rng.pick(&kinds))).collect();
+    faults.sort_unstable();
+    faults
+}

@@ -1,0 +1,572 @@
+//! The course of a run: everybody joins, the work with its faults, perhaps a promotion, the healing,
+//! and the last look at every image.
+//!
+//! Owns: the phase. Invariant: once faults have stopped, every phase ends within a bounded virtual time.
+
+use crate::content::{SECTOR, WriteId, parse_run};
+use crate::history::Image;
+use crate::plan::{Fault, Loss};
+use crate::prng::Prng;
+use crate::workload::Asked;
+use crate::world::{Coming, Outcome, Purpose, World, broken};
+use bytes::Bytes;
+use std::collections::BTreeSet;
+use volrep::disk::File;
+use volrep::node::config::FullPolicy;
+use volrep::node::event::{AdminOp, Op};
+use volrep::node::status::Status;
+use volrep::units::{Address, Extent, Hash, MILLIS, SECONDS};
+
+/// Virtual time within which the system must come to rest once nothing disturbs it.
+const PATIENCE: u64 = 120 * SECONDS;
+
+/// What is going on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Phase {
+    Join,
+    Work,
+    Promote,
+    Settle,
+    Drain,
+    Rest,
+    Over,
+}
+
+/// A reading of the whole image.
+struct Verify {
+    left: Vec<Extent>,
+    outstanding: usize,
+    image: Image,
+    /// What is read is the truth from here on: the node was promoted.
+    rebase: bool,
+}
+
+/// The course of one run.
+pub struct Scenario {
+    /// Draws for faults.
+    pub rng: Prng,
+    phase: Phase,
+    since: u64,
+    /// The node that the workload goes to.
+    pub primary: usize,
+    promoted: bool,
+    asked: bool,
+    next_fault: usize,
+    verify: Option<Verify>,
+    /// To befall the next messages.
+    pub message_faults: Vec<Fault>,
+    /// Links on which a message was lost and none sent since.
+    pub gaps: BTreeSet<u64>,
+    /// No dial succeeds before.
+    pub dials_fail_until: u64,
+    rebase: bool,
+}
+
+impl Scenario {
+    /// Before the beginning.
+    pub fn new(rng: Prng) -> Scenario {
+        Scenario {
+            rng,
+            phase: Phase::Join,
+            since: 0,
+            primary: 0,
+            promoted: false,
+            asked: false,
+            next_fault: 0,
+            verify: None,
+            message_faults: Vec::new(),
+            gaps: BTreeSet::new(),
+            dials_fail_until: 0,
+            rebase: false,
+        }
+    }
+    /// Nothing more to see.
+    pub fn over(&self) -> bool {
+        self.phase == Phase::Over
+    }
+    /// The primary is lost, and nobody was promoted yet.
+    pub fn is_losing(&self, node: usize) -> bool {
+        node == 0 && self.phase == Phase::Promote
+    }
+    /// Another node was promoted over this one (or is about to be).
+    pub fn demoted(&self, node: usize) -> bool {
+        node == 0 && (self.promoted || self.phase == Phase::Promote)
+    }
+}
+
+impl World {
+    fn enter(&mut self, phase: Phase) {
+        self.trace.say(self.now, self.scenario.primary, "phase", &format!("{phase:?}"));
+        (self.scenario.phase, self.scenario.since, self.scenario.asked) = (phase, self.now, false);
+        self.work.progress = self.now;
+    }
+
+    /// Looks around, and moves on when it is time.
+    pub fn tick(&mut self) -> Outcome {
+        for node in 0..self.hosts.len() {
+            self.look_at(node)?;
+        }
+        self.counts.check("liveness");
+        match self.scenario.phase {
+            Phase::Join if self.all_current(true) => self.begin_work(),
+            Phase::Work => self.work_on()?,
+            Phase::Promote => self.promote_on()?,
+            Phase::Settle if self.all_current(false) => {
+                self.enter(Phase::Drain);
+                self.ask(self.scenario.primary, AdminOp::Drain, Purpose::Drain)?;
+            }
+            Phase::Rest if self.all_at_rest() => {
+                self.last_look()?;
+                self.enter(Phase::Over);
+            }
+            _ => {}
+        }
+        self.impatient()?;
+        let pause = if self.scenario.phase == Phase::Work { 5 * MILLIS } else { 20 * MILLIS };
+        self.after(pause, Coming::Tick);
+        Ok(())
+    }
+
+    fn impatient(&mut self) -> Outcome {
+        let waited = self.now
+            - match self.scenario.phase {
+                Phase::Work => self.work.progress.max(self.scenario.since),
+                _ => self.scenario.since,
+            };
+        if waited < PATIENCE {
+            return Ok(());
+        }
+        if self.blocked_for_good() {
+            self.counts.met("blocked: a member of the sync set has diverged");
+            self.enter(Phase::Over);
+            return Ok(());
+        }
+        let states = (0..self.hosts.len()).map(|n| self.describe(n)).collect::<Vec<_>>().join("; ");
+        broken("liveness", format!("{:?} does not end: {states}", self.scenario.phase))
+    }
+
+    /// A FLUSH waits for a member that a promotion has left behind: that takes an administrator.
+    fn blocked_for_good(&self) -> bool {
+        let state = |n: usize| self.hosts[n].status.as_ref().map(|s| s.state.as_str());
+        self.scenario.promoted
+            && state(self.scenario.primary) == Some("Blocked")
+            && self.followers().any(|n| self.hosts[n].status.as_ref().is_some_and(|s| self.excused(s)))
+    }
+
+    fn describe(&self, node: usize) -> String {
+        let Some(s) = &self.hosts[node].status else {
+            return format!("{node}: down");
+        };
+        let peers: Vec<_> = s
+            .peers
+            .iter()
+            .map(|p| format!("{} {} {:?} applied {}", p.name, p.state, p.reason, p.applied_lsn))
+            .collect();
+        format!(
+            "{node}: {} {} {:?} tail {} durable {} applied {} checkpoint {} set {:?} journal {}/{} cache {} peers {peers:?}",
+            s.role,
+            s.state,
+            s.reason,
+            s.tail_lsn,
+            s.durable_lsn,
+            s.applied_lsn,
+            s.checkpoint_lsn,
+            s.sync_set,
+            s.journal_used,
+            s.journal_size,
+            s.cache_used
+        )
+    }
+
+    /// Checks a node's state by itself.
+    fn look_at(&mut self, node: usize) -> Outcome {
+        let Some(s) = self.poll(node)? else {
+            return Ok(());
+        };
+        let watch = &self.hosts[node].watch;
+        let ordered =
+            s.checkpoint_lsn <= s.applied_lsn && s.applied_lsn <= s.tail_lsn && s.durable_lsn <= s.tail_lsn;
+        if !ordered && s.state != "Recovering" && s.state != "Failed" {
+            return broken("I5", format!("positions out of order: {}", self.describe(node)));
+        }
+        let (faulted, demoted) = (watch.faulted, self.scenario.demoted(node));
+        match s.state.as_str() {
+            "Failed" if !faulted && !demoted => {
+                broken("contract", format!("failed without a fault: {}", self.describe(node)))
+            }
+            "Failed" if !demoted && !watch.stopping => {
+                // Its administrator starts it again.
+                self.hosts[node].watch.stopping = true;
+                let delay = self.scenario.rng.log(MILLIS, 500 * MILLIS);
+                self.restart(node, false, delay);
+                Ok(())
+            }
+            "Diverged" if !self.scenario.demoted(0) => {
+                broken("I1", format!("diverged without a promotion: {}", self.describe(node)))
+            }
+            "Inconsistent" => broken("I1", format!("inconsistent: {}", self.describe(node))),
+            _ => Ok(()),
+        }
+    }
+
+    fn restart(&mut self, node: usize, power: bool, delay: u64) {
+        self.kill(node, power);
+        self.after(delay, Coming::Boot { node });
+    }
+
+    /// A process began.
+    pub fn booted(&mut self, node: usize) -> Outcome {
+        if node == self.scenario.primary && self.scenario.phase != Phase::Promote {
+            self.ask(node, AdminOp::Open, Purpose::Open)?;
+        } else if self.scenario.demoted(node) {
+            self.issue(node, Op::Flush, Asked::Probe)?;
+        }
+        Ok(())
+    }
+
+    /// A process is gone.
+    pub fn process_gone(&mut self, node: usize, power: bool) {
+        self.work.forget(node);
+        if node == self.scenario.primary {
+            if matches!(self.scenario.phase, Phase::Drain | Phase::Rest) {
+                self.enter(Phase::Settle);
+            }
+            self.work.open = false;
+            self.scenario.verify = None;
+            if power { self.model.power_loss() } else { self.model.kill() }
+        }
+    }
+
+    /// A process ended by itself.
+    pub fn stopped(&mut self, node: usize, text: &str) -> Outcome {
+        let watch = &self.hosts[node].watch;
+        if !watch.faulted && !self.scenario.demoted(node) {
+            return broken("contract", format!("stops without a fault: {text}"));
+        }
+        self.counts.met("stopped after a fault");
+        let delay = self.scenario.rng.log(MILLIS, 500 * MILLIS);
+        let again = !self.scenario.demoted(node);
+        self.kill(node, false);
+        if again {
+            self.after(delay, Coming::Boot { node });
+        }
+        Ok(())
+    }
+
+    /// What was asked is done.
+    pub fn granted(&mut self, node: usize, purpose: Purpose) -> Outcome {
+        match purpose {
+            Purpose::Open if node == self.scenario.primary => self.begin_verify(node),
+            Purpose::Promote => {
+                self.counts.met("promoted");
+                (self.scenario.promoted, self.scenario.rebase, self.scenario.primary) = (true, true, node);
+                self.enter(Phase::Work);
+                self.ask(node, AdminOp::Open, Purpose::Open)
+            }
+            Purpose::Drain => {
+                self.enter(Phase::Rest);
+                Ok(())
+            }
+            Purpose::Shutdown => {
+                self.counts.met("clean stop");
+                let power = self.scenario.rng.permille(300);
+                let delay = self.scenario.rng.log(MILLIS, SECONDS);
+                self.restart(node, power, delay);
+                Ok(())
+            }
+            Purpose::Open | Purpose::Status => Ok(()),
+        }
+    }
+
+    /// The promotion is refused; it may be for the moment only.
+    pub fn promotion_refused(&mut self, text: &str) -> Outcome {
+        self.scenario.asked = false;
+        let target = self.plan.promotion.expect("in its phase").2;
+        if text.contains("is the primary already") {
+            // An earlier attempt was cut short after its term was durable.
+            let incarnation = self.hosts[target].incarnation;
+            self.after(0, Coming::Granted { node: target, incarnation, purpose: Purpose::Promote });
+        }
+        Ok(())
+    }
+
+    fn begin_work(&mut self) {
+        self.enter(Phase::Work);
+        self.work.open = self.scenario.verify.is_none();
+        self.kick();
+    }
+
+    fn work_on(&mut self) -> Outcome {
+        while let Some((at, fault)) = self.plan.faults.get(self.scenario.next_fault).copied()
+            && at <= self.work.submitted
+        {
+            self.scenario.next_fault += 1;
+            self.inject(fault)?;
+        }
+        if let Some((at, loss, target)) = self.plan.promotion
+            && !self.scenario.promoted
+            && at <= self.work.submitted
+        {
+            return self.lose_primary(loss, target);
+        }
+        if self.work.finished(&self.plan.mix) && self.scenario.verify.is_none() {
+            self.settle();
+        }
+        Ok(())
+    }
+
+    fn settle(&mut self) {
+        self.enter(Phase::Settle);
+        self.net.partitions.clear();
+        self.scenario.dials_fail_until = 0;
+        self.scenario.message_faults.clear();
+        if self.scenario.promoted && !self.hosts[0].gone {
+            // It came back unasked; whoever still follows it is to find the promoted node.
+            self.kill(0, false);
+            self.hosts[0].gone = true;
+        }
+        for node in 0..self.hosts.len() {
+            self.hosts[node].armed.clear();
+            self.hosts[node].slow = 1;
+            if self.hosts[node].node.is_none() {
+                self.after(MILLIS, Coming::Boot { node });
+            }
+        }
+    }
+
+    fn lose_primary(&mut self, loss: Loss, target: usize) -> Outcome {
+        self.counts.met(&format!("primary lost: {loss:?}"));
+        self.enter(Phase::Promote);
+        self.kill(0, loss == Loss::Power);
+        match loss {
+            Loss::Forever => self.hosts[0].gone = true,
+            Loss::Kill | Loss::Power => {
+                let delay = self.scenario.rng.log(SECONDS, 10 * SECONDS);
+                self.after(delay, Coming::Boot { node: 0 });
+            }
+        }
+        self.after(0, Coming::Boot { node: target });
+        Ok(())
+    }
+
+    fn promote_on(&mut self) -> Outcome {
+        let target = self.plan.promotion.expect("in its phase").2;
+        let ready = self.hosts[target].status.as_ref().is_some_and(|s| s.state != "Recovering");
+        if self.hosts[target].node.is_none() || !ready || self.scenario.asked {
+            return Ok(());
+        }
+        if self.scenario.rng.permille(800) {
+            return Ok(()); // a random moment, not the first
+        }
+        self.scenario.asked = true;
+        self.ask(target, AdminOp::Promote { fenced: true, dry_run: false }, Purpose::Promote)
+    }
+
+    /// Nodes that must follow the primary: not the one that was replaced.
+    fn followers(&self) -> impl Iterator<Item = usize> {
+        let (primary, promoted) = (self.scenario.primary, self.scenario.promoted);
+        (0..self.hosts.len()).filter(move |n| *n != primary && !(promoted && *n == 0))
+    }
+
+    /// A follower that lawfully waits for a resync.
+    fn excused(&self, s: &Status) -> bool {
+        let may = self.scenario.promoted || self.plan.full == FullPolicy::Behind;
+        may && matches!(s.state.as_str(), "Outdated" | "Diverged")
+    }
+
+    fn all_current(&self, joining: bool) -> bool {
+        let Some(p) = &self.hosts[self.scenario.primary].status else {
+            return false;
+        };
+        if p.state != "UpToDate" || p.role != "primary" || self.scenario.verify.is_some() {
+            return false;
+        }
+        self.followers().all(|n| {
+            let Some(s) = &self.hosts[n].status else {
+                return false;
+            };
+            let known = p.peers.iter().any(|q| q.name == self.hosts[n].config.name && q.state == "UpToDate");
+            let current = s.state == "UpToDate" && s.applied_lsn == p.tail_lsn && known;
+            current || (!joining && self.excused(s))
+        })
+    }
+
+    fn all_at_rest(&self) -> bool {
+        let Some(p) = &self.hosts[self.scenario.primary].status else {
+            return false;
+        };
+        let rests = |s: &Status| s.checkpoint_lsn == p.tail_lsn && s.applied_lsn == p.tail_lsn;
+        rests(p)
+            && self
+                .followers()
+                .all(|n| self.hosts[n].status.as_ref().is_some_and(|s| rests(s) || self.excused(s)))
+    }
+
+    fn begin_verify(&mut self, node: usize) -> Outcome {
+        let chunk = self.scenario.rng.log(16 << 10, 4 << 20) / 4096 * 4096;
+        let mut left = Vec::new();
+        for &(number, size, _) in &self.plan.volumes {
+            for at in (0..size).step_by(chunk as usize) {
+                let address = Address::new(number, at).expect("within a small volume");
+                left.push(Extent::new(address, chunk.min(size - at)).expect("whole sectors"));
+            }
+        }
+        self.scenario.rng.shuffle(&mut left);
+        let image =
+            (0..self.model.volumes.len()).map(|v| vec![0; self.model.volume_sectors(v) as usize]).collect();
+        let rebase = self.scenario.rebase;
+        self.scenario.verify = Some(Verify { left, outstanding: 0, image, rebase });
+        self.verify_on(node)
+    }
+
+    fn verify_on(&mut self, node: usize) -> Outcome {
+        while let Some(v) = &mut self.scenario.verify
+            && v.outstanding < 4
+            && let Some(extent) = v.left.pop()
+        {
+            v.outstanding += 1;
+            let tick = self.model.tick();
+            self.issue(node, Op::Read(extent), Asked::Verify { extent, tick })?;
+        }
+        Ok(())
+    }
+
+    /// A part of the image came back.
+    pub fn verified(&mut self, node: usize, extent: Extent, bytes: &Bytes, tick: u64) -> Outcome {
+        let Some(v) = &mut self.scenario.verify else {
+            return Ok(());
+        };
+        v.outstanding -= 1;
+        if bytes.is_empty() {
+            v.left.push(extent); // its disk failed once
+            return self.verify_on(node);
+        }
+        let number = extent.address().volume();
+        let first = extent.address().offset() / SECTOR as u64;
+        let ids = parse_run(bytes, number, first).or_else(|text| broken("I12", text))?;
+        let volume = self.model.volume_index(number).expect("a volume of the plan");
+        v.image[volume][first as usize..first as usize + ids.len()].copy_from_slice(&ids);
+        if !v.rebase {
+            self.counts.check("I6");
+            self.counts.check("I3");
+            self.model
+                .check_read(extent, bytes, tick)
+                .or_else(|text| broken("I3", format!("after a recovery: {text}")))?;
+        }
+        let finished = v.left.is_empty() && v.outstanding == 0;
+        if finished { self.image_read(node) } else { self.verify_on(node) }
+    }
+
+    /// The whole image was read: it must be the image of the journal's last record.
+    fn image_read(&mut self, node: usize) -> Outcome {
+        let Some(v) = self.scenario.verify.take() else {
+            return Ok(());
+        };
+        let tail = self.tail_hash(node)?;
+        self.counts.check("I1");
+        self.same_image(&v.image, tail, "after a recovery")?;
+        for shadow in 0..self.hosts.len() {
+            if let Some(applied) = self.hosts[shadow].watch.applied
+                && !v.rebase
+                && !self.scenario.promoted
+                && !self.history.includes(tail, applied.hash)
+            {
+                return broken(
+                    "I1",
+                    format!("the primary came back without {applied:?}, which {shadow} had applied"),
+                );
+            }
+        }
+        if v.rebase {
+            self.check_promoted(node, &v.image, tail)?;
+            self.model.rebase(&v.image);
+            self.scenario.rebase = false;
+        }
+        if self.scenario.phase != Phase::Join {
+            self.work.open = true;
+            self.work.progress = self.now;
+            self.kick();
+        }
+        Ok(())
+    }
+
+    /// A promoted shadow holds what it said it had applied, and what was promised to be there.
+    fn check_promoted(&mut self, node: usize, image: &[Vec<WriteId>], tail: Hash) -> Outcome {
+        self.counts.check("I5");
+        if let Some(applied) = self.hosts[node].watch.applied
+            && !self.history.includes(tail, applied.hash)
+        {
+            return broken("I5", format!("promoted without {applied:?}, which it had reported as applied"));
+        }
+        self.counts.check("I4");
+        let bit = 1u8 << node;
+        match self.model.missing(image, |w| w.remote & bit != 0) {
+            None => Ok(()),
+            Some(text) => broken("I4", format!("promoted member of the sync set: {text}")),
+        }
+    }
+
+    fn tail_hash(&mut self, node: usize) -> Result<Hash, crate::world::Violation> {
+        let Some(s) = self.poll(node)? else {
+            return broken("contract", "gone while it was looked at");
+        };
+        let watch = &self.hosts[node].watch;
+        match watch.at(s.tail_lsn, self.history.origin) {
+            Some(hash) => Ok(hash),
+            None => broken("I1", format!("its tail {} was never written to its journal", s.tail_lsn)),
+        }
+    }
+
+    fn same_image(&self, image: &[Vec<WriteId>], tail: Hash, when: &str) -> Outcome {
+        let expected = self.history.image(tail);
+        for (volume, (is, should)) in image.iter().zip(&expected).enumerate() {
+            if let Some(sector) = is.iter().zip(should).position(|(a, b)| a != b) {
+                let lsn = self.history.get(tail).map_or(0, |e| e.lsn.0);
+                let text = format!(
+                    "{when}: volume {volume} sector {sector} is of write {}, the records up to {lsn} say {}",
+                    is[sector], should[sector]
+                );
+                return broken("I1", text);
+            }
+        }
+        Ok(())
+    }
+
+    /// After the drain: every backing is the image of its own tail, and they are all the same.
+    fn last_look(&mut self) -> Outcome {
+        let primary = self.scenario.primary;
+        let tail = self.tail_hash(primary)?;
+        let current: Vec<_> = self.followers().collect();
+        for node in std::iter::once(primary).chain(current) {
+            let s = self.hosts[node].status.clone().expect("at rest");
+            if node != primary && self.excused(&s) {
+                self.counts.met(&format!("excused at the end: {}", s.state));
+                continue;
+            }
+            self.counts.check("I1");
+            let mut image = Vec::new();
+            for &(number, _, _) in &self.plan.volumes {
+                let content = self.hosts[node].disk.content(File::Backing(number));
+                image.push(parse_run(content, number, 0).or_else(|text| broken("I12", text))?);
+            }
+            self.same_image(&image, tail, &format!("at rest, node {node}"))?;
+            if node == primary {
+                self.check_at_rest(primary)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The primary's backing agrees with what was answered.
+    fn check_at_rest(&mut self, node: usize) -> Outcome {
+        for &(number, size, _) in &self.plan.volumes {
+            let extent = Extent::new(Address::new(number, 0).expect("small"), size).expect("whole sectors");
+            let tick = self.model.tick();
+            let content = self.hosts[node].disk.content(File::Backing(number));
+            self.model
+                .check_read(extent, content, tick)
+                .or_else(|text| broken("I2", format!("at rest: {text}")))?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,242 @@
+//! What the checks learn by looking at every write to a journal or superblock and at every message.
+//!
+//! Owns: per host, the facts that outlive its process: the records in its journal, what it claimed.
+//! Invariant: nothing here changes what the node sees.
+
+use crate::world::{Outcome, World, broken};
+use bytes::Bytes;
+use std::collections::BTreeMap;
+use volrep::disk::File;
+use volrep::format::message::{Message, Role};
+use volrep::format::record::Record;
+use volrep::format::superblock::{SLOT, Superblock};
+use volrep::journal::maps::Maps;
+use volrep::units::{Address, Extent, Hash, HistoryPoint, Term};
+
+/// What is known of a host.
+#[derive(Default)]
+pub struct Watch {
+    /// The record that was last written at each LSN.
+    pub journal: BTreeMap<u64, Hash>,
+    /// Where in the journal file, and how long.
+    places: BTreeMap<u64, (usize, usize)>,
+    /// A disk fault was delivered to this process.
+    pub faulted: bool,
+    /// A failed write or sync of journal or superblock was delivered to this process.
+    pub latched: bool,
+    /// It is being stopped on purpose.
+    pub stopping: bool,
+    /// Highest term of another node that this process was told of.
+    pub heard_term: u64,
+    /// Term under which it last opened a generation of its own.
+    pub acting_term: u64,
+    /// Highest point that it ever said it had applied.
+    pub applied: Option<HistoryPoint>,
+    /// Highest LSN that it claimed durable and that was checked.
+    claimed: u64,
+    term: Term,
+    said_applied: u64,
+}
+
+impl Watch {
+    /// A new process.
+    pub fn booted(&mut self) {
+        (self.faulted, self.latched, self.stopping) = (false, false, false);
+        self.said_applied = 0;
+    }
+    /// A disk fault was delivered.
+    pub fn failed(&mut self, file: File, kind: u8) {
+        self.faulted = true;
+        self.latched |= kind != 0 && matches!(file, File::Journal | File::Superblock);
+    }
+    /// A message was delivered.
+    pub fn heard(&mut self, message: &Message) {
+        if let Message::Hello { identity, .. } | Message::Welcome { identity, .. } = message {
+            self.heard_term = self.heard_term.max(identity.term.counter);
+        }
+    }
+    /// The chain hash of an LSN in its journal.
+    pub fn at(&self, lsn: u64, origin: Hash) -> Option<Hash> {
+        if lsn == 0 { Some(origin) } else { self.journal.get(&lsn).copied() }
+    }
+}
+
+impl World {
+    /// A write to a journal.
+    pub fn watch_journal(&mut self, node: usize, offset: u64, data: &Bytes) -> Outcome {
+        let mut at = 0;
+        while at < data.len() {
+            if data[at..].starts_with(b"VREC")
+                && let Ok(record) = Record::decode(data.slice(at..))
+            {
+                let len = record.padded_len() as usize;
+                self.watch_append(node, offset as usize + at, &record)?;
+                at += len;
+            } else {
+                at += 4096;
+            }
+        }
+        Ok(())
+    }
+
+    fn watch_append(&mut self, node: usize, place: usize, record: &Record) -> Outcome {
+        self.watch_record(node, record)?;
+        let lsn = record.stamp.lsn.0;
+        let watch = &mut self.hosts[node].watch;
+        self.counts.check("I7");
+        if watch.at(lsn - 1, self.history.origin) != Some(record.stamp.prev) {
+            return broken("I7", format!("record {lsn} is appended behind another history"));
+        }
+        watch.claimed = watch.claimed.min(lsn - 1);
+        watch.journal.insert(lsn, record.chain);
+        let end = place + record.padded_len() as usize;
+        watch.places.retain(|_, (at, len)| *at + *len <= place || end <= *at); // recycled
+        watch.places.insert(lsn, (place, end - place));
+        Ok(())
+    }
+
+    fn watch_record(&mut self, node: usize, record: &Record) -> Outcome {
+        if self.history.knows(record.chain) {
+            return Ok(());
+        }
+        self.counts.check("I2");
+        let sealer = self.hosts[node].id;
+        let lsn = record.stamp.lsn.0;
+        self.trace.note(
+            self.now,
+            node,
+            "sealed",
+            [lsn, record.wire().len() as u64, record.stamp.flags.into()],
+        );
+        let entered = self.history.enter(record, sealer, &self.model);
+        entered.or_else(|(invariant, text)| broken(invariant, text))
+    }
+
+    /// A write of a superblock slot.
+    pub fn watch_superblock(&mut self, node: usize, data: &Bytes) -> Outcome {
+        let Ok(s) = Superblock::decode(data) else {
+            return broken("contract", "a superblock slot that does not decode");
+        };
+        self.counts.check("I7");
+        let text =
+            format!("{:?} term {:?} checkpoint {} clean {}", s.role, s.term, s.checkpoint.lsn, s.clean);
+        self.trace.say(self.now, node, "slot", &text);
+        let host = &mut self.hosts[node];
+        let watch = &mut host.watch;
+        if s.term < watch.term {
+            return broken("I7", format!("the term falls from {:?} to {:?}", watch.term, s.term));
+        }
+        watch.term = s.term;
+        if s.role == Role::Primary && s.generation.term.node == host.id {
+            watch.acting_term = s.generation.term.counter;
+        }
+        if s.checkpoint.lsn.0 > 0 && !self.history.knows(s.checkpoint.hash) {
+            return broken("I1", format!("checkpoint at an unknown record {:?}", s.checkpoint));
+        }
+        Ok(())
+    }
+
+    /// Before a start: the dirty maps that the superblock lists hold every record up to the checkpoint.
+    pub fn check_maps(&mut self, node: usize) -> Outcome {
+        let host = &self.hosts[node];
+        let slots = host.disk.content(File::Superblock);
+        let (a, b) = slots.split_at(SLOT);
+        let Ok((_, s)) = Superblock::choose([a, b]) else {
+            return broken("I3", "neither superblock slot decodes");
+        };
+        let Some(first) = s.maps.first().copied() else {
+            return Ok(());
+        };
+        let sizes: Vec<_> = s.volumes.iter().map(|v| (v.number, v.size)).collect();
+        let maps = Maps::new(Box::new(host.maps.content()), &sizes, s.maps.clone(), first.from);
+        let maps = maps.or_else(|text| broken("I9", text))?;
+        // A map may begin after the checkpoint: recovery marks those records again.
+        for range in s.maps.iter().filter(|r| r.from.lsn < s.checkpoint.lsn) {
+            self.counts.check("I9");
+            let listed = maps.since(range.from.lsn);
+            for (volume, sector, sectors) in self.history.written(s.checkpoint.hash, range.from.hash) {
+                let number = self.model.volumes[volume].number;
+                let at = Address::new(number, sector * 512).expect("a record's extent");
+                let covers = |e: &Extent| e.start() <= at.0 && at.0 + sectors * 512 <= e.end();
+                if !listed.iter().any(covers) {
+                    let text = format!("the map since {} lacks {at:?}+{sectors} sectors", range.from.lsn);
+                    return broken("I9", text);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A message is sent.
+    pub fn watch_sent(&mut self, node: usize, message: &Message) -> Outcome {
+        match message {
+            Message::Record(record) => self.watch_record(node, record),
+            Message::Durable { lsn } => self.watch_claim(node, lsn.0),
+            Message::Positions { received, durable, applied } => {
+                if applied > durable || durable > received {
+                    return broken("I5", format!("positions out of order: {message:?}"));
+                }
+                self.watch_claim(node, durable.0)?;
+                self.watch_applied(node, applied.0)
+            }
+            Message::Begin { from } => self.watch_claim(node, from.0 - 1),
+            Message::Hello { identity, .. } if identity.role == Role::Shadow => {
+                self.counts.check("I5");
+                let said = self.hosts[node].watch.applied.map_or(0, |p| p.lsn.0);
+                if identity.applied.0 < said {
+                    let text = format!("gives {} as what can't be taken back after it reported {said} as applied", identity.applied);
+                    return broken("I5", text);
+                }
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// It says that everything up to here is durable in its journal.
+    fn watch_claim(&mut self, node: usize, lsn: u64) -> Outcome {
+        let host = &mut self.hosts[node];
+        let (live, durable) = (host.disk.content(File::Journal), host.disk.durable(File::Journal));
+        let news = host.watch.places.range(host.watch.claimed + 1..).take_while(|(l, _)| **l <= lsn);
+        for (claimed, (at, len)) in news {
+            self.counts.check("I4");
+            let (head, end) = (*at..*at + 192, at + len - 512..at + len);
+            let there = live[*at + 160..*at + 192] == host.watch.journal[claimed].0;
+            if !there {
+                return broken("I4", format!("claims record {claimed} durable and it is not in the journal"));
+            }
+            if live[head.clone()] != durable[head] || live[end.clone()] != durable[end] {
+                return broken("I4", format!("claims record {claimed} durable and it is not"));
+            }
+        }
+        host.watch.claimed = host.watch.claimed.max(lsn);
+        Ok(())
+    }
+
+    /// It says that everything up to here is in its image.
+    fn watch_applied(&mut self, node: usize, lsn: u64) -> Outcome {
+        self.counts.check("I5");
+        let host = &mut self.hosts[node];
+        let watch = &mut host.watch;
+        if lsn < watch.said_applied {
+            return broken("I1", format!("applied falls from {} to {lsn}", watch.said_applied));
+        }
+        watch.said_applied = lsn;
+        let Some(hash) = watch.at(lsn, self.history.origin) else {
+            return broken("I5", format!("applied {lsn}, which was never in its journal"));
+        };
+        let said =
+            watch.applied.unwrap_or(HistoryPoint { lsn: volrep::units::Lsn(0), hash: self.history.origin });
+        if !self.history.includes(hash, said.hash) && !self.history.includes(said.hash, hash) {
+            return broken(
+                "I5",
+                format!("applied {lsn} of a history without {said:?}, which it had applied"),
+            );
+        }
+        // After a restart redo begins at the checkpoint: the position told may fall, the image does not.
+        if lsn > said.lsn.0 {
+            watch.applied = Some(HistoryPoint { lsn: volrep::units::Lsn(lsn), hash });
+        }
+        Ok(())
+    }
+}
