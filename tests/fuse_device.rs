@@ -151,13 +151,19 @@ fn ext4_on_the_device_survives_unmount_check_and_remount() {
 
     let dir = rig.mount();
     for i in 0..40u64 {
-        assert!(fs::read(dir.join(i.to_string())).unwrap() == pattern(1 + 37_000 * i as usize, i), "file {i}");
+        assert!(
+            fs::read(dir.join(i.to_string())).unwrap() == pattern(1 + 37_000 * i as usize, i),
+            "file {i}"
+        );
     }
     rig.unmount();
     let node = rig.device.as_ref().unwrap().nodes().remove(0);
     rig.device.as_mut().unwrap().detach(false).unwrap();
     assert!(!path.exists() && path.symlink_metadata().is_err(), "the link stayed");
-    assert!(!Path::new("/sys/block").join(node.file_name().unwrap()).join("loop").exists(), "{node:?} stayed bound");
+    assert!(
+        !Path::new("/sys/block").join(node.file_name().unwrap()).join("loop").exists(),
+        "{node:?} stayed bound"
+    );
     assert!(!rig.dir.path().join("fuse").exists(), "the mount point stayed");
 }
 
@@ -169,9 +175,23 @@ fn fio_verifies_what_it_wrote_with_overlapping_unequal_requests() {
     let text = run(
         "fio",
         &[
-            "--name=verify", &file, "--direct=1", "--ioengine=libaio", "--iodepth=16", "--rw=randwrite",
-            "--bsrange=512-1m", "--bs_unaligned=0", "--blockalign=512", "--size=64m", "--io_size=512m",
-            "--verify_state_save=0", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--randrepeat=0", "--serialize_overlap=1",
+            "--name=verify",
+            &file,
+            "--direct=1",
+            "--ioengine=libaio",
+            "--iodepth=16",
+            "--rw=randwrite",
+            "--bsrange=512-1m",
+            "--bs_unaligned=0",
+            "--blockalign=512",
+            "--size=64m",
+            "--io_size=512m",
+            "--verify_state_save=0",
+            "--verify=crc32c",
+            "--verify_fatal=1",
+            "--do_verify=1",
+            "--randrepeat=0",
+            "--serialize_overlap=1",
         ],
     );
     assert!(text.contains("err= 0"), "{text}");
@@ -310,7 +330,8 @@ fn the_plain_file_behaves_as_a_disk() {
     let flushes = rig.group.flushes();
     file.sync_data().unwrap();
     assert_eq!(rig.group.flushes(), flushes + 1);
-    let names: Vec<_> = fs::read_dir(path.parent().unwrap()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    let names: Vec<_> =
+        fs::read_dir(path.parent().unwrap()).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(names, ["data"]);
     assert!(rig.device.as_mut().unwrap().detach(false).unwrap_err().is_busy());
     drop(file);
@@ -359,7 +380,8 @@ fn spawn_child(dir: &Path) -> (Child, PathBuf) {
         .spawn()
         .unwrap();
     let lines = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
-    let node = lines.filter_map(|l| l.strip_prefix("attached ").map(PathBuf::from)).next().expect("child failed");
+    let node =
+        lines.filter_map(|l| l.strip_prefix("attached ").map(PathBuf::from)).next().expect("child failed");
     (child, node)
 }
 
@@ -367,7 +389,8 @@ fn spawn_child(dir: &Path) -> (Child, PathBuf) {
 fn leftovers(mounted: bool) {
     let dir = tempfile::tempdir().unwrap();
     let (mut child, stale) = spawn_child(dir.path());
-    let mut rig = Rig { group: MemoryGroup::new(64 * MIB), device: None, filesystem: dir.path().join("fs"), dir };
+    let mut rig =
+        Rig { group: MemoryGroup::new(64 * MIB), device: None, filesystem: dir.path().join("fs"), dir };
     if mounted {
         run("mkfs.ext4", &["-q", stale.to_str().unwrap()]);
         fs::create_dir(&rig.filesystem).unwrap();
@@ -391,7 +414,10 @@ fn leftovers(mounted: bool) {
     }
     // The number may have been taken up by another test (or by us).
     let dir = rig.dir.path().to_str().unwrap();
-    assert!(node == stale || !fs::read_to_string(&bound).is_ok_and(|file| file.contains(dir)), "{stale:?} stayed");
+    assert!(
+        node == stale || !fs::read_to_string(&bound).is_ok_and(|file| file.contains(dir)),
+        "{stale:?} stayed"
+    );
     rig.device.as_mut().unwrap().detach(false).unwrap();
     assert!(!rig.dir.path().join("fuse").exists());
 }
@@ -429,7 +455,8 @@ fn figures() {
         ("write", "1m", 8, 0),
         ("read", "1m", 8, 0),
     ] {
-        let (bs, depth, sync) = (format!("--bs={bs}"), format!("--iodepth={depth}"), format!("--fdatasync={sync}"));
+        let (bs, depth, sync) =
+            (format!("--bs={bs}"), format!("--iodepth={depth}"), format!("--fdatasync={sync}"));
         let args = ["--name=f", &file, "--direct=1", "--ioengine=libaio", "--runtime=5", "--time_based"];
         let rw = format!("--rw={rw}");
         let text = run("fio", &[&args[..], &[&rw, &bs, &depth, &sync, "--output-format=terse"]].concat());

@@ -120,6 +120,10 @@ impl Cache {
     pub fn has_open(&self) -> bool {
         !self.open.map.is_empty()
     }
+    /// Nothing is held: everything accepted is in records and in the backing.
+    pub fn is_empty(&self) -> bool {
+        !self.has_open() && self.closed.is_empty() && self.freed_seq() == self.last_seq()
+    }
     /// Number of closed epochs that have not been taken.
     pub fn closed(&self) -> usize {
         self.closed.len()

@@ -32,9 +32,7 @@ impl Attach {
             "kind": device,
             "volumes": volumes,
         });
-        out.document(&document, || {
-            volumes.iter().map(|v| v.device.as_str()).collect::<Vec<_>>().join("\n")
-        });
+        out.document(&document, || volumes.iter().map(|v| v.device.as_str()).collect::<Vec<_>>().join("\n"));
         Ok(())
     }
 }

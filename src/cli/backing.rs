@@ -34,7 +34,9 @@ impl FromStr for Spec {
     type Err = String;
     fn from_str(text: &str) -> Result<Spec, String> {
         let Some((name, rest)) = text.split_once('=') else {
-            return Err(format!("`{text}` is not NAME=PATH[:SIZE], such as data=/dev/vg0/data or data=disk.img:10G"));
+            return Err(format!(
+                "`{text}` is not NAME=PATH[:SIZE], such as data=/dev/vg0/data or data=disk.img:10G"
+            ));
         };
         let sized = rest.rsplit_once(':').and_then(|(path, size)| Some((path, size.parse::<Size>().ok()?)));
         let (path, size) = sized.map_or((rest, None), |(path, size)| (path, Some(size)));
@@ -70,7 +72,11 @@ pub enum FileKey {
 impl FileKey {
     /// Of an open or named file.
     pub fn of(m: &Metadata) -> FileKey {
-        if m.file_type().is_block_device() { FileKey::Device(m.rdev()) } else { FileKey::File(m.dev(), m.ino()) }
+        if m.file_type().is_block_device() {
+            FileKey::Device(m.rdev())
+        } else {
+            FileKey::File(m.dev(), m.ino())
+        }
     }
 
     /// A fingerprint that says "the same file on the same running machine", and nothing else.
@@ -93,11 +99,15 @@ pub fn inspect(specs: &[Spec], places: &Places) -> Result<Vec<Backing>, Failure>
     for (i, b) in found.iter().enumerate() {
         for a in &found[..i] {
             if a.name == b.name {
-                return Err(Failure::usage(format!("two volumes are called `{}`", a.name), "give each its own name"));
+                return Err(Failure::usage(
+                    format!("two volumes are called `{}`", a.name),
+                    "give each its own name",
+                ));
             }
             let same = a.path == b.path || (!a.create && !b.create && key(&a.path)? == key(&b.path)?);
             if same {
-                let what = format!("volumes `{}` and `{}` are the same file: {}", a.name, b.name, b.path.display());
+                let what =
+                    format!("volumes `{}` and `{}` are the same file: {}", a.name, b.name, b.path.display());
                 return Err(Failure::usage(what, "give each volume its own file or device"));
             }
         }
@@ -121,8 +131,17 @@ fn inspect_one(spec: &Spec) -> Result<Backing, Failure> {
     let mut file = open_unheld(&path, kind.is_block_device())?;
     let size = file.seek(SeekFrom::End(0)).map_err(|e| Failure::io("measure", &path, &e))?;
     if let Some(wanted) = spec.size.filter(|s| s.0 != size) {
-        let what = format!("{} is there already, with {} and not {}", path.display(), amount(size), amount(wanted.0));
-        return Err(Failure::new(Exit::WouldLoseData, what, "leave the size away to use it as it is, or choose another path"));
+        let what = format!(
+            "{} is there already, with {} and not {}",
+            path.display(),
+            amount(size),
+            amount(wanted.0)
+        );
+        return Err(Failure::new(
+            Exit::WouldLoseData,
+            what,
+            "leave the size away to use it as it is, or choose another path",
+        ));
     }
     check_size(&path, size)?;
     Ok(Backing { name: spec.name.clone(), path, size, create: false })
@@ -141,7 +160,10 @@ fn to_create(spec: &Spec) -> Result<Backing, Failure> {
     };
     let absolute = std::path::absolute(&spec.path).map_err(|e| Failure::io("use", &spec.path, &e))?;
     let (Some(dir), Some(file)) = (absolute.parent(), absolute.file_name()) else {
-        return Err(Failure::usage(format!("{} is not the path of a file", absolute.display()), "give a file"));
+        return Err(Failure::usage(
+            format!("{} is not the path of a file", absolute.display()),
+            "give a file",
+        ));
     };
     if dir.starts_with("/dev") && !dir.starts_with("/dev/shm") {
         let what = format!("{} does not exist", absolute.display());
@@ -167,14 +189,19 @@ fn check_size(path: &Path, size: u64) -> Result<(), Failure> {
 
 /// Opens for reading and writing what nobody else holds.
 fn open_unheld(path: &Path, device: bool) -> Result<File, Failure> {
-    let held = |by: String, next: &str| Failure::new(Exit::Busy, format!("{} is in use: {by}", path.display()), next);
+    let held = |by: String, next: &str| {
+        Failure::new(Exit::Busy, format!("{} is in use: {by}", path.display()), next)
+    };
     if let Some(holder) = holder(path)? {
         return Err(held(holder, "unmount or release it first: a volume belongs to volrep alone"));
     }
     let mut options = OpenOptions::new();
     options.read(true).write(true).custom_flags(if device { libc::O_EXCL } else { 0 });
     let file = options.open(path).map_err(|e| match e.raw_os_error() {
-        Some(libc::EBUSY) => held("the kernel holds it (mounted, LVM, md, swap, ...)".into(), "release it first; `lsblk` shows by what"),
+        Some(libc::EBUSY) => held(
+            "the kernel holds it (mounted, LVM, md, swap, ...)".into(),
+            "release it first; `lsblk` shows by what",
+        ),
         Some(libc::ETXTBSY) => held("it is being executed or swapped to".into(), "release it first"),
         _ => Failure::io("open", path, &e),
     })?;
@@ -183,7 +210,10 @@ fn open_unheld(path: &Path, device: bool) -> Result<File, Failure> {
     let locked = Flock::lock(file, FlockArg::LockExclusiveNonblock);
     match locked {
         Ok(lock) if !by_range => lock.unlock().map_err(|(_, e)| Failure::io("unlock", path, &e.into())),
-        _ => Err(held("another program has locked it".into(), "stop that program; `fuser -v` or `lslocks` shows which")),
+        _ => Err(held(
+            "another program has locked it".into(),
+            "stop that program; `fuser -v` or `lslocks` shows which",
+        )),
     }
 }
 
@@ -217,7 +247,10 @@ fn key(path: &Path) -> Result<FileKey, Failure> {
 fn refuse_others(found: &[Backing], places: &Places) -> Result<(), Failure> {
     for group in places.groups()? {
         let Ok(other) = config::load(places, &group) else {
-            eprintln!("volrep: warning: {} can't be read, so its volumes are not checked", places.config_file(&group).display());
+            eprintln!(
+                "volrep: warning: {} can't be read, so its volumes are not checked",
+                places.config_file(&group).display()
+            );
             continue;
         };
         for b in found {
@@ -244,7 +277,8 @@ pub fn block_size(path: &Path, direct: bool) -> Result<u64, Failure> {
     if !direct {
         return Ok(SECTOR);
     }
-    let file = open_to_read(path, true).map_err(|e| Failure::io("open (without the page cache)", path, &e))?;
+    let file =
+        open_to_read(path, true).map_err(|e| Failure::io("open (without the page cache)", path, &e))?;
     // The kernel refuses what is too small for the device with EINVAL; nothing else shows it for a file.
     match file.read_at(&mut buffer(SECTOR as usize), SECTOR) {
         Ok(_) => Ok(SECTOR),

@@ -71,7 +71,9 @@ impl Join {
         }
         let mut text = String::new();
         let read = std::io::stdin().lock().take(MAX_TOKEN as u64 + 2).read_to_string(&mut text);
-        read.map_err(|e| Failure::usage(format!("can't read the token from stdin: {e}"), "give it as the argument"))?;
+        read.map_err(|e| {
+            Failure::usage(format!("can't read the token from stdin: {e}"), "give it as the argument")
+        })?;
         Ok(text)
     }
 
@@ -92,13 +94,18 @@ impl Join {
             return Err(Failure::usage(what, "give it another name with --node"));
         }
         let address = self.from.clone().unwrap_or_else(|| token.address.clone());
-        let primary = Peer { name: token.primary.clone(), address: Some(address), dial: Some(true), sync: false };
+        let primary =
+            Peer { name: token.primary.clone(), address: Some(address), dial: Some(true), sync: false };
         setup::new_config(&self.node, places, (group, token.id), node, vec![primary], backings)
     }
 
     fn confirm_overwrite(&self, group: &str, backings: &[Backing]) -> Result<(), Failure> {
         for b in backings.iter().filter(|b| !b.create) {
-            eprintln!("volrep: {} ({}) is not empty: the first copy will overwrite it", b.path.display(), b.name);
+            eprintln!(
+                "volrep: {} ({}) is not empty: the first copy will overwrite it",
+                b.path.display(),
+                b.name
+            );
         }
         confirm(group, "overwrite these volumes", self.yes).map_err(|f| match f.exit {
             Exit::Usage => Failure { exit: Exit::WouldLoseData, ..f },
@@ -140,7 +147,8 @@ fn match_volumes(token: &Invitation, given: &[Spec]) -> Result<Vec<Spec>, Failur
 }
 
 fn wrong_size(name: &str, is: u64, wanted: u64) -> Failure {
-    let what = format!("volume `{name}` would have {} here, but has {} on the primary", amount(is), amount(wanted));
+    let what =
+        format!("volume `{name}` would have {} here, but has {} on the primary", amount(is), amount(wanted));
     Failure::new(Exit::WouldLoseData, what, format!("make it exactly {wanted} bytes"))
 }
 
@@ -152,7 +160,11 @@ fn check_against(token: &Invitation, backings: &[Backing]) -> Result<(), Failure
             let here = FileKey::of(&m).fingerprint(boot);
             if let Some(same) = token.volumes.iter().find(|v| v.file == here) {
                 let what = format!("{} is the primary's own volume `{}`", b.path.display(), same.name);
-                return Err(Failure::new(Exit::WouldLoseData, what, "give the shadow a file or device of its own"));
+                return Err(Failure::new(
+                    Exit::WouldLoseData,
+                    what,
+                    "give the shadow a file or device of its own",
+                ));
             }
         }
         if b.size != v.size {

@@ -103,7 +103,9 @@ fn not_parsed(e: &clap::Error) -> ExitCode {
     if !e.use_stderr() {
         return ExitCode::SUCCESS;
     }
-    if std::env::args_os().any(|a| a == "--json") && e.kind() != ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+    if std::env::args_os().any(|a| a == "--json")
+        && e.kind() != ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand
+    {
         let text = e.render().to_string();
         let failure = Failure::usage(text.trim(), "see --help");
         Output { json: true }.line(&failure.json().to_string());

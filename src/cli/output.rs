@@ -45,7 +45,10 @@ pub fn confirm(group: &str, act: &str, yes: bool) -> Result<(), Failure> {
     }
     if !io::stdin().is_terminal() {
         let next = "look at what is said above, then pass --yes";
-        return Err(Failure::usage(format!("to {act} needs a confirmation, and there is no terminal to ask on"), next));
+        return Err(Failure::usage(
+            format!("to {act} needs a confirmation, and there is no terminal to ask on"),
+            next,
+        ));
     }
     eprint!("To {act}, type the group's name: ");
     let mut answer = String::new();
@@ -54,5 +57,9 @@ pub fn confirm(group: &str, act: &str, yes: bool) -> Result<(), Failure> {
     if answer.trim() == group {
         return Ok(());
     }
-    Err(Failure::new(Exit::Failure, "not confirmed; nothing was changed", format!("type `{group}`, or pass --yes")))
+    Err(Failure::new(
+        Exit::Failure,
+        "not confirmed; nothing was changed",
+        format!("type `{group}`, or pass --yes"),
+    ))
 }

@@ -120,12 +120,20 @@ pub fn at_stake(s: &Status) -> String {
         return format!("{end}; no primary is known here, so what it has beyond that is unknown.");
     };
     let Some(heard) = p.heard_seconds_ago else {
-        return format!("{} was not heard since this daemon started. {end}; what {0} wrote later is unknown.", p.name);
+        return format!(
+            "{} was not heard since this daemon started. {end}; what {0} wrote later is unknown.",
+            p.name
+        );
     };
     let (_, records, bytes) = lag(s);
     let missing = match (records, bytes) {
         (0, _) => format!("nothing acknowledged on {} was missing here", p.name),
-        (n, bytes) => format!("{} in {} records of {} was not applied here (what the journal here holds of it is kept)", human(bytes), grouped(n), p.name),
+        (n, bytes) => format!(
+            "{} in {} records of {} was not applied here (what the journal here holds of it is kept)",
+            human(bytes),
+            grouped(n),
+            p.name
+        ),
     };
     let ago = span(heard);
     let connection = if p.state == "Disconnected" {

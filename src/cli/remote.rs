@@ -31,7 +31,9 @@ pub fn unanswered(places: &Places, group: &str, e: &CallError) -> Failure {
             Failure::new(Exit::Failure, what, "run it as the user who runs the daemon")
         }
         CallError::Io(_) => Failure::new(Exit::Failure, what, "look at the daemon's log"),
-        CallError::Reply(_) => Failure::new(Exit::Failure, what, "use the same version of volrep as the daemon"),
+        CallError::Reply(_) => {
+            Failure::new(Exit::Failure, what, "use the same version of volrep as the daemon")
+        }
     }
 }
 

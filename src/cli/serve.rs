@@ -82,7 +82,8 @@ impl Serve {
         let result = daemon::run(options, |handle| {
             let fronts = Arc::new(Fronts::new(facts, handle.clone()));
             if let Err(e) = server::start(&socket, handle.clone(), fronts.clone()) {
-                *trouble.lock().unwrap_or_else(PoisonError::into_inner) = Some(Failure::io("serve", &socket, &e));
+                *trouble.lock().unwrap_or_else(PoisonError::into_inner) =
+                    Some(Failure::io("serve", &socket, &e));
                 handle.stop();
                 return;
             }
@@ -127,14 +128,16 @@ impl Serve {
 }
 
 fn stopped(group: &str, e: &daemon::Error) -> Failure {
-    let exit = if matches!(e, daemon::Error::Open(OpenError::Busy { .. })) { Exit::Busy } else { Exit::Failure };
+    let exit =
+        if matches!(e, daemon::Error::Open(OpenError::Busy { .. })) { Exit::Busy } else { Exit::Failure };
     Failure::new(exit, format!("`{group}` stopped: {e}"), "")
 }
 
 /// A directory of our own in a place that everybody can write.
 fn private_dir(dir: &Path) -> Result<(), Failure> {
     let made = DirBuilder::new().recursive(true).mode(0o700).create(dir);
-    let owner = made.and_then(|()| std::fs::symlink_metadata(dir)).map_err(|e| Failure::io("create", dir, &e))?;
+    let owner =
+        made.and_then(|()| std::fs::symlink_metadata(dir)).map_err(|e| Failure::io("create", dir, &e))?;
     if owner.is_dir() && owner.uid() == nix::unistd::geteuid().as_raw() {
         return Ok(());
     }
@@ -157,7 +160,8 @@ fn lock(path: &Path, group: &str) -> Result<Flock<File>, Failure> {
             let mut pid = String::new();
             // Only for the message.
             let _ = file.rewind().and_then(|()| file.take(16).read_to_string(&mut pid));
-            let by = if pid.trim().is_empty() { String::new() } else { format!(" by process {}", pid.trim()) };
+            let by =
+                if pid.trim().is_empty() { String::new() } else { format!(" by process {}", pid.trim()) };
             let what = format!("`{group}` is being served already{by}");
             Err(Failure::new(Exit::Busy, what, format!("see `volrep status {group}`")))
         }
@@ -195,7 +199,9 @@ fn when_served(handle: Handle, fronts: Arc<Fronts>, asked: Option<DeviceKind>) {
         let work = move || {
             match (served, wanted) {
                 (true, Some(kind)) => attach(&fronts, kind),
-                (false, Some(kind)) => tracing::info!("{kind} is not attached: this node serves no volumes now"),
+                (false, Some(kind)) => {
+                    tracing::info!("{kind} is not attached: this node serves no volumes now")
+                }
                 (_, None) => {}
             }
             let _ = sd_notify::notify(&[NotifyState::Ready]);

@@ -75,7 +75,8 @@ pub fn random<const N: usize>() -> Result<[u8; N], Failure> {
 pub fn host_name() -> Result<String, Failure> {
     let host = nix::unistd::gethostname().ok().and_then(|h| h.into_string().ok()).unwrap_or_default();
     let short = host.split('.').next().unwrap_or_default();
-    check_name(short).map_err(|e| Failure::usage(format!("the host's name: {e}"), "give this node a name with --node"))
+    check_name(short)
+        .map_err(|e| Failure::usage(format!("the host's name: {e}"), "give this node a name with --node"))
 }
 
 /// A new node's configuration.

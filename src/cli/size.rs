@@ -6,7 +6,8 @@ use serde::{Deserialize, Deserializer, de};
 use std::fmt;
 use std::str::FromStr;
 
-const UNITS: [(&str, u64); 5] = [("P", 1 << 50), ("T", 1 << 40), ("G", 1 << 30), ("M", 1 << 20), ("K", 1 << 10)];
+const UNITS: [(&str, u64); 5] =
+    [("P", 1 << 50), ("T", 1 << 40), ("G", 1 << 30), ("M", 1 << 20), ("K", 1 << 10)];
 
 /// Bytes, from "64M", "1.5G", "512", 512. Units are powers of 1024.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -74,7 +75,13 @@ pub fn human(bytes: u64) -> String {
         return format!("{bytes} B");
     };
     let v = bytes as f64 / *n as f64;
-    let digits = if v < 9.995 { 2 } else if v < 99.95 { 1 } else { 0 };
+    let digits = if v < 9.995 {
+        2
+    } else if v < 99.95 {
+        1
+    } else {
+        0
+    };
     format!("{v:.digits$} {unit}iB")
 }
 
@@ -118,7 +125,9 @@ mod tests {
         {
             assert_eq!(text.parse(), Ok(Size(bytes)), "{text}");
         }
-        for text in ["", "M", "1.5", "64X", "-1", "1..5G", ".5G", "99999999999999999999", "16384P", "5.G", "1 2"] {
+        for text in
+            ["", "M", "1.5", "64X", "-1", "1..5G", ".5G", "99999999999999999999", "16384P", "5.G", "1 2"]
+        {
             assert!(text.parse::<Size>().is_err(), "{text}");
         }
     }

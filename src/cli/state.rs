@@ -41,7 +41,11 @@ pub fn read(path: &Path) -> Result<Superblock, Failure> {
 pub fn check(s: &Superblock, config: &Config, path: &Path) -> Result<(), Failure> {
     let wrong = |what: String| {
         let what = format!("{} does not belong to this configuration: {what}", path.display());
-        Err(Failure::new(Exit::WouldLoseData, what, "restore the configuration or the state that goes with it"))
+        Err(Failure::new(
+            Exit::WouldLoseData,
+            what,
+            "restore the configuration or the state that goes with it",
+        ))
     };
     if s.group != config.group || s.node != config.node_id {
         return wrong(format!("it is of group {:?}, node {:?}", s.group, s.node));
@@ -60,7 +64,8 @@ pub fn check(s: &Superblock, config: &Config, path: &Path) -> Result<(), Failure
 
 /// The superblock of a node that has no history yet.
 pub fn first(config: &Config, backings: &[Backing], role: Role, blank: bool) -> Superblock {
-    let volume = |(number, b): (usize, &Backing)| Volume { number: number as u8, size: b.size, name: b.name.clone() };
+    let volume =
+        |(number, b): (usize, &Backing)| Volume { number: number as u8, size: b.size, name: b.name.clone() };
     Superblock {
         sequence: 1,
         group: config.group,

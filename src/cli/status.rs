@@ -117,7 +117,8 @@ pub fn obtain(places: &Places, group: &str) -> Result<Status, Failure> {
 /// What the files of a node tell while nobody serves it.
 fn stopped(group: &str, config: &config::Config, s: &Superblock) -> Status {
     let in_set = |id| s.sync_set.contains(&id);
-    let name = |id| s.peers.iter().find(|p| p.node == id).map_or_else(|| format!("{id:?}"), |p| p.name.clone());
+    let name =
+        |id| s.peers.iter().find(|p| p.node == id).map_or_else(|| format!("{id:?}"), |p| p.name.clone());
     let volume = |v: &config::Volume| VolumeStatus {
         name: v.name.clone(),
         size: v.size.0,
@@ -127,7 +128,9 @@ fn stopped(group: &str, config: &config::Config, s: &Superblock) -> Status {
     let reason = match (s.clean, s.consistent) {
         (_, false) => "the daemon is not running; the image is not usable yet (first copy)",
         (true, true) => "the daemon is not running; it was shut down cleanly",
-        (false, true) => "the daemon is not running; it was not shut down cleanly and will recover when it starts",
+        (false, true) => {
+            "the daemon is not running; it was not shut down cleanly and will recover when it starts"
+        }
     };
     let checkpoint = s.checkpoint.lsn.0;
     Status {

@@ -32,8 +32,12 @@ impl Rates {
     /// gives nothing rather than something wrong.
     pub fn since(&self, before: &Rates) -> Speeds {
         let seconds = self.at.duration_since(before.at).as_secs_f64();
-        let speed = |now: u64, was: u64| now.checked_sub(was).filter(|_| seconds > 0.0).map(|n| n as f64 / seconds);
-        let sent = self.sent.iter().filter_map(|(name, now)| Some((name.clone(), speed(*now, *before.sent.get(name)?)?)));
+        let speed =
+            |now: u64, was: u64| now.checked_sub(was).filter(|_| seconds > 0.0).map(|n| n as f64 / seconds);
+        let sent = self
+            .sent
+            .iter()
+            .filter_map(|(name, now)| Some((name.clone(), speed(*now, *before.sent.get(name)?)?)));
         Speeds { sent: sent.collect() }
     }
 }
@@ -60,7 +64,10 @@ pub fn text(s: &Status, speeds: Option<&Speeds>) -> String {
     if let Some(lag) = &s.lag {
         let a = lag.applied;
         let (p50, p99, max) = (span(a.p50), span(a.p99), span(a.max));
-        lines.push(format!(" applied within {p50} (median), {p99} (99 %), {max} (most)  {} records", grouped(lag.count)));
+        lines.push(format!(
+            " applied within {p50} (median), {p99} (99 %), {max} (most)  {} records",
+            grouped(lag.count)
+        ));
     }
     lines.push(verified(s.verified.as_ref(), Timestamp::now()));
     lines.push(format!("action: {}", s.action));
@@ -215,7 +222,10 @@ mod tests {
     fn a_proof_has_an_age() {
         let v = Verified { at: "2024-05-01T00:00:00Z".into(), lsn: 88_213_412, differences: 0 };
         let now = "2024-05-13T00:00:00Z".parse().unwrap();
-        assert_eq!(verified(Some(&v), now), " verified 12 d ago at LSN 88\u{2009}213\u{2009}412: 0 differences");
+        assert_eq!(
+            verified(Some(&v), now),
+            " verified 12 d ago at LSN 88\u{2009}213\u{2009}412: 0 differences"
+        );
         let odd = Verified { at: "yesterday".into(), ..v };
         assert!(verified(Some(&odd), now).contains("at yesterday"));
     }

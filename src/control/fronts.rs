@@ -106,7 +106,9 @@ impl Fronts {
     fn open(&self, kind: DeviceKind) -> Result<Front, Refused> {
         let front = match kind {
             DeviceKind::Nbd | DeviceKind::Auto => self.open_nbd()?,
-            DeviceKind::Ublk => return Err((Kind::Failed, "ublk is not in this build: use --device nbd or fuse".into())),
+            DeviceKind::Ublk => {
+                return Err((Kind::Failed, "ublk is not in this build: use --device nbd or fuse".into()));
+            }
             DeviceKind::Fuse => self.open_fuse()?,
         };
         self.remember(kind).map_err(|e| {
@@ -139,7 +141,11 @@ impl Fronts {
             name: v.name.clone(),
             size: v.size,
             block: v.block as u32,
-            link: if single { self.facts.group.clone().into() } else { Path::new(&self.facts.group).join(&v.name) },
+            link: if single {
+                self.facts.group.clone().into()
+            } else {
+                Path::new(&self.facts.group).join(&v.name)
+            },
         };
         let options = FuseOptions {
             mount_dir: self.facts.run.join("fuse"),
@@ -160,7 +166,9 @@ impl Fronts {
 
     fn devices(&self, front: &Front) -> Vec<String> {
         match front {
-            Front::Nbd { socket, .. } => self.facts.volumes.iter().map(|v| nbd_uri(&v.name, socket)).collect(),
+            Front::Nbd { socket, .. } => {
+                self.facts.volumes.iter().map(|v| nbd_uri(&v.name, socket)).collect()
+            }
             Front::Fuse(device) => device.paths().iter().map(|p| p.display().to_string()).collect(),
         }
     }
@@ -195,7 +203,8 @@ impl Fronts {
             None => {}
             Some(Front::Nbd { listener, socket }) => {
                 self.handle.close_nbd(*listener);
-                remove(socket).map_err(|e| (Kind::Failed, format!("can't remove {}: {e}", socket.display())))?;
+                remove(socket)
+                    .map_err(|e| (Kind::Failed, format!("can't remove {}: {e}", socket.display())))?;
             }
             Some(Front::Fuse(device)) => device.detach(force).map_err(|e| refused(&e))?,
         }
@@ -255,7 +264,9 @@ pub fn nbd_uri(export: &str, socket: &Path) -> String {
     let mut uri = format!("nbd+unix:///{export}?socket=");
     for b in socket.as_os_str().as_bytes() {
         match b {
-            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'/' | b'-' | b'_' | b'.' | b'~' => uri.push(char::from(*b)),
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'/' | b'-' | b'_' | b'.' | b'~' => {
+                uri.push(char::from(*b))
+            }
             _ => write!(uri, "%{b:02X}").expect("memory"),
         }
     }

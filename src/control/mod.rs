@@ -162,7 +162,8 @@ pub fn parse_request(line: &[u8]) -> Result<Verb, Reply> {
     }
     let refuse = |text: String| Reply::refused(Kind::Failed, text);
     // The version first: the rest may be of a kind that only another version knows.
-    let version = serde_json::from_slice::<Version>(line).map_err(|e| refuse(format!("not a request: {e}")))?;
+    let version =
+        serde_json::from_slice::<Version>(line).map_err(|e| refuse(format!("not a request: {e}")))?;
     if version.version != VERSION {
         return Err(refuse(format!(
             "the daemon speaks version {VERSION} of the control protocol, the command version {}: use the volrep \
@@ -170,7 +171,8 @@ pub fn parse_request(line: &[u8]) -> Result<Verb, Reply> {
             version.version
         )));
     }
-    let request = serde_json::from_slice::<Request>(line).map_err(|e| refuse(format!("not a request: {e}")))?;
+    let request =
+        serde_json::from_slice::<Request>(line).map_err(|e| refuse(format!("not a request: {e}")))?;
     Ok(request.verb)
 }
 
@@ -192,7 +194,9 @@ mod tests {
 
     #[test]
     fn another_version_is_told_so() {
-        let Err(Reply::Refused { text, .. }) = parse_request(br#"{"version":2,"verb":"dance"}"#) else { panic!() };
+        let Err(Reply::Refused { text, .. }) = parse_request(br#"{"version":2,"verb":"dance"}"#) else {
+            panic!()
+        };
         assert!(text.contains("version 2"), "{text}");
         assert!(parse_request(br#"{"version":1,"verb":"dance"}"#).is_err());
     }

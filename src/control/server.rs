@@ -46,7 +46,9 @@ pub fn start(socket: &Path, handle: Handle, fronts: Arc<Fronts>) -> io::Result<J
             // tokio-uring's own listener asks for SO_REUSEPORT, which newer kernels refuse on a unix socket.
             match tokio::net::UnixListener::from_std(listener) {
                 Ok(listener) => accept(listener, handle, fronts).await,
-                Err(e) => tracing::error!("the control socket can't be watched: {e}; stop the daemon with a signal"),
+                Err(e) => {
+                    tracing::error!("the control socket can't be watched: {e}; stop the daemon with a signal")
+                }
             }
         });
     };
@@ -75,7 +77,10 @@ async fn accept(listener: tokio::net::UnixListener, handle: Handle, fronts: Arc<
             }
             Ok(stream) => {
                 tracing::warn!("a control connection was refused: {MAX_CLIENTS} are open");
-                let busy = Reply::refused(Kind::Busy, format!("{MAX_CLIENTS} commands wait already: try again later"));
+                let busy = Reply::refused(
+                    Kind::Busy,
+                    format!("{MAX_CLIENTS} commands wait already: try again later"),
+                );
                 tokio_uring::spawn(async move { send(&stream, &busy).await });
             }
             Err(e) => {
@@ -96,7 +101,9 @@ async fn serve(stream: UnixStream, handle: Handle, fronts: Arc<Fronts>) {
             }
             Err(refused) => refused,
         },
-        Ok(None) => Reply::refused(Kind::Failed, format!("a request is one line of at most {MAX_REQUEST} bytes")),
+        Ok(None) => {
+            Reply::refused(Kind::Failed, format!("a request is one line of at most {MAX_REQUEST} bytes"))
+        }
         Err(_) => return,
     };
     send(&stream, &reply).await;
@@ -137,7 +144,8 @@ async fn unless_gone<T>(stream: &UnixStream, work: impl Future<Output = T>) -> O
 
 async fn send(stream: &UnixStream, reply: &Reply) {
     let mut line = serde_json::to_vec(reply).unwrap_or_else(|e| {
-        format!(r#"{{"reply":"refused","kind":"failed","text":"the reply can't be written: {e}"}}"#).into_bytes()
+        format!(r#"{{"reply":"refused","kind":"failed","text":"the reply can't be written: {e}"}}"#)
+            .into_bytes()
     });
     line.push(b'\n');
     // A client that is gone needs no answer.
@@ -157,11 +165,13 @@ async fn admin(handle: &Handle, op: AdminOp) -> Answer {
 /// Runs what blocks (mounting waits for the very loop that serves the mount) on a thread of its own.
 async fn blocking(work: impl FnOnce() -> Reply + Send + 'static) -> Reply {
     let (tell, told) = oneshot::channel();
-    let spawned = std::thread::Builder::new().name("front-ends".into()).spawn(move || drop(tell.send(work())));
+    let spawned =
+        std::thread::Builder::new().name("front-ends".into()).spawn(move || drop(tell.send(work())));
     if let Err(e) = spawned {
         return Reply::refused(Kind::Failed, format!("no thread for it: {e}"));
     }
-    told.await.unwrap_or_else(|_| Reply::refused(Kind::Failed, "it failed in a way it should not; see the log"))
+    told.await
+        .unwrap_or_else(|_| Reply::refused(Kind::Failed, "it failed in a way it should not; see the log"))
 }
 
 fn reply(answer: Answer) -> Reply {

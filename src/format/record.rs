@@ -20,7 +20,9 @@
 use super::FormatError;
 use super::fields::Reader;
 use crate::disk::{AlignedBuf, aligned};
-use crate::units::{Address, BLOCK, Extent, Generation, GroupId, Hash, HistoryPoint, Lsn, NodeId, SECTOR, round_up};
+use crate::units::{
+    Address, BLOCK, Extent, Generation, GroupId, Hash, HistoryPoint, Lsn, NodeId, SECTOR, round_up,
+};
 use bytes::Bytes;
 
 /// Bytes of the fixed header.

@@ -2,13 +2,15 @@
 //!
 //! A file of two slots of [`SLOT`] bytes, written in turn; the valid slot with the higher sequence
 //! is the truth. Layout of a slot: magic "VSUPERBK", version u16, length of the body u32, the body's
-//! fields in the order of [`Superblock`], then blake3 over everything before it; the rest is zero.
+//! fields in the order of [`Superblock`], then blake3 over everything before it. Only the blocks that it
+//! takes are written; what lies behind them in the slot means nothing.
 //!
 //! Owns: this layout. Invariant: a slot that a power cut tore never decodes, so the other slot stands.
 
 use super::FormatError;
 use super::fields::{Reader, Writer};
 use super::message::{MAX_GENERATIONS, MAX_NAME, MAX_VOLUMES, Opening, Role};
+use super::record::padded;
 use crate::disk::{aligned, freeze};
 use crate::units::{BootId, Generation, GroupId, HistoryPoint, Lsn, MAX_VOLUME, NodeId, SECTOR, Term};
 use bytes::Bytes;
@@ -128,7 +130,7 @@ pub struct Superblock {
 }
 
 impl Superblock {
-    /// The bytes of a slot, 4096-aligned.
+    /// The bytes for the front of a slot: 4096-aligned, whole blocks, at most [`SLOT`].
     pub fn encode(&self) -> Bytes {
         let mut w = Writer(vec![0; HEAD]);
         w.u64(self.sequence).group(self.group).node(self.node);
@@ -160,7 +162,7 @@ impl Superblock {
         w.bytes(hash.as_bytes());
         let mut slot = aligned(SLOT);
         slot.extend_from_slice(&w.0);
-        slot.resize(SLOT, 0);
+        slot.resize(padded(w.0.len()), 0);
         freeze(slot)
     }
 

@@ -98,7 +98,10 @@ pub enum FuseError {
 impl FuseError {
     /// Whether it is in use, so that it can work later without a change.
     pub fn is_busy(&self) -> bool {
-        matches!(self, FuseError::Busy { .. } | FuseError::Served { .. } | FuseError::Loop(LoopError::Busy { .. }))
+        matches!(
+            self,
+            FuseError::Busy { .. } | FuseError::Served { .. } | FuseError::Loop(LoopError::Busy { .. })
+        )
     }
 }
 
@@ -135,7 +138,11 @@ impl FuseDevice {
             }
         }
         let mut builder = fs::DirBuilder::new();
-        builder.recursive(true).mode(0o700).create(&options.mount_dir).map_err(failed(making(&options.mount_dir)))?;
+        builder
+            .recursive(true)
+            .mode(0o700)
+            .create(&options.mount_dir)
+            .map_err(failed(making(&options.mount_dir)))?;
         // The kernel names a bound file by its resolved path.
         let mount_dir = options.mount_dir.canonicalize().map_err(failed(making(&options.mount_dir)))?;
         let session = serve(&mount_dir, Files::new(options.volumes.clone(), options.submit))?;
@@ -147,7 +154,8 @@ impl FuseDevice {
             session: Some(session),
         };
         for volume in &options.volumes {
-            let path = if options.loop_device { device.bind(volume)? } else { device.mount_dir.join(&volume.name) };
+            let path =
+                if options.loop_device { device.bind(volume)? } else { device.mount_dir.join(&volume.name) };
             device.paths.push(path);
         }
         Ok(device)
@@ -170,7 +178,11 @@ impl FuseDevice {
     /// Not on the thread that calls `done`: the kernel writes back what its cache holds meanwhile.
     pub fn detach(&mut self, force: bool) -> Result<(), FuseError> {
         while let Some(attached) = self.attached.first() {
-            if force { attached.device.release_forced()? } else { attached.device.release()? }
+            if force {
+                attached.device.release_forced()?
+            } else {
+                attached.device.release()?
+            }
             let attached = self.attached.remove(0);
             unlink(&self.dev_dir, &attached.link, &attached.device);
         }
@@ -231,13 +243,21 @@ fn check(options: &FuseOptions) -> Result<(), FuseError> {
             return invalid(format!("{name:?} can't be the name of a file"));
         }
         if link.as_os_str().is_empty() || !plain(link) {
-            return invalid(format!("{} can't be a link within {}", link.display(), options.dev_dir.display()));
+            return invalid(format!(
+                "{} can't be a link within {}",
+                link.display(),
+                options.dev_dir.display()
+            ));
         }
         if !block.is_power_of_two() || !(512..=4096).contains(block) {
-            return invalid(format!("volume {name}: a block of {block} bytes; it must be 512, 1024, 2048 or 4096"));
+            return invalid(format!(
+                "volume {name}: a block of {block} bytes; it must be 512, 1024, 2048 or 4096"
+            ));
         }
         if *size == 0 || *size > MAX_VOLUME || !size.is_multiple_of(u64::from(*block).max(SECTOR)) {
-            return invalid(format!("volume {name}: {size} bytes is not a whole number of {block}-byte blocks"));
+            return invalid(format!(
+                "volume {name}: {size} bytes is not a whole number of {block}-byte blocks"
+            ));
         }
         if !names.insert(name) || !links.insert(link) {
             return invalid(format!("volume {name}: its name or its link occurs twice"));
@@ -285,7 +305,9 @@ fn link(attached: &Attached) -> Result<(), FuseError> {
         fs::create_dir_all(parent).map_err(failed(making(parent)))?;
     }
     if fs::symlink_metadata(link).is_ok_and(|m| !m.is_symlink()) {
-        return Err(failed(action())(io::Error::other("something that is not a link is in its place: move it away")));
+        return Err(failed(action())(io::Error::other(
+            "something that is not a link is in its place: move it away",
+        )));
     }
     let mut fresh = link.clone().into_os_string();
     fresh.push(".new");
@@ -379,7 +401,8 @@ mod tests {
         let good = FuseVolume { volume: 0, name: "data".into(), size: 8192, block: 512, link: "epic".into() };
         let verdict = |volumes: Vec<FuseVolume>| {
             let (mount_dir, dev_dir) = ("/nonexistent/mount".into(), "/nonexistent/dev".into());
-            check(&FuseOptions { mount_dir, dev_dir, volumes, loop_device: true, submit: Arc::new(Nothing) }).is_ok()
+            check(&FuseOptions { mount_dir, dev_dir, volumes, loop_device: true, submit: Arc::new(Nothing) })
+                .is_ok()
         };
         assert!(verdict(vec![good.clone()]));
         for name in ["", "a/b", "..", ".", "/", "a\0"] {
@@ -389,7 +412,9 @@ mod tests {
             assert!(!verdict(vec![FuseVolume { link: link.into(), ..good.clone() }]), "{link:?}");
         }
         let huge = MAX_VOLUME + 512;
-        for (size, block) in [(0, 512), (512, 4096), (1000, 512), (huge, 512), (8192, 0), (8192, 768), (8192, 8192)] {
+        for (size, block) in
+            [(0, 512), (512, 4096), (1000, 512), (huge, 512), (8192, 0), (8192, 768), (8192, 8192)]
+        {
             assert!(!verdict(vec![FuseVolume { size, block, ..good.clone() }]), "{size} {block}");
         }
         let second = FuseVolume { name: "wal".into(), link: "epic".into(), ..good.clone() };

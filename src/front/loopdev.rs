@@ -143,7 +143,11 @@ impl LoopDevice {
         let config = LoopConfig {
             fd: file.as_raw_fd() as u32,
             block_size: block,
-            info: LoopInfo64 { flags: LO_FLAGS_DIRECT_IO, file_name: name_field(path), ..LoopInfo64::zeroed() },
+            info: LoopInfo64 {
+                flags: LO_FLAGS_DIRECT_IO,
+                file_name: name_field(path),
+                ..LoopInfo64::zeroed()
+            },
             reserved: [0; 8],
         };
         for _ in 0..ATTEMPTS {
@@ -270,7 +274,9 @@ impl LoopDevice {
 
     /// The kernel drops the wish for direct I/O in silence when it can't grant it.
     fn checked(self, block: u32) -> Result<LoopDevice, LoopError> {
-        if self.attribute("loop/dio") == "1" && self.attribute("queue/logical_block_size") == block.to_string() {
+        if self.attribute("loop/dio") == "1"
+            && self.attribute("queue/logical_block_size") == block.to_string()
+        {
             return Ok(self);
         }
         self.release_forced()?;
@@ -296,7 +302,8 @@ impl LoopDevice {
 
     /// Who uses it, for people.
     fn users(&self) -> String {
-        let mut users: Vec<String> = self.mounted_on().iter().map(|p| format!("mounted on {}", p.display())).collect();
+        let mut users: Vec<String> =
+            self.mounted_on().iter().map(|p| format!("mounted on {}", p.display())).collect();
         users.extend(self.holders().into_iter().map(|h| format!("under /dev/{h}")));
         users.extend(openers(&self.path()));
         if users.is_empty() { "by the kernel or another namespace".into() } else { users.join(", ") }
@@ -327,7 +334,11 @@ fn openers(device: &Path) -> Vec<String> {
         let opened = fs::read_dir(dir.join("fd")).into_iter().flatten().flatten();
         if opened.filter_map(|fd| fs::read_link(fd.path()).ok()).any(|target| target == device) {
             let name = fs::read_to_string(dir.join("comm")).unwrap_or_default();
-            found.push(format!("open in {} (pid {})", name.trim_end(), process.file_name().to_string_lossy()));
+            found.push(format!(
+                "open in {} (pid {})",
+                name.trim_end(),
+                process.file_name().to_string_lossy()
+            ));
         }
     }
     found

@@ -181,6 +181,20 @@ impl Journal {
         self.busy_from = first.min(self.head.segment);
     }
 
+    /// Records after `lsn` must not be overwritten from now on, although `keep` was further: somebody
+    /// is to read them. `false`, and nothing changed, when less than `room` bytes would be left.
+    pub fn hold_after(&mut self, lsn: Lsn, room: u64) -> bool {
+        let before = (self.keep, self.busy_from);
+        self.keep = self.keep.min(lsn);
+        self.busy_from = 0;
+        self.keep_after(self.keep);
+        let enough = self.room() >= room;
+        if !enough {
+            (self.keep, self.busy_from) = before;
+        }
+        enough
+    }
+
     /// Bytes of records that certainly find room without overwriting anything kept.
     pub fn room(&self) -> u64 {
         let busy = self.head.segment - self.busy_from + 1;

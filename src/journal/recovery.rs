@@ -27,6 +27,8 @@ pub struct Facts {
     pub start_found: bool,
     /// Nothing was ever written: checkpoint and floor are 0.
     pub fresh: bool,
+    /// The record at the checkpoint, if the walk met it, is the one that the superblock names.
+    pub checkpoint_matches: bool,
     /// The chain reaches the superblock's floor and the checkpoint.
     pub reaches_floor: bool,
     /// A record that this generation wrote says that something behind the end was durable.
@@ -55,6 +57,9 @@ pub fn decide(f: Facts) -> Decision {
         Facts { start_found: false, fresh: false, .. } => {
             Damaged("the segment in which redo starts is missing or unreadable")
         }
+        Facts { checkpoint_matches: false, .. } => Damaged(
+            "its record at the checkpoint is not the superblock's: the two files do not belong together",
+        ),
         Facts { reaches_floor: false, .. } => {
             Damaged("the journal ends before a record that was durable here")
         }
@@ -112,6 +117,7 @@ pub struct Recovery {
     state: State,
     headers: BTreeMap<u64, SegmentHeader>,
     start_found: bool,
+    checkpoint_matches: bool,
     tail: Tail,
     end: Place,
     behind: Vec<Place>,
@@ -142,6 +148,7 @@ impl Recovery {
             state: State::Headers { next: 0, waiting: 0 },
             headers: BTreeMap::new(),
             start_found: false,
+            checkpoint_matches: true,
             tail,
             end: Place { segment: sb.checkpoint_segment, offset: 0 },
             behind: Vec::new(),
@@ -185,6 +192,8 @@ impl Recovery {
     ) -> Option<Outcome> {
         let bytes = match result {
             Ok(bytes) => bytes,
+            // A segment that holds nothing needed may be unreadable; one that is needed will be missed.
+            Err(_) if matches!(self.state, State::Headers { .. }) => Bytes::new(),
             Err(e) => return Some(Outcome::Stopped(unreadable(e))),
         };
         match &mut self.state {
@@ -233,6 +242,7 @@ impl Recovery {
         let before = match header.filter(|h| h.before.lsn <= self.sb.checkpoint.lsn) {
             Some(h) => {
                 self.start_found = true;
+                self.check_checkpoint(h.before);
                 // The walk begins at the segment's own start and must pass the checkpoint.
                 self.tail = Tail {
                     point: h.before,
@@ -282,6 +292,7 @@ impl Recovery {
                 }
                 Step::Record(record, place) => {
                     self.start_found = true;
+                    self.check_checkpoint(record.point());
                     self.tail = tail_of(&record);
                     self.end = Place { offset: place.offset + record.padded_len(), ..place };
                     if record.stamp.lsn > self.sb.checkpoint.lsn {
@@ -291,6 +302,12 @@ impl Recovery {
                 Step::Gap(place) => return self.gap(place, out),
             }
         }
+    }
+
+    fn check_checkpoint(&mut self, met: HistoryPoint) {
+        // At LSN 0 the superblock may name no hash: the walk's own origin stands there.
+        let same = met.lsn != self.sb.checkpoint.lsn || met.lsn == Lsn(0) || met == self.sb.checkpoint;
+        self.checkpoint_matches &= same;
     }
 
     /// The chain ends at `place`.
@@ -348,6 +365,7 @@ impl Recovery {
         let facts = Facts {
             start_found: self.start_found,
             fresh: self.sb.checkpoint.lsn == Lsn(0) && self.sb.floor == Lsn(0),
+            checkpoint_matches: self.checkpoint_matches,
             reaches_floor: end >= self.sb.floor && end >= self.sb.checkpoint.lsn,
             denied_by_watermark: self.watermark > end,
             survivors: !self.behind.is_empty(),
@@ -424,7 +442,7 @@ mod tests {
     #[test]
     fn the_table_answers_every_combination() {
         let mut answers = [0; 3];
-        for bits in 0..64u32 {
+        for bits in 0..128u32 {
             let bit = |i: u32| bits >> i & 1 == 1;
             let f = Facts {
                 start_found: bit(0),
@@ -433,9 +451,10 @@ mod tests {
                 denied_by_watermark: bit(3),
                 survivors: bit(4),
                 clean: bit(5),
+                checkpoint_matches: bit(6),
             };
             let lost_start = !f.start_found && !f.fresh;
-            let safe = !lost_start && f.reaches_floor && !f.denied_by_watermark;
+            let safe = !lost_start && f.checkpoint_matches && f.reaches_floor && !f.denied_by_watermark;
             match decide(f) {
                 Decision::Damaged(_) => {
                     assert!(!safe || (f.survivors && f.clean), "{f:?}");
@@ -451,7 +470,7 @@ mod tests {
                 }
             }
         }
-        assert_eq!(answers.iter().sum::<i32>(), 64);
+        assert_eq!(answers.iter().sum::<i32>(), 128);
         assert!(answers.iter().all(|n| *n > 0));
     }
 }

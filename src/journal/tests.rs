@@ -239,14 +239,13 @@ fn what_is_kept_is_found_without_walking_all_segments() {
     let sb = superblock();
     let geometry = Geometry { segment: 2 << 20, segments: 12 };
     for first_offset in [0, BLOCK] {
-        let tail = Tail {
-            point: sb.checkpoint,
-            generation: sb.generation,
-            last_write: 0,
-            time: 0,
-            durable: Lsn(0),
+        let tail =
+            Tail { point: sb.checkpoint, generation: sb.generation, last_write: 0, time: 0, durable: Lsn(0) };
+        let segments = if first_offset == 0 {
+            vec![]
+        } else {
+            vec![Segment { sequence: 1, before: tail.point, time: 0 }]
         };
-        let segments = if first_offset == 0 { vec![] } else { vec![Segment { sequence: 1, before: tail.point, time: 0 }] };
         let head = cursor::Place { segment: 1, offset: first_offset };
         let mut j = Journal::new(1, sb.group, geometry, head, segments, tail);
         assert_eq!(j.busy_from, busy_from(&j));

@@ -47,6 +47,9 @@ pub fn judge(held: &Held, volumes: &[Volume], record: &Record) -> Verdict {
     if s.generation.term > held.term {
         return Verdict::Reject("a record of a term that its sender did not announce");
     }
+    if s.lsn == held.point.lsn && record.chain != held.point.hash {
+        return Verdict::Reject("a record that differs from the one held");
+    }
     if s.lsn <= held.point.lsn {
         return Verdict::Duplicate;
     }
@@ -124,7 +127,8 @@ mod tests {
     fn only_the_exact_continuation_is_accepted() {
         let verdict = |change: fn(&mut Stamp)| judge(&held(), &volumes(), &record(change));
         assert_eq!(verdict(|_| {}), Verdict::Accept);
-        assert_eq!(verdict(|s| s.lsn = Lsn(7)), Verdict::Duplicate);
+        assert_eq!(verdict(|s| s.lsn = Lsn(6)), Verdict::Duplicate);
+        assert!(matches!(verdict(|s| s.lsn = Lsn(7)), Verdict::Reject(_)), "another history's record");
         assert_eq!(
             verdict(|s| {
                 s.generation.start = 4;

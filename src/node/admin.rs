@@ -8,6 +8,7 @@ use super::event::{Action, AdminId, AdminOp, Answer, Level, Refusal};
 use super::meta::Ticket;
 use super::primary::Primary;
 use super::run::{Part, Run};
+use crate::disk::IoError;
 use crate::format::message::Role;
 use crate::role::{self, Promotion};
 use crate::units::{BootId, SECONDS};
@@ -85,6 +86,12 @@ impl Run {
             Part::Primary(p) => {
                 p.closing |= shutdown;
                 seq = p.cache.as_ref().map_or(0, |c| c.last_seq());
+                if shutdown {
+                    // They were not answered, and the room that they wait for may never come.
+                    for id in p.take_waiting() {
+                        self.out.push(Action::Complete { id, result: Err(IoError::ESHUTDOWN) });
+                    }
+                }
             }
             Part::Shadow(s) => s.closing |= shutdown,
         }
@@ -149,9 +156,11 @@ impl Run {
                 p.is_serving()
                     && p.is_written_back(seq)
                     && p.durable_write() >= seq
-                    && (!shutdown || applied == tail)
+                    && (!shutdown || (applied == tail && p.is_empty()))
             }
-            Part::Shadow(_) => self.journal.is_quiet() && applied >= self.meta.sb.limit.min(tail),
+            Part::Shadow(s) => {
+                !s.is_cutting() && self.journal.is_quiet() && applied >= self.meta.sb.limit.min(tail)
+            }
         };
         if !done || !self.image.is_idle() {
             return false;

@@ -56,6 +56,8 @@ pub struct Reader {
     made_for: Lsn,
     /// Id of the read in flight.
     pending: Option<u64>,
+    /// A read failed: what it was for is not to be had.
+    unreadable: bool,
 }
 
 /// What [`Reader::fetch`] found.
@@ -80,6 +82,9 @@ impl Reader {
     ) -> Fetched {
         if let Some(record) = feed.get(lsn) {
             return Fetched::Ready(record.clone());
+        }
+        if self.unreadable {
+            return Fetched::Lost;
         }
         if self.pending.is_some() || lsn > journal.written() {
             return Fetched::Pending;
@@ -121,6 +126,11 @@ impl Reader {
                 cursor.feed(bytes);
             }
         }))
+    }
+
+    /// The journal can't be read where this reader is.
+    pub fn give_up(&mut self) {
+        self.unreadable = true;
     }
 
     /// Starts over, once no read is in flight: the journal was cut or begun anew.

@@ -9,7 +9,7 @@ use super::feed::Fetched;
 use super::links::LinkState;
 use super::run::{Part, Run, fetch};
 use crate::format::message::{Identity, Message, Role, Verdict, proof, refuse};
-use crate::link::handshake::{Decision, Facts, candidate, decide, order};
+use crate::link::handshake::{Decision, Facts, TermOrder, candidate, decide, order};
 use crate::units::{Lsn, NodeId, Term};
 
 impl Run {
@@ -49,6 +49,12 @@ impl Run {
             Decision::Diverged => {
                 let why = format!("its history differs from this node's, at LSN {at} at the latest");
                 self.set_peer(link, "Diverged", Some(why));
+                self.welcome(link, nonce, Verdict::Diverged(at));
+            }
+            // A primary of an earlier term has to learn of this one, whose proof it gets here.
+            Decision::Refuse(_) if hello.role == Role::Primary && own.role == Role::Primary => {
+                let why = "it was a primary under a term that has ended; run `volrep rejoin` there";
+                self.set_peer(link, "Diverged", Some(why.into()));
                 self.welcome(link, nonce, Verdict::Diverged(at));
             }
             Decision::Refuse(why) => {
@@ -123,21 +129,38 @@ impl Run {
 
     /// The acceptor's verdict on this shadow.
     pub(super) fn welcomed(&mut self, link: LinkId, primary: &Identity, verdict: Verdict) {
-        if matches!(&self.part, Part::Shadow(s) if s.is_cutting()) {
+        match &self.part {
             // Begun for an earlier link: what this one compared may be gone in a moment.
-            return self.drop_link(link, "the journal is being cut back");
+            Part::Shadow(s) if s.is_cutting() => {
+                return self.drop_link(link, "the journal is being cut back");
+            }
+            Part::Shadow(_) if self.admin.is_promoting() => {
+                return self.drop_link(link, "this node is being promoted");
+            }
+            Part::Shadow(_) => {}
+            Part::Primary(_) => return self.met_primary(link, primary),
         }
         let own = self.identity();
         if primary.role != Role::Primary || primary.group != own.group || primary.volumes != own.volumes {
             return self.drop_link(link, "it is not a primary of this group with these volumes");
         }
-        if primary.term < own.term {
-            return self.drop_link(link, "it is a primary of a term that has ended");
+        let rank = order(own.term, primary.term);
+        match rank {
+            TermOrder::Lower => return self.drop_link(link, "it is a primary of a term that has ended"),
+            TermOrder::Conflicting => {
+                self.meet(link, primary);
+                return self.histories_differ(link, own.tail.lsn.min(primary.tail.lsn));
+            }
+            TermOrder::Equal | TermOrder::Higher => self.meet(link, primary),
         }
-        self.meet(link, primary);
-        self.meta.sb.term = primary.term;
-        self.links.follow(primary.node);
-        self.leave_others(link);
+        if rank == TermOrder::Higher {
+            self.meta.sb.term = primary.term;
+            self.meta.save(true);
+        }
+        if rank == TermOrder::Higher || matches!(verdict, Verdict::Compare(_)) {
+            self.links.follow(primary.node);
+            self.leave_others(link);
+        }
         match verdict {
             Verdict::Compare(at) if at.lsn > own.tail.lsn => {
                 self.drop_link(link, "it compares what is not here")
@@ -162,6 +185,18 @@ impl Run {
         }
     }
 
+    /// A primary has dialled another one, which has proved to be of this group.
+    fn met_primary(&mut self, link: LinkId, other: &Identity) {
+        self.meet(link, other);
+        if order(self.meta.sb.term, other.term) == TermOrder::Higher {
+            return self.superseded(link, other.term);
+        }
+        let why = "it is a primary too: choose which side to keep";
+        self.set_peer(link, "Diverged", Some(why.into()));
+        self.be_patient(link);
+        self.drop_link(link, why);
+    }
+
     /// One primary at a time: under a term that may have ended, nothing is acknowledged any more (I8).
     fn leave_others(&mut self, link: LinkId) {
         let following = |state: &LinkState| {
@@ -175,6 +210,12 @@ impl Run {
 
     /// The journal here is a prefix of the primary's.
     pub(super) fn histories_agree(&mut self, link: LinkId) {
+        let tail = self.journal.tail().point.lsn;
+        if let Part::Shadow(s) = &mut self.part {
+            // What was announced beyond the end here belongs to records that never came.
+            s.clamp(tail);
+        }
+        self.meta.sb.limit = self.meta.sb.limit.min(tail);
         self.meta.sb.clean = false;
         let ticket = self.meta.save(true);
         self.set_state(link, LinkState::Settling(ticket));

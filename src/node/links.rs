@@ -48,6 +48,7 @@ pub struct Link {
     dialed: Option<usize>,
     nonce: [u8; 32],
     peer: Option<NodeId>,
+    begun: u64,
     heard: u64,
     beat: u64,
 }
@@ -67,15 +68,14 @@ pub struct PeerView {
 }
 
 impl PeerView {
-    fn new(name: &str, known: Option<&Peer>, tail: Lsn) -> PeerView {
+    fn new(name: &str, known: Option<&Peer>) -> PeerView {
         PeerView {
             name: name.to_owned(),
             node: known.map(|p| p.node),
             state: if known.is_some_and(|p| p.behind) { "Resync" } else { "Disconnected" },
             reason: None,
             received: Lsn(0),
-            // A position beyond the own end belongs to records that this node has lost.
-            durable: known.map_or(Lsn(0), |p| p.durable.min(tail)),
+            durable: known.map_or(Lsn(0), |p| p.durable),
             applied: Lsn(0),
             heard: None,
             clock: ClockEstimate::default(),
@@ -128,8 +128,8 @@ const PATIENCE: u64 = 10;
 
 impl Links {
     /// No connection; what the superblock knows of the peers.
-    pub fn new(cfg: &NodeConfig, sb: &Superblock, tail: Lsn) -> Links {
-        let view = |name: &str, known: Option<&Peer>| PeerView::new(name, known, tail);
+    pub fn new(cfg: &NodeConfig, sb: &Superblock) -> Links {
+        let view = |name: &str, known: Option<&Peer>| PeerView::new(name, known);
         let by_name = |name: &String| sb.peers.iter().find(|p| p.name == *name);
         let mut peers: Vec<_> = cfg.peers.iter().map(|p| view(&p.name, by_name(&p.name))).collect();
         for p in &sb.peers {
@@ -207,7 +207,7 @@ impl Links {
         let known = self.peers.iter().position(|p| p.node == Some(node));
         let named = || self.peers.iter().position(|p| p.name == name && p.node.is_none());
         let at = known.or_else(named).unwrap_or_else(|| {
-            self.peers.push(PeerView::new(name, None, Lsn(0)));
+            self.peers.push(PeerView::new(name, None));
             self.peers.len() - 1
         });
         let view = &mut self.peers[at];
@@ -250,9 +250,9 @@ impl Run {
             d.at = self.now.mono + self.cfg.timing.redial;
         }
         let state = if dialed.is_some() { LinkState::Dialled } else { LinkState::Challenged };
-        let (heard, beat) = (self.now.mono, self.now.mono);
+        let (begun, heard, beat) = (self.now.mono, self.now.mono, self.now.mono);
         let reader = Reader::default();
-        self.links.by_id.insert(link, Link { state, reader, dialed, nonce, peer: None, heard, beat });
+        self.links.by_id.insert(link, Link { state, reader, dialed, nonce, peer: None, begun, heard, beat });
         if self.fault.is_some() {
             return self.drop_link(link, "this node has failed");
         }
@@ -419,7 +419,7 @@ impl Run {
             }
             (LinkState::Receiving, Message::Record(record)) => self.received(link, record),
             (LinkState::Receiving, Message::Durable { lsn }) => self.announced(lsn),
-            (_, Message::Heartbeat { wall, echo, tail, time, bytes }) => {
+            (_, Message::Heartbeat { wall, echo, tail, time, bytes }) if l.peer.is_some() => {
                 if matches!(l.state, LinkState::Receiving) {
                     self.links.heard = Heard { tail, time, bytes };
                 }
@@ -480,6 +480,12 @@ impl Run {
         let Some(p) = self.links.peer_of(link) else { return };
         (p.received, p.durable, p.applied) = (from.prev(), from.prev(), Lsn(0));
         let (Some(node), name) = (p.node, p.name.clone()) else { return };
+        // What it still has to read must not be overwritten from here on.
+        let Part::Primary(primary) = &self.part else { return };
+        if !self.journal.hold_after(from.prev(), primary.reserved()) {
+            self.set_peer(link, "Resync", Some("the journal has no room to hold what it lacks".into()));
+            return self.drop_link(link, "the journal is too full for it to catch up");
+        }
         let known = &mut self.meta.sb.peers;
         let peer = Peer { node, name, durable: from.prev(), behind: false };
         match known.iter().position(|k| k.node == node) {
@@ -511,7 +517,7 @@ impl Run {
             moved |= self.pump_link(id);
         }
         self.dial();
-        self.relieve();
+        moved |= self.relieve();
         moved | self.enter_sync_set()
     }
 
@@ -522,7 +528,9 @@ impl Run {
         if matches!(l.state, LinkState::Closing) {
             return false;
         }
-        let silent_at = l.heard + timing.silence;
+        // Whoever has not said who he is has no right to keep a place for long.
+        let since = if l.peer.is_some() { l.heard } else { l.begun };
+        let silent_at = since + timing.silence;
         if now >= silent_at {
             self.drop_link(id, "nothing was heard for too long");
             return true;
@@ -594,23 +602,31 @@ impl Run {
         moved
     }
 
-    /// A shadow dials its primary.
+    /// A shadow dials its primary; a primary those who do not come, for one may have been promoted.
     fn dial(&mut self) {
-        let Part::Shadow(shadow) = &self.part else { return };
-        if self.fault.is_some() || shadow.closing || self.links.receiving().is_some() {
+        if self.fault.is_some() || self.admin.is_promoting() {
             return;
         }
-        if !self.journal.is_quiet() {
-            let lsn = self.journal.tail().point.lsn;
-            return self.journal.want(lsn);
-        }
+        let patience = match &self.part {
+            Part::Shadow(s) if s.closing || self.links.receiving().is_some() => return,
+            Part::Shadow(_) if !self.journal.is_quiet() => {
+                let lsn = self.journal.tail().point.lsn;
+                return self.journal.want(lsn);
+            }
+            Part::Shadow(_) => 1,
+            Part::Primary(p) if p.closing || !p.is_serving() => return,
+            Part::Primary(_) => PATIENCE,
+        };
         for i in 0..self.links.dials.len() {
-            let linked = self.links.by_id.values().any(|l| l.dialed == Some(i));
+            let name = &self.cfg.peers[i].name;
+            let node = self.links.peers.iter().find(|p| p.name == *name).and_then(|p| p.node);
+            let linked =
+                self.links.by_id.values().any(|l| l.dialed == Some(i) || (node.is_some() && l.peer == node));
             let dial = &mut self.links.dials[i];
             if !self.cfg.peers[i].dial || linked || dial.busy {
                 continue;
             }
-            let at = dial.at;
+            let at = dial.at + (patience - 1) * self.cfg.timing.redial;
             if self.now.mono >= at {
                 dial.busy = true;
                 self.out.push(Action::Dial { peer: i });
@@ -621,22 +637,27 @@ impl Run {
     }
 
     /// Makes room in a full journal: a checkpoint, or by leaving slow shadows behind.
-    fn relieve(&mut self) {
-        let Part::Primary(p) = &self.part else { return };
+    fn relieve(&mut self) -> bool {
+        let Part::Primary(p) = &self.part else { return false };
         if !p.starved || self.fault.is_some() {
-            return;
+            return false;
         }
+        let journal_full = p.journal_full;
         let checkpoint = self.links.checkpoint;
-        if self.image.applied.point.lsn > checkpoint {
-            self.hurry_checkpoint();
+        let applied = self.image.applied.point.lsn;
+        if applied > checkpoint {
+            return self.hurry_checkpoint();
         }
-        let (used, size) = self.journal.usage();
-        if self.cfg.full != FullPolicy::Behind || used < size / 4 * 3 {
-            return;
+        // Only when all that this node can do itself is done are the shadows the cause.
+        let done = applied == self.journal.tail().point.lsn && self.checkpoint_idle();
+        if !journal_full || !done || self.cfg.full != FullPolicy::Behind {
+            return false;
         }
         let set = self.meta.sb.sync_set.clone();
         let slow = |p: &&mut Peer| !p.behind && p.durable < checkpoint && !set.contains(&p.node);
-        let Some(peer) = self.meta.sb.peers.iter_mut().filter(slow).min_by_key(|p| p.durable) else { return };
+        let Some(peer) = self.meta.sb.peers.iter_mut().filter(slow).min_by_key(|p| p.durable) else {
+            return false;
+        };
         peer.behind = true;
         let (node, name) = (peer.node, peer.name.clone());
         self.meta.save(false);
@@ -647,6 +668,7 @@ impl Run {
         }
         self.log(Level::Warn, format!("{name}: {reason}"));
         self.update_keep();
+        true
     }
 
     /// A peer that is configured for the sync set enters it once it is current.

@@ -69,8 +69,9 @@ pub struct Primary {
     dirty_since: Option<u64>,
     batch: Vec<Extent>,
     reads: Slab<PendingRead>,
-    /// Room was asked for and not found.
+    /// Room was asked for and not found; in the journal.
     pub(super) starved: bool,
+    pub(super) journal_full: bool,
     /// No more requests: the node is shutting down.
     pub(super) closing: bool,
     pub(super) written_bytes: u64,
@@ -94,6 +95,7 @@ impl Primary {
             batch: Vec::new(),
             reads: Slab::new(),
             starved: false,
+            journal_full: false,
             closing: false,
             written_bytes: 0,
         }
@@ -155,12 +157,27 @@ impl Primary {
         while self.tails.front().is_some_and(|t| t.point.lsn <= upto.point.lsn) {
             self.tails.pop_front();
         }
-        self.dirty_since = None;
+    }
+
+    /// Requests that wait for room or for service, to be refused.
+    pub(super) fn take_waiting(&mut self) -> Vec<RequestId> {
+        self.waiting.drain(..).map(|(id, _)| id).collect()
+    }
+
+    /// Journal bytes that must stay free for what was accepted.
+    pub(super) fn reserved(&self) -> u64 {
+        self.cache.as_ref().map_or(0, Cache::reserved) + self.pipeline.reserved() + RESERVE
+    }
+
+    /// Nothing that was accepted is anywhere but in the journal and the backing.
+    pub(super) fn is_empty(&self) -> bool {
+        let cache = self.cache.as_ref();
+        self.batch.is_empty() && self.pipeline.is_empty() && cache.is_none_or(Cache::is_empty)
     }
 
     /// Everything that waits, to be refused.
     pub(super) fn take_all(&mut self) -> Vec<RequestId> {
-        let mut ids: Vec<_> = self.waiting.drain(..).map(|(id, _)| id).collect();
+        let mut ids = self.take_waiting();
         ids.extend(self.waiters.drain(..).map(|w| w.id));
         ids.extend(self.reads.drain().map(|r| r.id));
         ids
@@ -233,6 +250,7 @@ impl Run {
             let journal = cache.reserved() + p.pipeline.reserved() + worst_case(payload) + RESERVE;
             if !cache.has_room(payload) || journal > self.journal.room() {
                 p.starved = true;
+                p.journal_full |= journal > self.journal.room();
                 return Some(match data {
                     Some(data) => Op::Write { extent, data, fua },
                     None => Op::Zero { extent, fua },
@@ -268,6 +286,7 @@ impl Run {
                 return moved;
             }
             p.starved = false;
+            p.journal_full = false;
             let Some((id, op)) = p.waiting.pop_front() else { return moved };
             match op {
                 Op::Read(extent) => self.read(id, extent),
@@ -341,7 +360,9 @@ impl Run {
             Stage::Redo | Stage::Checkpoint | Stage::Opening(_) => self.open(),
             Stage::Settling(lsn) => {
                 let mut moved = self.pump_sealing();
-                self.commit();
+                moved |= self.commit();
+                // What is being settled may need the room of what is settled already.
+                moved |= self.begin_write_back();
                 if self.journal.durable() >= lsn {
                     let Part::Primary(p) = &mut self.part else { return false };
                     p.stage = Stage::Serving;
@@ -398,7 +419,7 @@ impl Run {
         }
         let dirty: Vec<_> = cache.dirty_up_to(upto.last_write).collect();
         p.batch = dirty.iter().map(|(e, _)| *e).collect();
-        p.dirty_since = None;
+        p.dirty_since = (ready < p.tails.len()).then_some(self.now.mono);
         let source = |at: Option<u64>| at.map_or(Source::Zeroes, Source::Ring);
         self.image.applier.begin(dirty.into_iter().map(|(e, s)| (e, source(s.at))));
         self.image.begin(upto);

@@ -53,7 +53,11 @@ pub struct Run {
 impl Run {
     /// Takes over from boot.
     pub fn new(cfg: NodeConfig, ring: Option<Box<dyn Memory>>, booted: Booted, now: Now) -> Run {
-        let Booted { sb, slot, maps, recovered: r } = booted;
+        let Booted { mut sb, slot, maps, recovered: r } = booted;
+        for peer in &mut sb.peers {
+            // A position beyond the own end belongs to records that this node has lost.
+            peer.durable = peer.durable.min(r.tail.point.lsn);
+        }
         let part = match sb.role {
             Role::Primary => Part::Primary(Primary::new()),
             Role::Shadow => Part::Shadow(Shadow::new(sb.limit)),
@@ -67,7 +71,7 @@ impl Run {
             ring,
             image: Image::new(APPLY, &sb, now),
             feed: Feed::new(cfg.feed_bytes),
-            links: Links::new(&cfg, &sb, r.tail.point.lsn),
+            links: Links::new(&cfg, &sb),
             meta: Meta::new(SUPER, sb, slot),
             journal,
             maps,
@@ -181,10 +185,16 @@ impl Run {
     }
 
     fn reader_done(&mut self, id: u64, result: &DiskResult) -> Result<(), IoError> {
-        let readers = std::iter::once(&mut self.image.reader).chain(self.links.readers());
-        for reader in readers {
+        if let Some(outcome) = self.image.reader.complete(id, result) {
+            return outcome;
+        }
+        // What a shadow lacks may be unreadable here; that is no reason to stop serving.
+        for reader in self.links.readers() {
             if let Some(outcome) = reader.complete(id, result) {
-                return outcome;
+                if outcome.is_err() {
+                    reader.give_up();
+                }
+                break;
             }
         }
         Ok(())

@@ -48,6 +48,10 @@ impl Pipeline {
     pub fn reserved(&self) -> u64 {
         self.reserved
     }
+    /// Nothing is on its way.
+    pub fn is_empty(&self) -> bool {
+        self.queue.is_empty()
+    }
     /// A write went into the open epoch.
     pub fn opened(&mut self, now: u64) {
         self.open_since.get_or_insert(now);
@@ -148,6 +152,7 @@ impl Run {
             };
             if !self.journal.fits(len) {
                 p.starved = true;
+                p.journal_full = true;
                 break;
             }
             let s = p.pipeline.queue.pop_front().expect("just seen");
@@ -220,7 +225,9 @@ impl Run {
         let sb = &self.meta.sb;
         let id = RingId { group: sb.group, boot: self.cfg.boot, term: sb.term };
         let live = !sb.clean && sb.cache_boot == self.cfg.boot && sb.cache_boot != BootId::default();
-        let Some(memory) = self.ring.take() else { return };
+        let Some(memory) = self.ring.take() else {
+            return self.fail("there is no memory for the write cache: this node can't be a primary".into());
+        };
         let ring = match Ring::open(memory, id, tail.last_write) {
             RingState::Ours(ring) if live => ring,
             RingState::Foreign(_) if live && !self.cfg.accept_lost_cache => {

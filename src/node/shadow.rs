@@ -19,9 +19,18 @@ use crate::units::{HistoryPoint, Lsn, MICROS, SECONDS};
 use hdrhistogram::Histogram;
 use std::collections::VecDeque;
 
+/// The journal is being cut back to a point that the primary has named.
+struct Cut {
+    link: LinkId,
+    at: HistoryPoint,
+    /// First the superblock stops vouching for what is cut, then the journal changes.
+    ticket: Option<Ticket>,
+    recovery: Option<Box<Recovery>>,
+}
+
 /// See the module's documentation.
 pub struct Shadow {
-    cut: Option<(LinkId, HistoryPoint, Option<Box<Recovery>>)>,
+    cut: Option<Cut>,
     /// Positions last told, and on which link.
     told: Option<(LinkId, Positions)>,
     /// Seal times of the records that are not durable (and the durable LSNs they carry), and not applied.
@@ -66,6 +75,12 @@ impl Shadow {
     /// Nothing above it may be applied.
     pub fn vouched(&self) -> Lsn {
         self.vouched
+    }
+
+    /// Nothing above `tail` was ever here.
+    pub fn clamp(&mut self, tail: Lsn) {
+        self.vouched = self.vouched.min(tail);
+        self.vouching = None;
     }
 
     /// The journal is about to be cut back: nothing goes from it into the image.
@@ -225,7 +240,7 @@ impl Run {
     /// there, what lies behind is cut off.
     pub(super) fn cut_to(&mut self, link: LinkId, at: HistoryPoint) {
         if let Part::Shadow(s) = &mut self.part {
-            s.cut = Some((link, at, None));
+            s.cut = Some(Cut { link, at, ticket: None, recovery: None });
         }
     }
 
@@ -233,20 +248,29 @@ impl Run {
         // Nothing may be reading or writing the journal, or moving the image, meanwhile.
         let quiet = self.journal.is_quiet() && self.image.is_idle() && self.checkpoint_idle();
         let Part::Shadow(s) = &mut self.part else { return };
-        let Some((_, at, recovery @ None)) = &mut s.cut else { return };
+        let Some(cut @ Cut { recovery: None, .. }) = &mut s.cut else { return };
         if !quiet {
             return;
         }
-        let origin = origin(self.cfg.group);
-        let mut begun = Box::new(Recovery::compare(JOURNAL_RECOVERY, &self.meta.sb, origin, *at));
-        begun.start(&mut self.disk);
-        *recovery = Some(begun);
+        let Some(ticket) = cut.ticket else {
+            let sb = &mut self.meta.sb;
+            sb.clean = false;
+            sb.floor = sb.floor.min(cut.at.lsn);
+            cut.ticket = Some(self.meta.save(true));
+            return;
+        };
+        if self.meta.is_saved(ticket) {
+            let origin = origin(self.cfg.group);
+            let mut begun = Box::new(Recovery::compare(JOURNAL_RECOVERY, &self.meta.sb, origin, cut.at));
+            begun.start(&mut self.disk);
+            cut.recovery = Some(begun);
+        }
     }
 
     /// The answer to a request of the recovery that cuts the journal back.
     pub(super) fn cut_done(&mut self, id: u64, result: DiskResult) {
         let Part::Shadow(s) = &mut self.part else { return };
-        let Some((link, at, Some(recovery))) = &mut s.cut else { return };
+        let Some(Cut { link, at, recovery: Some(recovery), .. }) = &mut s.cut else { return };
         let Some(outcome) = recovery.complete(id, result, &mut |_| {}, &mut self.disk) else { return };
         let (link, at) = (*link, *at);
         s.cut = None;

@@ -4,9 +4,39 @@ use super::{Place, volrep};
 
 /// Each verb, and a command line that is complete but names a group that does not exist.
 const VERBS: [(&str, &[&str], &[&str]); 8] = [
-    ("init", &["init", "g", "--volume", "a=/x"], &["--volume", "--sync", "--node", "--listen", "--journal-size", "--journal-dir", "--cache-size", "--buffered", "--dry-run"]),
+    (
+        "init",
+        &["init", "g", "--volume", "a=/x"],
+        &[
+            "--volume",
+            "--sync",
+            "--node",
+            "--listen",
+            "--journal-size",
+            "--journal-dir",
+            "--cache-size",
+            "--buffered",
+            "--dry-run",
+        ],
+    ),
     ("token", &["token", "g"], &["--peer", "--address"]),
-    ("join", &["join", "t", "--volume", "a=/x"], &["--volume", "--from", "--group", "--yes", "--node", "--listen", "--journal-size", "--journal-dir", "--cache-size", "--buffered", "--dry-run"]),
+    (
+        "join",
+        &["join", "t", "--volume", "a=/x"],
+        &[
+            "--volume",
+            "--from",
+            "--group",
+            "--yes",
+            "--node",
+            "--listen",
+            "--journal-size",
+            "--journal-dir",
+            "--cache-size",
+            "--buffered",
+            "--dry-run",
+        ],
+    ),
     ("serve", &["serve", "g"], &["--attach", "--workers", "--dry-run"]),
     ("attach", &["attach", "g"], &["--device"]),
     ("detach", &["detach", "g"], &["--dry-run"]),
@@ -95,8 +125,14 @@ fn the_environment_names_places_and_a_flag_wins() {
     let place = Place::new();
     let at = |name: &str| place.path().join(name);
     let mut command = super::program();
-    command.env("VOLREP_CONFIG_DIR", at("a")).env("VOLREP_STATE_DIR", at("b")).args(["--state-dir"]).arg(at("c"));
-    command.args(["init", "g", "--node", "n", "--journal-size", "8M", "--volume", "d=disk:1M"]).current_dir(place.path());
+    command
+        .env("VOLREP_CONFIG_DIR", at("a"))
+        .env("VOLREP_STATE_DIR", at("b"))
+        .args(["--state-dir"])
+        .arg(at("c"));
+    command
+        .args(["init", "g", "--node", "n", "--journal-size", "8M", "--volume", "d=disk:1M"])
+        .current_dir(place.path());
     super::Ended::of(command.output().unwrap()).expect(0, &[]);
     assert!(at("a/g.toml").exists() && at("c/g/superblock").exists() && !at("b").exists());
 }
@@ -111,7 +147,10 @@ fn status_of_a_stopped_group() {
     ended.expect(0, &[]);
     assert!(ended.stdout.ends_with("action: start it: volrep serve g\n"), "{}", ended.stdout);
     let one = place.run(&["status", "g", "--json"]).expect(0, &[]).json();
-    assert_eq!((&one["state"], &one["role"], &one["term"]), (&"Stopped".into(), &"primary".into(), &1.into()));
+    assert_eq!(
+        (&one["state"], &one["role"], &one["term"]),
+        (&"Stopped".into(), &"primary".into(), &1.into())
+    );
     assert_eq!(one["volumes"][1]["name"], "wal");
     let all = place.run(&["status", "--json"]).expect(0, &[]).json();
     assert_eq!(all["groups"][0], one);

@@ -33,12 +33,32 @@ fn a_full_disk_is_told_and_everything_removed() {
     let Some(tmpfs) = small(&place, 4 << 20) else { return };
     let before = place.tree();
     let ended = place.run(&[
-        "init", "g", "--node", "n", "--journal-size", "8M", "--journal-dir", "small/journal", "--volume", "d=disk:1M",
+        "init",
+        "g",
+        "--node",
+        "n",
+        "--journal-size",
+        "8M",
+        "--journal-dir",
+        "small/journal",
+        "--volume",
+        "d=disk:1M",
     ]);
     ended.expect(1, &["No space left", "small/journal", "free some space"]);
     assert_eq!(place.tree(), before);
     let path = tmpfs.0.to_str().unwrap();
-    let ended = place.run(&["--state-dir", path, "init", "g", "--node", "n", "--journal-size", "8M", "--volume", "d=disk:1M"]);
+    let ended = place.run(&[
+        "--state-dir",
+        path,
+        "init",
+        "g",
+        "--node",
+        "n",
+        "--journal-size",
+        "8M",
+        "--volume",
+        "d=disk:1M",
+    ]);
     ended.expect(1, &["No space left"]);
     assert_eq!(place.tree(), before);
 }
@@ -52,7 +72,8 @@ fn an_interrupted_init_is_undone() {
     std::fs::File::create(place.path().join("big")).unwrap().set_len(1 << 42).unwrap();
     let before = place.tree();
     let mut command = place.command(&["init", "g", "--node", "n", "--buffered", "--volume", "d=big"]);
-    let child = command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn().unwrap();
+    let child =
+        command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn().unwrap();
     // The configurations' directory appears just after the signals are taken.
     while !place.config().exists() {
         std::thread::yield_now();

@@ -23,13 +23,19 @@ fn init_creates_a_primary() {
     let s = superblock(&place, "g");
     assert_eq!((s.role, s.blank, s.clean, s.consistent), (Role::Primary, false, true, true));
     assert_eq!((s.term.counter, s.term.node), (1, s.node));
-    assert_eq!(s.volumes.iter().map(|v| (v.name.as_str(), v.size)).collect::<Vec<_>>(), [("data", 1 << 20), ("wal", 8192)]);
+    assert_eq!(
+        s.volumes.iter().map(|v| (v.name.as_str(), v.size)).collect::<Vec<_>>(),
+        [("data", 1 << 20), ("wal", 8192)]
+    );
     let journal = std::fs::metadata(place.config().join("state/g/journal")).unwrap();
     assert_eq!(journal.len(), s.geometry.len());
     assert!(journal.blocks() * 512 >= journal.len(), "the journal is written, not sparse");
     let key = std::fs::metadata(place.config().join("g.key")).unwrap();
     assert_eq!(key.permissions().mode() & 0o777, 0o600);
-    assert_eq!(std::fs::metadata(place.config().join("state/g")).unwrap().permissions().mode() & 0o777, 0o700);
+    assert_eq!(
+        std::fs::metadata(place.config().join("state/g")).unwrap().permissions().mode() & 0o777,
+        0o700
+    );
     assert_eq!(std::fs::read(place.path().join("old")).unwrap(), [7; 8192], "what was there is kept");
 }
 
@@ -42,7 +48,8 @@ fn only_what_is_all_zeroes_is_blank() {
     let mut bytes = vec![0; 3 << 20];
     bytes[(3 << 20) - 1] = 1;
     place.file("nearly", &bytes);
-    let ended = place.run(&["init", "h", "--node", "n", "--journal-size", "8M", "--volume", "d=nearly", "--json"]);
+    let ended =
+        place.run(&["init", "h", "--node", "n", "--journal-size", "8M", "--volume", "d=nearly", "--json"]);
     let document = ended.expect(0, &[]).json();
     assert!(!superblock(&place, "h").blank);
     assert_eq!((&document["blank"], &document["role"]), (&false.into(), &"primary".into()));
@@ -100,7 +107,8 @@ fn init_refuses_what_another_group_has() {
     let place = Place::new();
     place.init(&["data=disk:1M"]).expect(0, &[]);
     place.init(&["data=other:1M"]).expect(11, &["set up here already"]);
-    let again = |name| place.run(&["init", name, "--node", "n", "--journal-size", "8M", "--volume", "d=disk"]);
+    let again =
+        |name| place.run(&["init", name, "--node", "n", "--journal-size", "8M", "--volume", "d=disk"]);
     again("h").expect(11, &["is volume `data` of the group `g`"]);
     std::fs::remove_file(place.config().join("g.toml")).unwrap();
     again("g").expect(13, &["left its state behind"]);
@@ -170,7 +178,9 @@ fn join_refuses_and_leaves_nothing() {
     }
     let same = ["join", &token, "--node", "db1", "--volume", "data=d"];
     shadow.run(&same).expect(2, &["as the primary is", "--node"]);
-    primary.run(&["join", &token, "--node", "db2", "--volume", "data=d"]).expect(11, &["set up here already"]);
+    primary
+        .run(&["join", &token, "--node", "db2", "--volume", "data=d"])
+        .expect(11, &["set up here already"]);
     assert_eq!(shadow.tree(), before);
     join(&shadow, &token, &["--volume", "data=used", "--yes"]).expect(0, &["is not empty"]);
     let s = superblock(&shadow, "g");
@@ -187,13 +197,22 @@ fn a_token_that_was_changed_is_refused() {
         bytes[at] = if bytes[at] == b'A' { b'B' } else { b'A' };
         String::from_utf8(bytes).unwrap()
     };
-    let bad = [changed(0), changed(good.len() / 2), changed(good.len() - 3), good[..good.len() - 4].to_owned(), "x".into(), "".into()];
+    let bad = [
+        changed(0),
+        changed(good.len() / 2),
+        changed(good.len() - 3),
+        good[..good.len() - 4].to_owned(),
+        "x".into(),
+        "".into(),
+    ];
     for bad in bad {
         join(&shadow, &bad, &["--volume", "data=d"]).expect(2, &["token is not usable", "whole line"]);
     }
     assert!(shadow.tree().is_empty());
-    let mut child = shadow.command(&["join", "-", "--node", "db2", "--volume", "data=d", "--journal-size", "8M"]);
-    let mut child = child.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::null()).spawn().unwrap();
+    let mut child =
+        shadow.command(&["join", "-", "--node", "db2", "--volume", "data=d", "--journal-size", "8M"]);
+    let mut child =
+        child.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::null()).spawn().unwrap();
     std::io::Write::write_all(&mut child.stdin.take().unwrap(), format!("{good}\n").as_bytes()).unwrap();
     assert!(child.wait().unwrap().success(), "a token from stdin");
 }
@@ -211,7 +230,20 @@ fn the_key_is_kept_from_others() {
 #[test]
 fn a_token_without_an_address_can_be_given_one() {
     let place = Place::new();
-    place.run(&["init", "g", "--node", "n", "--listen", "none", "--journal-size", "8M", "--volume", "d=disk:1M"]).expect(0, &[]);
+    place
+        .run(&[
+            "init",
+            "g",
+            "--node",
+            "n",
+            "--listen",
+            "none",
+            "--journal-size",
+            "8M",
+            "--volume",
+            "d=disk:1M",
+        ])
+        .expect(0, &[]);
     place.run(&["token", "g"]).expect(1, &["listens nowhere"]);
     let document = place.run(&["token", "g", "--address", "db1:7654", "--json"]).expect(0, &[]).json();
     assert_eq!(document["address"], "db1:7654");

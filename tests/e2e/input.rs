@@ -25,7 +25,8 @@ fn setup() -> Setup {
 #[track_caller]
 fn refused(node: &Node) -> Ended {
     let mut child = node.place.command(&["serve", "g"]);
-    let mut child = child.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn().unwrap();
+    let mut child =
+        child.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn().unwrap();
     let deadline = Instant::now() + Duration::from_secs(30);
     while child.try_wait().unwrap().is_none() {
         if Instant::now() > deadline {
@@ -93,8 +94,15 @@ fn a_damaged_journal_is_refused_with_nothing_changed() {
     let mut pair = Pair::prepare(&Setup { journal: "256M", ..setup() });
     for node in [&pair.primary, &pair.shadow] {
         // Payloads as they are, so that the test finds them; everything since the start is needed.
-        node.configure(|t| t.replace("compression = 1", "compression = 0").replace("#checkpoint_after = \"5s\"", "checkpoint_after = \"1h\""));
-            assert!(std::fs::read_to_string(node.place.config().join("g.toml")).unwrap().contains("\ncheckpoint_after"));
+        node.configure(|t| {
+            t.replace("compression = 1", "compression = 0")
+                .replace("#checkpoint_after = \"5s\"", "checkpoint_after = \"1h\"")
+        });
+        assert!(
+            std::fs::read_to_string(node.place.config().join("g.toml"))
+                .unwrap()
+                .contains("\ncheckpoint_after")
+        );
     }
     pair.primary.start();
     pair.shadow.start();
@@ -109,13 +117,16 @@ fn a_damaged_journal_is_refused_with_nothing_changed() {
     client.write(8192, &[0; 4096]).unwrap();
     client.flush().unwrap();
     let tail = pair.primary.status()["tail_lsn"].as_u64().unwrap();
-    until("it is on the shadow", || (pair.shadow.status()["applied_lsn"].as_u64() >= Some(tail)).then_some(()));
+    until("it is on the shadow", || {
+        (pair.shadow.status()["applied_lsn"].as_u64() >= Some(tail)).then_some(())
+    });
     pair.primary.kill();
     pair.shadow.kill();
     let spot = |node: &Node| {
         let journal = node.place.config().join("state/g/journal");
         let bytes = std::fs::read(&journal).unwrap();
-        let at = bytes.windows(needle.len()).position(|w| w == needle).expect("the payload is in the journal");
+        let at =
+            bytes.windows(needle.len()).position(|w| w == needle).expect("the payload is in the journal");
         (journal, bytes, at as u64 + 100)
     };
     for node in [&pair.primary, &pair.shadow] {
@@ -192,7 +203,10 @@ fn a_full_disk_under_the_backing_latches_and_is_recovered() {
     let moved = small.join("data");
     std::fs::File::create(&moved).unwrap().set_len(32 * MIB).unwrap();
     std::fs::remove_file(&backing).unwrap();
-    pair.primary.configure(|t| t.replace(backing.to_str().unwrap(), moved.to_str().unwrap()).replace("direct = true", "direct = false"));
+    pair.primary.configure(|t| {
+        t.replace(backing.to_str().unwrap(), moved.to_str().unwrap())
+            .replace("direct = true", "direct = false")
+    });
     pair.primary.start();
     pair.shadow.start();
     pair.wait_following();
@@ -213,7 +227,10 @@ fn a_full_disk_under_the_backing_latches_and_is_recovered() {
     let s = pair.primary.status();
     assert_eq!(s["state"], "Failed", "{s}");
     let reason = s["reason"].as_str().unwrap();
-    assert!(reason.contains("backing") && reason.contains("No space left") && reason.contains("restart"), "{reason}");
+    assert!(
+        reason.contains("backing") && reason.contains("No space left") && reason.contains("restart"),
+        "{reason}"
+    );
     assert!(client.write(0, &[1; 512]).is_err() && client.flush().is_err(), "it did not latch");
     eprintln!("{acknowledged} MiB acknowledged before: {reason}");
     drop(client);
@@ -260,7 +277,8 @@ fn strangers_on_the_sockets_do_no_harm() {
     pair.primary.attach("nbd");
     let mut model = Model::new(16 * MIB, Promise::Reply, 13);
     let mut client = Client::connect(&pair.primary.socket(), "data").unwrap();
-    let mut pid_load = |ms: u64| model.load(&mut client, 8, Instant::now() + Duration::from_millis(ms)).unwrap();
+    let mut pid_load =
+        |ms: u64| model.load(&mut client, 8, Instant::now() + Duration::from_millis(ms)).unwrap();
     pid_load(300);
     let before = pair.primary.daemon().resident();
     let frame = |m: Message| m.encode().head.to_vec();
@@ -278,13 +296,16 @@ fn strangers_on_the_sockets_do_no_harm() {
         }
         // More connections at once than it accepts, all silent.
         scope.spawn(move || {
-            let held: Vec<_> = (0..200).filter_map(|_| TcpStream::connect(("127.0.0.1", port)).ok()).collect();
+            let held: Vec<_> =
+                (0..200).filter_map(|_| TcpStream::connect(("127.0.0.1", port)).ok()).collect();
             std::thread::sleep(Duration::from_millis(500));
             drop(held);
         });
         let socket = pair.primary.socket();
         scope.spawn(move || {
-            for bytes in [&noise[..], b"\0\0\0\x03IHAVEOPT\0\0\0\x07\xFF\xFF\xFF\xFF", b"IHAVEOPT", &[0; 4096]] {
+            for bytes in
+                [&noise[..], b"\0\0\0\x03IHAVEOPT\0\0\0\x07\xFF\xFF\xFF\xFF", b"IHAVEOPT", &[0; 4096]]
+            {
                 let mut stream = UnixStream::connect(&socket).unwrap();
                 stream.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
                 let _ = stream.write_all(bytes);

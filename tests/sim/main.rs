@@ -194,8 +194,18 @@ fn main() {
                     failure.invariant,
                     failure.text.lines().take(3).collect::<Vec<_>>().join(" ")
                 );
-                let kind: String =
-                    format!("{}: {}", failure.invariant, failure.text.chars().take(70).map(|c| if c.is_ascii_digit() { '#' } else { c }).collect::<String>().replace("##", "#").replace("##", "#"));
+                let kind: String = format!(
+                    "{}: {}",
+                    failure.invariant,
+                    failure
+                        .text
+                        .chars()
+                        .take(70)
+                        .map(|c| if c.is_ascii_digit() { '#' } else { c })
+                        .collect::<String>()
+                        .replace("##", "#")
+                        .replace("##", "#")
+                );
                 kinds.entry(kind).or_insert((0, seed)).0 += 1;
             }
             Some(failure) => {

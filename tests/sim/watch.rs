@@ -184,7 +184,10 @@ impl World {
                 self.counts.check("I5");
                 let said = self.hosts[node].watch.applied.map_or(0, |p| p.lsn.0);
                 if identity.applied.0 < said {
-                    let text = format!("gives {} as what can't be taken back after it reported {said} as applied", identity.applied);
+                    let text = format!(
+                        "gives {} as what can't be taken back after it reported {said} as applied",
+                        identity.applied
+                    );
                     return broken("I5", text);
                 }
                 Ok(())

@@ -138,7 +138,9 @@ impl World {
             let extent = draw_extent(&self.plan.volumes, &mix, &mut self.work.rng);
             let fua = self.work.rng.permille(mix.fua);
             match draw - mix.flush {
-                d if d < mix.read => (Op::Read(extent), Asked::Read { extent, tick: self.model.begin_read() }),
+                d if d < mix.read => {
+                    (Op::Read(extent), Asked::Read { extent, tick: self.model.begin_read() })
+                }
                 d if d < mix.read + mix.zero => {
                     let id = self.model.begin_write(extent, true);
                     (Op::Zero { extent, fua }, Asked::Write { id, fua, latched })

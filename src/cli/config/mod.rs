@@ -214,7 +214,8 @@ impl Span {
 impl<'de> Deserialize<'de> for Span {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Span, D::Error> {
         let text = String::deserialize(d)?;
-        let bad = |e| de::Error::custom(format!("`{text}` is not a span of time such as \"5ms\" or \"2s\": {e}"));
+        let bad =
+            |e| de::Error::custom(format!("`{text}` is not a span of time such as \"5ms\" or \"2s\": {e}"));
         humantime::parse_duration(&text).map(Span).map_err(bad)
     }
 }
@@ -229,7 +230,9 @@ fn default_compression() -> i32 {
 
 fn group_id<'de, D: Deserializer<'de>>(d: D) -> Result<GroupId, D::Error> {
     let text = String::deserialize(d)?;
-    unhex(&text).map(GroupId).ok_or_else(|| de::Error::custom("the group's identity is 32 hexadecimal digits"))
+    unhex(&text)
+        .map(GroupId)
+        .ok_or_else(|| de::Error::custom("the group's identity is 32 hexadecimal digits"))
 }
 
 fn node_id<'de, D: Deserializer<'de>>(d: D) -> Result<NodeId, D::Error> {
@@ -264,9 +267,8 @@ pub fn load(places: &Places, group: &str) -> Result<Config, Failure> {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(no_group(places, group)),
         Err(e) => return Err(Failure::io("read", &path, &e)),
     };
-    parse(&text).map_err(|(what, next)| {
-        Failure::new(Exit::Failure, format!("{}: {what}", path.display()), next)
-    })
+    parse(&text)
+        .map_err(|(what, next)| Failure::new(Exit::Failure, format!("{}: {what}", path.display()), next))
 }
 
 fn no_group(places: &Places, group: &str) -> Failure {
@@ -350,7 +352,9 @@ impl Config {
         bound((2 << 20..=64 << 30).contains(&self.link.window.0), "link.window: from 2M to 64G")?;
         if let Some(listen) = &self.listen {
             listen.parse::<std::net::SocketAddr>().map_err(|_| {
-                format!("listen: `{listen}` is not ADDRESS:PORT, such as \"0.0.0.0:{PORT}\" or \"[::1]:{PORT}\"")
+                format!(
+                    "listen: `{listen}` is not ADDRESS:PORT, such as \"0.0.0.0:{PORT}\" or \"[::1]:{PORT}\""
+                )
             })?;
         }
         self.timing.check()
@@ -442,7 +446,8 @@ pub fn load_key(places: &Places, config: &Config) -> Result<[u8; KEY], Failure> 
     let mode = std::fs::metadata(&path).map_err(|e| fail("read", e))?.permissions().mode();
     if mode & 0o077 != 0 {
         let what = format!("the key {} can be read by others (mode {:o})", path.display(), mode & 0o777);
-        let next = format!("run `chmod 600 {}`; if others may have read it, set the group up anew", path.display());
+        let next =
+            format!("run `chmod 600 {}`; if others may have read it, set the group up anew", path.display());
         return Err(Failure::new(Exit::Failure, what, next));
     }
     let text = read_short(&path).map_err(|e| fail("read", e))?;

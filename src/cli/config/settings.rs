@@ -85,6 +85,10 @@ pub fn boot_id() -> Result<BootId, Failure> {
     let path = Path::new("/proc/sys/kernel/random/boot_id");
     let text = std::fs::read_to_string(path).map_err(|e| Failure::io("read", path, &e))?;
     super::unhex(&text.trim().replace('-', "")).ok_or_else(|| {
-        Failure::new(Exit::Failure, format!("{} holds no boot id", path.display()), "is this Linux with /proc?")
+        Failure::new(
+            Exit::Failure,
+            format!("{} holds no boot id", path.display()),
+            "is this Linux with /proc?",
+        )
     })
 }

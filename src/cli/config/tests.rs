@@ -49,10 +49,12 @@ fn every_commented_default_is_the_default() {
     let least = Config { timing: TimingOverrides::default(), ..sample() };
     let text = render("epic", &least);
     let (before, timing) = text.split_once("[timing]").unwrap();
-    let uncommented = timing.replace("\n#", "\n").lines().filter(|l| l.contains(" = ")).collect::<Vec<_>>().join("\n");
+    let uncommented =
+        timing.replace("\n#", "\n").lines().filter(|l| l.contains(" = ")).collect::<Vec<_>>().join("\n");
     let c = parse(&format!("{before}[timing]\n{uncommented}")).unwrap();
     let d = crate::node::config::Timing::default();
-    let spans = [(c.timing.seal_after, d.seal_after), (c.timing.silence, d.silence), (c.timing.redial, d.redial)];
+    let spans =
+        [(c.timing.seal_after, d.seal_after), (c.timing.silence, d.silence), (c.timing.redial, d.redial)];
     assert!(spans.iter().all(|(shown, default)| shown.map(Span::nanos) == Some(*default)));
     assert_eq!(c.timing.heartbeat, Some(Span(Duration::from_millis(500))));
     assert_eq!(c.timing.seal_bytes, Some(Size(64 << 10)));

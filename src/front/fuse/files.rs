@@ -13,9 +13,10 @@ use crate::node::event::Op;
 use crate::units::{Address, Extent};
 use bytes::Bytes;
 use fuser::{
-    Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags, IoctlFlags,
-    KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyIoctl,
-    ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
+    IoctlFlags, KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyEmpty,
+    ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow,
+    WriteFlags,
 };
 use nix::libc;
 use nix::unistd::{getegid, geteuid};
@@ -78,7 +79,14 @@ impl Files {
         })
     }
 
-    fn zero_range(&self, ino: INodeNo, fh: FileHandle, offset: u64, length: u64, mode: i32) -> Result<Zeroing, Errno> {
+    fn zero_range(
+        &self,
+        ino: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+    ) -> Result<Zeroing, Errno> {
         let volume = self.volume(ino)?;
         let end = zeroed_end(volume, offset, length, mode)?;
         let (submit, fua) = (self.submit.clone(), fh == SYNC_HANDLE);
@@ -102,7 +110,8 @@ fn read_plan(volume: &FuseVolume, offset: u64, size: u32) -> Option<(Extent, std
     let block = u64::from(volume.block);
     let end = offset.checked_add(u64::from(size))?.min(volume.size);
     let start = offset - offset % block;
-    let extent = Extent::new(Address::new(volume.volume, start)?, end.checked_sub(start)?.next_multiple_of(block))?;
+    let extent =
+        Extent::new(Address::new(volume.volume, start)?, end.checked_sub(start)?.next_multiple_of(block))?;
     let skip = (offset - start) as usize;
     (end > offset).then(|| (extent, skip..skip + (end - offset) as usize))
 }
@@ -323,7 +332,8 @@ impl Filesystem for Files {
         let dots = [".", ".."].map(|name| (INodeNo::ROOT, FileType::Directory, name));
         let files = self.volumes.iter().zip(FIRST_FILE..);
         let files = files.map(|(v, ino)| (INodeNo(ino), FileType::RegularFile, v.name.as_str()));
-        let rest = dots.into_iter().chain(files).zip(1u64..).skip(usize::try_from(offset).unwrap_or(usize::MAX));
+        let rest =
+            dots.into_iter().chain(files).zip(1u64..).skip(usize::try_from(offset).unwrap_or(usize::MAX));
         for ((ino, kind, name), next) in rest {
             if reply.add(ino, next, kind, name) {
                 break;
@@ -341,12 +351,27 @@ impl Filesystem for Files {
     // ENOSYS to these tells the kernel not to ask again, and to do what it does without them.
 
     /// Sent at each close; nothing is held back that it could write.
-    fn flush(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _lock_owner: LockOwner, reply: ReplyEmpty) {
+    fn flush(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _lock_owner: LockOwner,
+        reply: ReplyEmpty,
+    ) {
         reply.error(Errno::ENOSYS);
     }
 
     /// Holes are not shown: to a reader all of a volume is data.
-    fn lseek(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _offset: i64, _whence: i32, reply: ReplyLseek) {
+    fn lseek(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _offset: i64,
+        _whence: i32,
+        reply: ReplyLseek,
+    ) {
         reply.error(Errno::ENOSYS);
     }
 
@@ -384,7 +409,8 @@ mod tests {
     #[test]
     fn reads_are_rounded_out_and_cut_at_the_end() {
         let v = volume(8192, 4096);
-        let plan = |offset, size| read_plan(&v, offset, size).map(|(e, r)| (e.address().offset(), e.len(), r));
+        let plan =
+            |offset, size| read_plan(&v, offset, size).map(|(e, r)| (e.address().offset(), e.len(), r));
         assert_eq!(plan(0, 4096), Some((0, 4096, 0..4096)));
         assert_eq!(plan(100, 10), Some((0, 4096, 100..110)));
         assert_eq!(plan(4095, 2), Some((0, 8192, 4095..4097)));
@@ -409,7 +435,8 @@ mod tests {
 
     #[test]
     fn only_what_zeroes_whole_blocks_is_zeroed() {
-        let (keep, punch, zero) = (libc::FALLOC_FL_KEEP_SIZE, libc::FALLOC_FL_PUNCH_HOLE, libc::FALLOC_FL_ZERO_RANGE);
+        let (keep, punch, zero) =
+            (libc::FALLOC_FL_KEEP_SIZE, libc::FALLOC_FL_PUNCH_HOLE, libc::FALLOC_FL_ZERO_RANGE);
         let v = volume(8192, 512);
         assert_eq!(zeroed_end(&v, 512, 1024, punch | keep), Ok(1536));
         assert_eq!(zeroed_end(&v, 512, 1 << 40, zero | keep), Ok(8192));
@@ -424,7 +451,9 @@ mod tests {
 
     #[test]
     fn no_answer_switches_fsync_off_or_is_lost() {
-        for (given, answered) in [(28, 28), (5, 5), (38, 5), (0, 5), (-5, 5), (512, 5), (i32::MIN, 5), (511, 511)] {
+        for (given, answered) in
+            [(28, 28), (5, 5), (38, 5), (0, 5), (-5, 5), (512, 5), (i32::MIN, 5), (511, 511)]
+        {
             assert_eq!(errno(IoError { errno: given }).code(), answered);
         }
     }
