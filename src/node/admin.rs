@@ -151,7 +151,9 @@ impl Run {
                     && p.durable_write() >= seq
                     && (!shutdown || applied == tail)
             }
-            Part::Shadow(_) => self.journal.is_quiet() && applied >= self.meta.sb.limit.min(tail),
+            Part::Shadow(s) => {
+                !s.is_cutting() && self.journal.is_quiet() && applied >= self.meta.sb.limit.min(tail)
+            }
         };
         if !done || !self.image.is_idle() {
             return false;

@@ -155,7 +155,6 @@ impl Primary {
         while self.tails.front().is_some_and(|t| t.point.lsn <= upto.point.lsn) {
             self.tails.pop_front();
         }
-        self.dirty_since = None;
     }
 
     /// Everything that waits, to be refused.
@@ -398,7 +397,8 @@ impl Run {
         }
         let dirty: Vec<_> = cache.dirty_up_to(upto.last_write).collect();
         p.batch = dirty.iter().map(|(e, _)| *e).collect();
-        p.dirty_since = None;
+        // What this batch leaves behind is due in its turn.
+        p.dirty_since = (ready < p.tails.len()).then_some(self.now.mono);
         let source = |at: Option<u64>| at.map_or(Source::Zeroes, Source::Ring);
         self.image.applier.begin(dirty.into_iter().map(|(e, s)| (e, source(s.at))));
         self.image.begin(upto);
