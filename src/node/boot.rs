@@ -65,6 +65,10 @@ impl Boot {
                 if recovered.tail.point.lsn == sb.checkpoint.lsn {
                     sb.checkpoint = recovered.tail.point;
                 }
+                if sb.role == Role::Primary {
+                    // The record that names this node as a member is from before its promotion.
+                    sb.sync_set.retain(|n| *n != sb.node);
+                }
                 Some(Ok(Booted { sb, slot, maps, recovered: *recovered }))
             }
         }

@@ -266,12 +266,13 @@ impl Run {
 
     fn save_checkpoint(&mut self, tail: Tail) {
         let segment = self.journal.segment_of(tail.point.lsn);
+        let durable = self.journal.durable();
         let sb = &mut self.meta.sb;
         sb.checkpoint = tail.point;
         sb.checkpoint_write = tail.last_write;
         sb.checkpoint_generation = tail.generation;
         sb.checkpoint_segment = segment;
-        sb.floor = sb.floor.max(tail.point.lsn);
+        sb.floor = sb.floor.max(durable);
         sb.maps = self.maps.ranges().to_vec();
         let ticket = self.meta.save(false);
         self.image.check = Check::Saving { tail, ticket };

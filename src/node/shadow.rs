@@ -19,15 +19,6 @@ use crate::units::{HistoryPoint, Lsn, MICROS, SECONDS};
 use hdrhistogram::Histogram;
 use std::collections::VecDeque;
 
-/// The journal is being cut back to a point that the primary has named.
-struct Cut {
-    link: LinkId,
-    at: HistoryPoint,
-    /// First the superblock stops vouching for what is cut, then the journal changes.
-    ticket: Option<Ticket>,
-    recovery: Option<Box<Recovery>>,
-}
-
 /// See the module's documentation.
 pub struct Shadow {
     cut: Option<Cut>,
@@ -52,6 +43,21 @@ pub struct Shadow {
 
 /// Bytes of records that may wait for room in the journal; the primary's window is far smaller.
 const HELD: u64 = 256 << 20;
+/// A cut of the journal under way.
+struct Cut {
+    link: LinkId,
+    at: HistoryPoint,
+    stage: CutStage,
+}
+
+enum CutStage {
+    /// Something still reads or writes the journal, or moves the image.
+    Waiting,
+    /// The superblock is told that the journal may end at the cut, and is no longer closed cleanly.
+    Saving(Ticket),
+    Cutting(Box<Recovery>),
+}
+
 /// Acknowledge what was only received in steps of this many records.
 const RECEIVED_STEP: u64 = 32;
 
@@ -188,6 +194,8 @@ impl Run {
             None => {}
         }
         if quiet && s.vouched < limit.min(durable) {
+            // The same write says what is durable here: less than that at a restart is damage.
+            self.meta.sb.floor = self.meta.sb.floor.max(durable);
             s.vouching = Some((self.meta.save(false), limit));
         }
     }
@@ -240,7 +248,7 @@ impl Run {
     /// there, what lies behind is cut off.
     pub(super) fn cut_to(&mut self, link: LinkId, at: HistoryPoint) {
         if let Part::Shadow(s) = &mut self.part {
-            s.cut = Some(Cut { link, at, ticket: None, recovery: None });
+            s.cut = Some(Cut { link, at, stage: CutStage::Waiting });
         }
     }
 
@@ -248,29 +256,28 @@ impl Run {
         // Nothing may be reading or writing the journal, or moving the image, meanwhile.
         let quiet = self.journal.is_quiet() && self.image.is_idle() && self.checkpoint_idle();
         let Part::Shadow(s) = &mut self.part else { return };
-        let Some(cut @ Cut { recovery: None, .. }) = &mut s.cut else { return };
-        if !quiet {
-            return;
-        }
-        let Some(ticket) = cut.ticket else {
-            let sb = &mut self.meta.sb;
-            sb.clean = false;
-            sb.floor = sb.floor.min(cut.at.lsn);
-            cut.ticket = Some(self.meta.save(true));
-            return;
-        };
-        if self.meta.is_saved(ticket) {
-            let origin = origin(self.cfg.group);
-            let mut begun = Box::new(Recovery::compare(JOURNAL_RECOVERY, &self.meta.sb, origin, cut.at));
-            begun.start(&mut self.disk);
-            cut.recovery = Some(begun);
+        let Some(Cut { at, stage, .. }) = &mut s.cut else { return };
+        match stage {
+            CutStage::Waiting if quiet => {
+                // A crash in the middle of the cut must not look like damage.
+                self.meta.sb.floor = self.meta.sb.floor.min(at.lsn);
+                self.meta.sb.clean = false;
+                *stage = CutStage::Saving(self.meta.save(true));
+            }
+            CutStage::Saving(ticket) if self.meta.is_saved(*ticket) => {
+                let origin = origin(self.cfg.group);
+                let mut begun = Box::new(Recovery::compare(JOURNAL_RECOVERY, &self.meta.sb, origin, *at));
+                begun.start(&mut self.disk);
+                *stage = CutStage::Cutting(begun);
+            }
+            _ => {}
         }
     }
 
     /// The answer to a request of the recovery that cuts the journal back.
     pub(super) fn cut_done(&mut self, id: u64, result: DiskResult) {
         let Part::Shadow(s) = &mut self.part else { return };
-        let Some(Cut { link, at, recovery: Some(recovery), .. }) = &mut s.cut else { return };
+        let Some(Cut { link, at, stage: CutStage::Cutting(recovery) }) = &mut s.cut else { return };
         let Some(outcome) = recovery.complete(id, result, &mut |_| {}, &mut self.disk) else { return };
         let (link, at) = (*link, *at);
         s.cut = None;

@@ -60,6 +60,8 @@ pub struct Scenario {
     /// No dial succeeds before.
     pub dials_fail_until: u64,
     rebase: bool,
+    /// When the old primary came back.
+    returned: Option<u64>,
 }
 
 impl Scenario {
@@ -78,6 +80,7 @@ impl Scenario {
             gaps: BTreeSet::new(),
             dials_fail_until: 0,
             rebase: false,
+            returned: None,
         }
     }
     /// Nothing more to see.
@@ -107,6 +110,7 @@ impl World {
             self.look_at(node)?;
         }
         self.counts.check("liveness");
+        self.shut_out_old();
         match self.scenario.phase {
             Phase::Join if self.all_current(true) => self.begin_work(),
             Phase::Work => self.work_on()?,
@@ -320,17 +324,28 @@ impl World {
         self.net.partitions.clear();
         self.scenario.dials_fail_until = 0;
         self.scenario.message_faults.clear();
-        if self.scenario.promoted && !self.hosts[0].gone {
-            // It came back unasked; whoever still follows it is to find the promoted node.
-            self.kill(0, false);
-            self.hosts[0].gone = true;
-        }
+        self.scenario.returned.get_or_insert(0);
+        self.shut_out_old();
         for node in 0..self.hosts.len() {
             self.hosts[node].armed.clear();
             self.hosts[node].slow = 1;
             if self.hosts[node].node.is_none() {
                 self.after(MILLIS, Coming::Boot { node });
             }
+        }
+    }
+
+    /// The old primary came back unasked; whoever follows it is to find the promoted node.
+    fn shut_out_old(&mut self) {
+        if !self.scenario.promoted || self.hosts[0].gone {
+            return;
+        }
+        if self.hosts[0].node.is_some() {
+            self.scenario.returned.get_or_insert(self.now);
+        }
+        if self.scenario.returned.is_some_and(|at| self.now > at + 5 * SECONDS || at == 0) {
+            self.kill(0, false);
+            self.hosts[0].gone = true;
         }
     }
 
@@ -378,7 +393,9 @@ impl World {
         let Some(p) = &self.hosts[self.scenario.primary].status else {
             return false;
         };
-        if p.state != "UpToDate" || p.role != "primary" || self.scenario.verify.is_some() {
+        // Write-back goes on by itself, without a drain.
+        let written = joining || p.applied_lsn == p.tail_lsn;
+        if !written || p.state != "UpToDate" || p.role != "primary" || self.scenario.verify.is_some() {
             return false;
         }
         self.followers().all(|n| {

@@ -106,7 +106,9 @@ fn draw_extent(volumes: &[(u8, u64, u64)], mix: &Mix, rng: &mut Prng) -> Extent 
 impl World {
     /// Lets the workload go on if it may.
     pub fn kick(&mut self) {
-        let room = (self.work.outstanding.len() as u64) < self.plan.mix.depth;
+        let node = self.scenario.primary;
+        let outstanding = self.work.outstanding.values().filter(|r| r.node == node).count();
+        let room = (outstanding as u64) < self.plan.mix.depth;
         let more = self.work.submitted < self.plan.mix.requests;
         if self.work.open && room && more && !self.work.scheduled {
             self.work.scheduled = true;
