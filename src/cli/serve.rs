@@ -11,7 +11,7 @@ use super::{interrupt, state};
 use crate::control::fronts::{Facts, Fronts};
 use crate::control::{DeviceKind, Reply, server};
 use crate::daemon::{self, BackingPath, DaemonOptions, Handle};
-use crate::node::event::{AdminOp, Answer};
+use crate::node::event::{AdminOp, Answer, Refusal};
 use crate::node::status::SCHEMA_VERSION;
 use crate::sys::open::OpenError;
 use nix::fcntl::{Flock, FlockArg};
@@ -113,6 +113,7 @@ impl Serve {
             config: config.node_config(&self.group, key)?,
             superblock: places.superblock(&self.group),
             journal: config.journal_file(places, &self.group),
+            journal_bytes: config.journal.geometry().len(),
             dirty_maps: places.dirty_maps(&self.group),
             dirty_maps_bytes: config.maps_len(),
             cache: places.cache(&self.group, config.node_id),
@@ -184,7 +185,8 @@ fn shut_down(running: &OnceLock<Running>) {
 /// Once the node serves (or is known to be a shadow): attaches what was attached, and says READY.
 fn when_served(handle: Handle, fronts: Arc<Fronts>, asked: Option<DeviceKind>) {
     let done = move |answer| {
-        if interrupt::check().is_err() {
+        // A shadow refuses, too, and is ready; a node that could not recover is about to end.
+        if interrupt::check().is_err() || matches!(answer, Answer::Refused(Refusal::Failed, _)) {
             return;
         }
         let wanted = asked.or_else(|| fronts.remembered());

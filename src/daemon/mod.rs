@@ -2,6 +2,7 @@
 //!
 //! Owns: opening and locking everything a node works on, and the loop that feeds it. Invariant: all
 //! locks are held before the node sees its first byte, until the kernel has finished with the last.
+#![allow(clippy::disallowed_methods, reason = "the shell: it reads the clocks and starts the workers")]
 
 mod acceptor;
 mod clients;
@@ -29,7 +30,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long the requests of a killed predecessor may keep the files locked.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -62,6 +63,8 @@ pub struct DaemonOptions {
     pub cache: PathBuf,
     /// Bytes of the write cache file: `cache::ring_len` of its payload.
     pub cache_bytes: u64,
+    /// Bytes that the journal was made with.
+    pub journal_bytes: u64,
     /// Backings, one per volume.
     pub backings: Vec<BackingPath>,
     /// Where peers connect.
@@ -82,12 +85,26 @@ pub enum Error {
     #[error("volume {0} has no backing: name one in the configuration")]
     NoBacking(String),
     /// The address for peers can't be had.
-    #[error("can't listen for peers on {address}: {source}")]
+    #[error("can't listen for peers on {address}: {source}. If another program listens there (`ss -ltnp` names it), choose another address with `listen` in the configuration")]
     Listen {
         /// It.
         address: SocketAddr,
         /// The kernel's answer.
         source: io::Error,
+    },
+    /// The journal is shorter than it was made.
+    #[error(
+        "{} has {has} bytes and must have {needed}: its end is missing, so records are. Nothing was changed; \
+         restore the file, or join this node anew as a shadow of another node",
+        path.display()
+    )]
+    Cut {
+        /// The journal.
+        path: PathBuf,
+        /// Its size.
+        has: u64,
+        /// What it was made with.
+        needed: u64,
     },
     /// No ring, or it broke.
     #[error("io_uring: {0} (kernel 6.1 is needed, and sysctl kernel.io_uring_disabled = 0)")]
@@ -135,6 +152,10 @@ fn open_files(options: &DaemonOptions) -> Result<Vec<(File, OpenFile)>, Error> {
     let superblock = open(&options.superblock, true, PATIENCE)?;
     superblock.at_least(2 * SLOT as u64)?;
     let journal = open(&options.journal, true, PATIENCE)?;
+    if journal.size < options.journal_bytes {
+        let (path, needed) = (options.journal.clone(), options.journal_bytes);
+        return Err(Error::Cut { path, has: journal.size, needed });
+    }
     let mut files = vec![(File::Superblock, superblock), (File::Journal, journal)];
     for volume in &options.config.volumes {
         let backing = options.backings.iter().find(|b| b.number == volume.number);
@@ -155,8 +176,18 @@ fn maps_as_file(maps: &Mapping, options: &DaemonOptions) -> Result<OpenFile, Err
 
 fn listen(address: Option<SocketAddr>) -> Result<(Option<Fd>, Option<SocketAddr>), Error> {
     let Some(address) = address else { return Ok((None, None)) };
-    let (fd, bound) = net::listen_tcp(address).map_err(|source| Error::Listen { address, source })?;
-    Ok((Some(fd), Some(bound)))
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match net::listen_tcp(address) {
+            Ok((fd, bound)) => return Ok((Some(fd), Some(bound))),
+            // As with the locks: the accept of a killed process holds its socket until the kernel has
+            // taken that process's ring apart, which it does after the process is gone.
+            Err(e) if e.kind() == io::ErrorKind::AddrInUse && Instant::now() < deadline => {
+                std::thread::sleep(net::RETRY);
+            }
+            Err(source) => return Err(Error::Listen { address, source }),
+        }
+    }
 }
 
 #[cfg(test)]

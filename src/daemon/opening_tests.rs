@@ -33,6 +33,7 @@ fn options(dir: &Path) -> DaemonOptions {
         config,
         superblock: file("superblock", 2 * SLOT as u64),
         journal: file("journal", 8 << 20),
+        journal_bytes: 8 << 20,
         dirty_maps: file("maps", 8192),
         dirty_maps_bytes: 8192,
         cache: dir.join("shm/cache"),

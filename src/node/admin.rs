@@ -157,7 +157,7 @@ impl Run {
             return false;
         }
         if self.links.checkpoint < applied || !self.checkpoint_idle() {
-            self.image.hurry = true;
+            self.hurry_checkpoint();
             return false;
         }
         if !shutdown {

@@ -184,6 +184,13 @@ impl Run {
         }
     }
 
+    /// Asks for a checkpoint now. Whoever asks after [`Run::pump_image`] had its turn must ask in this
+    /// way: a wish alone would wait for whatever event comes next.
+    pub(super) fn hurry_checkpoint(&mut self) -> bool {
+        self.image.hurry = true;
+        self.pump_checkpoint()
+    }
+
     fn pump_checkpoint(&mut self) -> bool {
         match self.image.check {
             Check::Idle => self.begin_checkpoint(),

@@ -628,7 +628,7 @@ impl Run {
         }
         let checkpoint = self.links.checkpoint;
         if self.image.applied.point.lsn > checkpoint {
-            self.image.hurry = true;
+            self.hurry_checkpoint();
         }
         let (used, size) = self.journal.usage();
         if self.cfg.full != FullPolicy::Behind || used < size / 4 * 3 {

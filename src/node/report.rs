@@ -8,7 +8,11 @@ use super::links::PeerView;
 use super::run::{Part, Run};
 use super::status::{PeerStatus, SCHEMA_VERSION, Status, VolumeStatus};
 use crate::format::message::Role;
+use crate::format::superblock::Peer;
 use crate::units::{MILLIS, SECONDS};
+
+/// With less than this a journal is full: what one write in a full cache may want of it.
+const ROOM: u64 = 4 << 20;
 
 /// The status of a node that has not recovered yet, or could not.
 pub fn bare(cfg: &NodeConfig, state: &str, reason: Option<String>) -> Status {
@@ -139,6 +143,15 @@ impl Run {
                     let why = format!("{name} is in the sync set and can't be reached: FLUSH waits for it");
                     return ("Blocked", Some(why), format!("bring {name} or its link back"));
                 }
+                if let Some(name) = self.waits_for_room() {
+                    let why = format!(
+                        "the journal is full of records that {name} still needs and it can't be reached: writers wait for it"
+                    );
+                    let action = format!(
+                        "bring {name} or its link back, or set on_full = \"behind\" and restart: then it will need a resync"
+                    );
+                    return ("Blocked", Some(why), action);
+                }
                 let resync = self.links.peers.iter().find(|v| matches!(v.state, "Resync" | "Diverged"));
                 let action = match resync {
                     Some(v) if v.state == "Resync" => format!("{} needs a resync", v.name),
@@ -149,6 +162,14 @@ impl Run {
             }
             Part::Shadow(_) => self.shadow_state(),
         }
+    }
+
+    /// The shadow that is away and without which a write finds no room in the journal.
+    fn waits_for_room(&self) -> Option<String> {
+        let Part::Primary(p) = &self.part else { return None };
+        let away = |k: &&Peer| !k.behind && k.durable < self.links.checkpoint && !self.links.is_live(k.node);
+        let slowest = self.meta.sb.peers.iter().filter(away).min_by_key(|k| k.durable)?;
+        (p.starved && self.journal.room() < ROOM).then(|| slowest.name.clone())
     }
 
     fn shadow_state(&self) -> (&'static str, Option<String>, String) {

@@ -105,7 +105,7 @@ impl Run {
             time: last.map_or(tail.time, |r| r.stamp.time),
             durable: last.map_or(tail.durable, |r| r.stamp.durable),
         };
-        match judge(&held, &record) {
+        match judge(&held, &self.meta.sb.volumes, &record) {
             Verdict::Duplicate => {}
             Verdict::Reject(why) => self.drop_link(link, &format!("the primary sent {why}")),
             Verdict::Accept => {

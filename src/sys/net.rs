@@ -12,9 +12,13 @@ use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::rc::Rc;
+use std::time::Duration;
 
 /// How long sent bytes may stay unacknowledged before the kernel gives a connection up, ms.
 const USER_TIMEOUT: u32 = 15_000;
+
+/// Between two attempts to get an address that a dying process still holds.
+pub const RETRY: Duration = Duration::from_millis(20);
 
 /// A listener, and the address it got (with the port chosen by the kernel for port 0).
 pub fn listen_tcp(address: SocketAddr) -> io::Result<(Fd, SocketAddr)> {

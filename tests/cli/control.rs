@@ -1,56 +1,19 @@
 //! The daemon under its command line: one per group, the control socket, signals.
 
-use super::{Ended, Place};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-use std::io::{BufRead, BufReader, Read, Write};
+use super::{Daemon, Ended, Place};
+use nix::sys::signal::Signal;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
-use std::process::{Child, Stdio};
 
-/// A daemon that is killed at the end if it still runs.
-struct Daemon {
-    child: Child,
-    socket: PathBuf,
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        // Both fail if it has ended, and that is what is wanted.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-impl Daemon {
-    fn start(place: &Place) -> Daemon {
-        let mut command = place.command(&["serve", "g"]);
-        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
-        let socket = place.config().join("run/g/control.sock");
-        while UnixStream::connect(&socket).is_err() {
-            if let Some(status) = child.try_wait().unwrap() {
-                let mut text = String::new();
-                child.stderr.take().unwrap().read_to_string(&mut text).unwrap();
-                panic!("the daemon ended with {status}: {text}");
-            }
-            std::thread::yield_now();
-        }
-        Daemon { child, socket }
-    }
-
-    fn raw(&self, line: &[u8]) -> String {
-        let mut stream = UnixStream::connect(&self.socket).unwrap();
-        // It may answer and close before it has read all of a line that is too long.
-        let _ = stream.write_all(line);
-        let mut reply = String::new();
-        let _ = BufReader::new(stream).read_line(&mut reply);
-        reply
-    }
-
-    fn signal(&self, signal: Signal) {
-        kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
-    }
+/// The answer to a line on the control socket.
+fn raw(daemon: &Daemon, line: &[u8]) -> String {
+    let mut stream = UnixStream::connect(&daemon.socket).unwrap();
+    // It may answer and close before it has read all of a line that is too long.
+    let _ = stream.write_all(line);
+    let mut reply = String::new();
+    let _ = BufReader::new(stream).read_line(&mut reply);
+    reply
 }
 
 fn served(place: &Place) -> Daemon {
@@ -63,7 +26,7 @@ fn served(place: &Place) -> Daemon {
 fn one_daemon_per_group() {
     let place = Place::new();
     let daemon = served(&place);
-    place.run(&["serve", "g"]).expect(11, &["served already", &daemon.child.id().to_string()]);
+    place.run(&["serve", "g"]).expect(11, &["served already", &daemon.id().to_string()]);
 }
 
 #[test]
@@ -79,13 +42,13 @@ fn only_the_owner_gets_to_the_socket() {
 fn garbage_on_the_socket_is_refused() {
     let place = Place::new();
     let daemon = served(&place);
-    assert!(daemon.raw(b"hello\n").contains("not a request"));
-    assert!(daemon.raw(b"{\"version\":9,\"verb\":\"x\"}\n").contains("version 9"));
-    assert!(daemon.raw(&[b'x'; 1 << 20]).len() < 1024);
+    assert!(raw(&daemon, b"hello\n").contains("not a request"));
+    assert!(raw(&daemon, b"{\"version\":9,\"verb\":\"x\"}\n").contains("version 9"));
+    assert!(raw(&daemon, &[b'x'; 1 << 20]).len() < 1024);
     let deep = [b"[".repeat(60_000), b"\n".to_vec()].concat();
-    assert!(daemon.raw(&deep).contains("not a request"));
+    assert!(raw(&daemon, &deep).contains("not a request"));
     drop(UnixStream::connect(&daemon.socket).unwrap());
-    assert!(daemon.raw(b"\n").contains("not a request"));
+    assert!(raw(&daemon, b"\n").contains("not a request"));
 }
 
 #[test]
@@ -95,7 +58,7 @@ fn a_second_signal_ends_it_at_once() {
     daemon.signal(Signal::SIGTERM);
     // One signal may be enough if it is quick: then the second has nobody to go to.
     daemon.signal(Signal::SIGINT);
-    let code = daemon.child.wait().unwrap().code();
+    let code = daemon.wait().code();
     assert!(matches!(code, Some(0 | 130)), "{code:?}");
 }
 
@@ -103,8 +66,7 @@ fn a_second_signal_ends_it_at_once() {
 fn a_dead_daemon_is_told_from_its_files() {
     let place = Place::new();
     let mut daemon = served(&place);
-    daemon.child.kill().unwrap();
-    daemon.child.wait().unwrap();
+    daemon.kill();
     let ended: Ended = place.run(&["status", "g"]);
     assert!(ended.expect(0, &[]).stdout.contains("Stopped"), "{}", ended.stdout);
     drop(daemon);

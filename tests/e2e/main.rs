@@ -1,0 +1,15 @@
+//! volrep from end to end: the real program, real files, real clients, two nodes over loopback.
+//!
+//! Owns: nothing. Invariant: nothing outside the scratch places (and the loop devices) is touched, and
+//! nothing is left. VOLREP_LONG=1 runs the long forms.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod crash;
+mod filesystem;
+mod input;
+mod interop;
+mod model;
+mod nbd;
+mod outage;
+mod pair;
