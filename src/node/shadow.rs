@@ -305,7 +305,8 @@ impl Run {
 
     /// For how long the primary has missed its heartbeats, ns; none while they arrive.
     pub(super) fn silence(&self) -> Option<u64> {
-        let silent = self.now.mono.saturating_sub(self.links.primary_heard()?);
+        let heard = self.links.view(self.links.primary()?)?.heard?;
+        let silent = self.now.mono.saturating_sub(heard);
         (silent > 2 * self.cfg.timing.heartbeat).then_some(silent)
     }
 

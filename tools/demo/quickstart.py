@@ -158,6 +158,8 @@ class Quickstart:
         screen.fact(f"lag at the end {lag['records']} records; most seen {max(s['lag']['records'] for _, _, s in samples)}")
         names = ", ".join(f"{q} {span(applied[q])}" for q in ("p50", "p99", "max"))
         screen.check(lag["count"] > 0 and samples[-1][2]["state"] == "UpToDate", f"lag from seal to applied: {names} over {count(lag['count'], 'record')}")
+        stages = ", ".join(f"{stage} {span(lag[stage]['p50'])}" for stage in ("received", "durable", "applied"))
+        screen.fact(f"its way there, median: {stages}")
 
     def link_cut(self):
         screen, cut = self.screen, self.seconds["cut"]
