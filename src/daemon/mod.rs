@@ -84,7 +84,9 @@ pub enum Error {
     #[error("volume {0} has no backing: name one in the configuration")]
     NoBacking(String),
     /// The address for peers can't be had.
-    #[error("can't listen for peers on {address}: {source}. If another program listens there (`ss -ltnp` names it), choose another address with `listen` in the configuration")]
+    #[error(
+        "can't listen for peers on {address}: {source}. If another program listens there (`ss -ltnp` names it), choose another address with `listen` in the configuration"
+    )]
     Listen {
         /// It.
         address: SocketAddr,

@@ -17,7 +17,21 @@ fn raw(daemon: &Daemon, line: &[u8]) -> String {
 }
 
 fn served(place: &Place) -> Daemon {
-    place.run(&["init", "g", "--node", "db1", "--listen", "none", "--journal-size", "8M", "--cache-size", "4M", "--volume", "d=disk:1M"])
+    place
+        .run(&[
+            "init",
+            "g",
+            "--node",
+            "db1",
+            "--listen",
+            "none",
+            "--journal-size",
+            "8M",
+            "--cache-size",
+            "4M",
+            "--volume",
+            "d=disk:1M",
+        ])
         .expect(0, &[]);
     Daemon::start(place)
 }

@@ -117,7 +117,8 @@ impl Place {
     /// Sets up a small primary `g` on this node.
     #[track_caller]
     pub fn init(&self, volumes: &[&str]) -> Ended {
-        let mut args = vec!["init", "g", "--node", "db1", "--listen", "127.0.0.1:7654", "--journal-size", "8M"];
+        let mut args =
+            vec!["init", "g", "--node", "db1", "--listen", "127.0.0.1:7654", "--journal-size", "8M"];
         volumes.iter().for_each(|v| args.extend(["--volume", v]));
         self.run(&args)
     }

@@ -137,16 +137,32 @@ fn as_postgres(program: &str) -> Command {
 impl Postgres {
     fn start(dir: &Path, sockets: &Path) -> Postgres {
         let mut command = as_postgres("postgres");
-        command.arg("-D").arg(dir).arg("-k").arg(sockets).args(["-c", "listen_addresses=", "-c", "max_connections=10"]);
+        command.arg("-D").arg(dir).arg("-k").arg(sockets).args([
+            "-c",
+            "listen_addresses=",
+            "-c",
+            "max_connections=10",
+        ]);
         let log = fs::File::create(sockets.join("log")).unwrap();
         let child = command.stdout(Stdio::null()).stderr(log).spawn().unwrap();
         let server = Postgres { child, dir: dir.into(), sockets: sockets.into() };
-        until("PostgreSQL answers", || server.psql(&["-c", "select 1"]).output().unwrap().status.success().then_some(()));
+        until("PostgreSQL answers", || {
+            server.psql(&["-c", "select 1"]).output().unwrap().status.success().then_some(())
+        });
         server
     }
     fn psql(&self, args: &[&str]) -> Command {
         let mut command = as_postgres("psql");
-        command.arg("-h").arg(&self.sockets).args(["-d", "postgres", "-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1"]);
+        command.arg("-h").arg(&self.sockets).args([
+            "-d",
+            "postgres",
+            "-X",
+            "-q",
+            "-A",
+            "-t",
+            "-v",
+            "ON_ERROR_STOP=1",
+        ]);
         command.args(args);
         command
     }
@@ -203,8 +219,11 @@ fn commits_survive(round: u64) {
     server.query("create table log (n bigint primary key, filler text)");
     // Inserts number after number; a number that is printed was committed.
     let script = "\\set ON_ERROR_STOP 1\n".to_owned()
-        + &(1..=20_000).map(|n| format!("insert into log values ({n}, repeat('x', 300)) returning n;\n")).collect::<String>();
-    let mut inserts = server.psql(&[]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        + &(1..=20_000)
+            .map(|n| format!("insert into log values ({n}, repeat('x', 300)) returning n;\n"))
+            .collect::<String>();
+    let mut inserts =
+        server.psql(&[]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
     let mut to = inserts.stdin.take().unwrap();
     let from = inserts.stdout.take().unwrap();
     let mut acknowledged = 0u64;

@@ -30,8 +30,15 @@ fn nbd_tools_of_others_work_on_a_group_of_two_volumes() {
     let [data, wal] = &devices[..] else { panic!("{devices:?}") };
     let info = client("nbdinfo", &[data]);
     for line in [
-        "export-size: 67108864 (64M)", "is_read_only: false", "can_flush: true", "can_fua: true", "can_trim: true",
-        "can_zero: true", "can_df: true", "base:allocation", "block_size_preferred: 4096",
+        "export-size: 67108864 (64M)",
+        "is_read_only: false",
+        "can_flush: true",
+        "can_fua: true",
+        "can_trim: true",
+        "can_zero: true",
+        "can_df: true",
+        "base:allocation",
+        "block_size_preferred: 4096",
     ] {
         assert!(info.contains(line), "no {line:?} in\n{info}");
     }
@@ -84,11 +91,27 @@ fn qemu_converts_compares_and_checks_patterns() {
     client("qemu-img", &["convert", "-f", "raw", "-O", "raw", &uri, &at("back")]);
     client("cmp", &[&at("from"), &at("back")]);
     let commands = [
-        "write -P 0x11 0 1M", "write -f -P 0x22 4k 512", "write -P 0x33 1536 1000", "write -z 64k 64k",
-        "write -z -u 256k 4k", "write -z -n 512k 4k", "discard 128k 64k", "write -P 0x44 32M 32M", "flush",
-        "read -P 0x11 0 1536", "read -P 0x33 1536 1000", "read -P 0x22 4k 512", "read -P 0x11 4608 60928",
-        "read -P 0 64k 128k", "read -P 0 256k 4k", "read -P 0 512k 4k", "read -P 0x44 32M 32M",
-        "aio_write -P 0x55 2M 64k", "aio_write -P 0x66 3M 64k", "aio_flush", "read -P 0x55 2M 64k",
+        "write -P 0x11 0 1M",
+        "write -f -P 0x22 4k 512",
+        "write -P 0x33 1536 1000",
+        "write -z 64k 64k",
+        "write -z -u 256k 4k",
+        "write -z -n 512k 4k",
+        "discard 128k 64k",
+        "write -P 0x44 32M 32M",
+        "flush",
+        "read -P 0x11 0 1536",
+        "read -P 0x33 1536 1000",
+        "read -P 0x22 4k 512",
+        "read -P 0x11 4608 60928",
+        "read -P 0 64k 128k",
+        "read -P 0 256k 4k",
+        "read -P 0 512k 4k",
+        "read -P 0x44 32M 32M",
+        "aio_write -P 0x55 2M 64k",
+        "aio_write -P 0x66 3M 64k",
+        "aio_flush",
+        "read -P 0x55 2M 64k",
     ];
     let mut args = vec!["-f", "raw"];
     commands.iter().for_each(|c| args.extend(["-c", c]));
@@ -103,7 +126,8 @@ fn fio_verifies_random_sizes_overlaps_and_trims() {
     if !installed("fio") {
         return;
     }
-    let mut pair = Pair::start(&Setup { volumes: vec![("data", 4 * SIZE)], journal: "256M", ..Setup::default() });
+    let mut pair =
+        Pair::start(&Setup { volumes: vec![("data", 4 * SIZE)], journal: "256M", ..Setup::default() });
     let uri = format!("--uri={}", pair.primary.attach("nbd").remove(0));
     let seconds = if long() { 600 } else { 15 };
     let runtime = format!("--runtime={seconds}");

@@ -107,7 +107,14 @@ impl Client {
     }
 
     /// A request alone; its data.
-    pub fn call(&mut self, kind: u16, flags: u16, offset: u64, len: usize, data: &[u8]) -> io::Result<Vec<u8>> {
+    pub fn call(
+        &mut self,
+        kind: u16,
+        flags: u16,
+        offset: u64,
+        len: usize,
+        data: &[u8],
+    ) -> io::Result<Vec<u8>> {
         self.send(kind, flags, offset, len, data)?;
         let reply = self.reply()?;
         match reply.error {

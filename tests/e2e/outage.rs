@@ -155,7 +155,9 @@ fn small_writes_are_on_the_shadow_within_milliseconds() {
     for stage in ["received", "durable", "applied"] {
         eprintln!(
             "lag to {stage}: p50 {:.2} ms, p99 {:.2} ms, max {:.2} ms",
-            of(stage, "p50"), of(stage, "p99"), of(stage, "max")
+            of(stage, "p50"),
+            of(stage, "p99"),
+            of(stage, "max")
         );
     }
     eprintln!("{writes} flushed writes, {} records", lag["count"]);
@@ -179,7 +181,8 @@ fn an_asynchronous_shadow_holds_an_exact_prefix_of_the_writes() {
     const SIZE: u64 = 8 << 20;
     const UNITS: u64 = SIZE / UNIT as u64;
     for (round, every) in [1u64, 3, u64::MAX, 1, 2].into_iter().enumerate() {
-        let mut pair = Pair::start(&Setup { volumes: vec![("data", SIZE)], journal: "64M", ..Setup::default() });
+        let mut pair =
+            Pair::start(&Setup { volumes: vec![("data", SIZE)], journal: "64M", ..Setup::default() });
         pair.primary.attach("nbd");
         let mut client = Client::connect(&pair.primary.socket(), "data").unwrap();
         let mut random = Random(std::time::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64);

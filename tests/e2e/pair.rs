@@ -39,7 +39,14 @@ pub struct Setup {
 
 impl Default for Setup {
     fn default() -> Setup {
-        Setup { volumes: vec![("data", 64 << 20)], journal: "128M", cache: "16M", sync: false, config: "", alone: false }
+        Setup {
+            volumes: vec![("data", 64 << 20)],
+            journal: "128M",
+            cache: "16M",
+            sync: false,
+            config: "",
+            alone: false,
+        }
     }
 }
 
@@ -158,7 +165,9 @@ impl Drop for Node {
         }
         self.daemon = None;
         if let Some(front) = front {
-            let loops = Command::new("losetup").args(["--list", "--noheadings", "--output", "NAME,BACK-FILE"]).output();
+            let loops = Command::new("losetup")
+                .args(["--list", "--noheadings", "--output", "NAME,BACK-FILE"])
+                .output();
             let loops = loops.map(|o| String::from_utf8_lossy(&o.stdout).into_owned()).unwrap_or_default();
             for line in loops.lines().filter(|l| l.contains(front.to_str().unwrap_or("?"))) {
                 let device = line.split_whitespace().next().unwrap_or_default();
@@ -190,7 +199,8 @@ impl Pair {
         let (primary, shadow) = (Node::new(), Node::new());
         let listen = format!("127.0.0.1:{}", free_port());
         let volumes: Vec<_> = setup.volumes.iter().map(|(n, size)| format!("{n}={n}:{size}")).collect();
-        let mut args = vec!["init", "g", "--node", "db1", "--listen", &listen, "--journal-size", setup.journal];
+        let mut args =
+            vec!["init", "g", "--node", "db1", "--listen", &listen, "--journal-size", setup.journal];
         args.extend(["--cache-size", setup.cache]);
         volumes.iter().for_each(|v| args.extend(["--volume", v]));
         if setup.sync {
@@ -210,7 +220,9 @@ impl Pair {
     /// Waits until the shadow follows (and, if it is to be, is in the sync set).
     #[track_caller]
     pub fn wait_following(&self) {
-        let sync = std::fs::read_to_string(self.primary.place.config().join("g.toml")).unwrap().contains("\nsync = true");
+        let sync = std::fs::read_to_string(self.primary.place.config().join("g.toml"))
+            .unwrap()
+            .contains("\nsync = true");
         until("the shadow follows", || {
             let s = self.primary.status();
             let peer = &s["peers"][0];
@@ -250,7 +262,9 @@ impl Pair {
     #[track_caller]
     pub fn promote(&self) {
         // A connection outlives its killed process by a moment, and promotion refuses while it stands.
-        until("the shadow misses the primary", || (self.shadow.status()["state"] != "UpToDate").then_some(()));
+        until("the shadow misses the primary", || {
+            (self.shadow.status()["state"] != "UpToDate").then_some(())
+        });
         let args = ["promote", "g", "--i-fenced-the-old-primary", "--yes"];
         self.shadow.place.run(&args).expect(0, &[]);
     }
@@ -267,7 +281,12 @@ pub fn client(program: &str, args: &[&str]) -> String {
     // The distribution's python holds libnbd's bindings; another one may come first in PATH.
     let search = format!("/usr/bin:/bin:/usr/sbin:/sbin:{}", std::env::var("PATH").unwrap_or_default());
     // A client that waits for a reply that never comes must not wait for ever.
-    let output = Command::new("timeout").args(["900", program]).args(args).env("PATH", search).current_dir("/tmp").output();
+    let output = Command::new("timeout")
+        .args(["900", program])
+        .args(args)
+        .env("PATH", search)
+        .current_dir("/tmp")
+        .output();
     let output = output.unwrap();
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{program} {args:?}: {}\n{out}\n{err}", output.status);
@@ -276,7 +295,9 @@ pub fn client(program: &str, args: &[&str]) -> String {
 
 /// Whether a client is installed; says so if not.
 pub fn installed(program: &str) -> bool {
-    let found = ["/usr/bin", "/usr/sbin", "/bin", "/sbin", "/usr/local/bin"].iter().any(|d| Path::new(d).join(program).exists());
+    let found = ["/usr/bin", "/usr/sbin", "/bin", "/sbin", "/usr/local/bin"]
+        .iter()
+        .any(|d| Path::new(d).join(program).exists());
     if !found {
         eprintln!("skipped: {program} is not installed");
     }
