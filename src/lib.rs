@@ -23,6 +23,7 @@
 //! bad checksum is applied or served, I13 bad input is refused without loss. Each module names those
 //! that it keeps; `tests/sim` checks them by these names.
 #![warn(missing_docs)]
+#![deny(clippy::disallowed_methods)]
 
 pub mod apply;
 pub mod cache;

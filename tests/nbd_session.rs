@@ -276,7 +276,8 @@ fn fio_verifies_what_it_wrote() {
     let server = Server::start(SIZE, 512);
     let uri = format!("--uri={}", server.uri());
     let job = "--name=verify --ioengine=nbd --rw=randwrite --bsrange=512-1048576 --bs_unaligned=0 --blockalign=512 \
-               --iodepth=32 --size=64M --io_size=256M --fsync=64 --verify=crc32c --do_verify=1 --verify_fatal=1";
+               --iodepth=32 --size=64M --io_size=256M --fsync=64 --verify=crc32c --do_verify=1 --verify_fatal=1 \
+               --verify_state_save=0";
     let args: Vec<&str> = job.split_whitespace().chain([&*uri]).collect();
     client("fio", &args);
 }

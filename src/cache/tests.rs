@@ -1,3 +1,5 @@
+//! The cache against a model of the newest bytes.
+
 use super::*;
 use crate::units::{Address, GroupId, NodeId, Term};
 use proptest::prelude::*;

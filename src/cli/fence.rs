@@ -58,12 +58,15 @@ fn run(hook: &Path, node: &str, term: u64, limit: Duration) -> io::Result<Option
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::PermissionsExt;
 
+    /// Written by a process of its own: a child that another test's thread forks while this process
+    /// has the file open for writing keeps it open until it executes, and until then a program that
+    /// somebody writes to can't be run (ETXTBSY).
     fn hook(dir: &Path, text: &str) -> std::path::PathBuf {
         let path = dir.join("hook");
-        std::fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let write = r#"printf '#!/bin/sh\n%s\n' "$2" >"$1" && chmod 755 "$1""#;
+        let mut sh = Command::new("sh");
+        assert!(sh.args(["-c", write, "sh"]).arg(&path).arg(text).status().unwrap().success());
         path
     }
 

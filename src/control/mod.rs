@@ -3,6 +3,7 @@
 //! Owns: the protocol on the control socket, and the front ends that it opens. Invariant: a line is
 //! bounded ([`MAX_REQUEST`], [`MAX_REPLY`]) before it is parsed; only the socket's owner gets in
 //! (0600 in a 0700 directory).
+#![allow(clippy::disallowed_methods, reason = "the shell: the admin socket and its threads")]
 
 pub mod client;
 pub mod fronts;

@@ -2,7 +2,7 @@
 //!
 //! Owns: every layout that outlives a process. Invariant: decoding arbitrary bytes never panics and
 //! never allocates more than the stated bound; what decodes encodes to the same bytes again. All
-//! integers are little endian. Golden bytes in each module's tests pin its layout.
+//! integers are little endian. The golden bytes of tests/format pin every layout.
 
 pub mod fields;
 pub mod message;

@@ -10,6 +10,7 @@
 //! 160 chain hash [32] = blake3(bytes 0..160)
 //! 192 extent table: per extent  address u64, sectors u32, kind u32 (0 data, 1 zeroes)
 //!     stored payload: the data extents' bytes in table order, as the codec left them
+//! extents ascend and are disjoint; a zstd payload is one frame that names its raw size
 //! ```
 //! In a journal a record starts on a 4096-byte boundary and is padded with zeroes to the next.
 //!
@@ -19,7 +20,7 @@
 use super::FormatError;
 use super::fields::Reader;
 use crate::disk::{AlignedBuf, aligned};
-use crate::units::{Address, BLOCK, Extent, Generation, GroupId, Hash, HistoryPoint, Lsn, SECTOR, round_up};
+use crate::units::{Address, BLOCK, Extent, Generation, GroupId, Hash, HistoryPoint, Lsn, NodeId, SECTOR, round_up};
 use bytes::Bytes;
 
 /// Bytes of the fixed header.
@@ -34,6 +35,8 @@ pub const MAX_RAW: usize = 1 << 20;
 pub const MAX_RECORD: usize = HEADER + MAX_EXTENTS * ENTRY + MAX_RAW;
 /// Most bytes that a record takes in a journal.
 pub const MAX_PADDED: u64 = (MAX_RECORD as u64).div_ceil(BLOCK) * BLOCK;
+/// Most members of a sync set.
+pub const MAX_MEMBERS: usize = 64;
 /// Longest zero extent, bytes (the sector count is 32 bits, kept even).
 pub const MAX_ZERO: u64 = 1 << 40;
 
@@ -341,16 +344,42 @@ impl Record {
         Ok(record)
     }
 
+    /// The table is one that [`encode`] writes: extents ascend and are disjoint, and their data is all of
+    /// the payload. Compressed, that is a single frame which says so itself.
     fn check_table(&self) -> Result<(), FormatError> {
-        let mut data = 0;
+        let bound = |ok: bool, name| if ok { Ok(()) } else { Err(FormatError::Field(name)) };
+        let (mut data, mut last) = (0, None);
         for entry in self.table() {
             let (extent, content) = parse_entry(entry)?;
+            if let Some(last) = last.replace(extent) {
+                // Not by `end`: that of the last volume's last byte is 0.
+                let after = extent.start().checked_sub(Extent::start(last));
+                bound(after.is_some_and(|gap| gap >= last.len()), "extent order")?;
+            }
             if content == Content::Data {
                 data += extent.len();
             }
         }
-        let expected = if self.stamp.kind == Kind::Writes { data } else { u64::from(self.raw) };
-        if expected == u64::from(self.raw) { Ok(()) } else { Err(FormatError::Field("raw")) }
+        bound(self.stamp.kind != Kind::Writes || data == u64::from(self.raw), "raw")?;
+        if self.codec == Codec::Zstd {
+            let frame = &self.bytes[room(self.extents as usize)..self.len as usize];
+            let says = zstd::zstd_safe::get_frame_content_size(frame).ok().flatten();
+            bound(self.raw > 0 && says == Some(u64::from(self.raw)), "raw")?;
+            bound(zstd::zstd_safe::find_frame_compressed_size(frame) == Ok(frame.len()), "stored")?;
+        }
+        Ok(())
+    }
+
+    /// The members that a record of kind [`Kind::SyncSet`] names, each once; `None` if it is malformed.
+    pub fn members(&self) -> Option<Vec<NodeId>> {
+        let payload = self.payload().ok()?;
+        let ids = payload.chunks_exact(8);
+        if !ids.remainder().is_empty() || payload.len() > 8 * MAX_MEMBERS {
+            return None;
+        }
+        let ids: Vec<_> = ids.map(|id| NodeId(u64::from_le_bytes(id.try_into().expect("eight")))).collect();
+        let once = ids.iter().enumerate().all(|(i, id)| id.0 != 0 && !ids[..i].contains(id));
+        once.then_some(ids)
     }
 
     fn table(&self) -> impl Iterator<Item = &[u8]> {

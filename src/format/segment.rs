@@ -17,6 +17,8 @@ use crate::units::{BLOCK, Generation, GroupId, HistoryPoint};
 const MAGIC: &[u8; 8] = b"VSEGMENT";
 const VERSION: u16 = 1;
 const HASHED: usize = BLOCK as usize - 32;
+/// Bytes of the fields.
+const USED: usize = 116;
 
 /// A segment's header.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -62,14 +64,17 @@ impl SegmentHeader {
         if version != VERSION {
             return Err(FormatError::Version(version));
         }
-        r.take(6)?;
-        Ok(SegmentHeader {
+        let reserved = r.take(6)?;
+        let header = SegmentHeader {
             group: r.group()?,
             sequence: r.u64()?,
             before: r.point()?,
             generation: r.generation()?,
             last_write: r.u64()?,
             time: r.u64()?,
-        })
+        };
+        let rest = r.take(HASHED - USED)?;
+        let unused = reserved.iter().chain(rest).all(|b| *b == 0);
+        if unused { Ok(header) } else { Err(FormatError::Field("reserved")) }
     }
 }

@@ -17,6 +17,7 @@ use bytes::Bytes;
 pub const SLOT: usize = 64 << 10;
 /// Most peers whose position is kept.
 pub const MAX_PEERS: usize = 64;
+const _: () = assert!(super::record::MAX_MEMBERS <= MAX_PEERS, "a sync set fits in the list");
 const MAGIC: &[u8; 8] = b"VSUPERBK";
 const VERSION: u16 = 1;
 const HEAD: usize = 14;

@@ -3,6 +3,7 @@
 //! Owns: the protocols in which a volume is offered. Invariant: an [`Op`] that leaves here lies
 //! within its volume and is aligned to its block; each gets exactly one answer. Front ends never
 //! see each other.
+#![allow(clippy::disallowed_methods, reason = "the shell: kernel devices, their mounts and the threads that serve them")]
 
 pub mod fuse;
 pub mod loopdev;

@@ -169,9 +169,14 @@ impl Journal {
     /// `keep` is kept until a record of the next one is durable: recovery may have to begin in it.
     pub fn keep_after(&mut self, keep: Lsn) {
         self.keep = self.keep.max(keep);
-        let later = self.segments.iter().skip(1);
-        let passed = |next: &&Segment| next.before.lsn <= self.keep && next.before.lsn < self.durable;
-        let free = later.take_while(passed).count();
+        // Called at every completion, and a large journal has thousands of segments: what was passed
+        // once stays passed, because neither `keep` nor `durable` goes back.
+        let oldest = self.segments.front().map_or(self.head.segment, |s| s.sequence);
+        let mut free = self.busy_from.saturating_sub(oldest) as usize;
+        let passed = |next: &Segment| next.before.lsn <= self.keep && next.before.lsn < self.durable;
+        while self.segments.get(free + 1).is_some_and(passed) {
+            free += 1;
+        }
         let first = self.segments.get(free).map_or(self.head.segment, |s| s.sequence);
         self.busy_from = first.min(self.head.segment);
     }

@@ -1,3 +1,5 @@
+//! The journal and its recovery over a disk in memory.
+
 use super::recovery::{Outcome, Recovered, Recovery};
 use super::*;
 use crate::disk::aligned;
@@ -223,4 +225,61 @@ fn a_failed_write_or_sync_latches() {
     out.clear();
     j.poll(Now { mono: 1 << 60, wall: 0 }, 5, 1, &mut out);
     assert!(out.is_empty());
+}
+
+/// What `keep_after` says, counted from the oldest segment each time.
+fn busy_from(j: &Journal) -> u64 {
+    let passed = |s: &&Segment| s.before.lsn <= j.keep && s.before.lsn < j.durable;
+    let free = j.segments.iter().skip(1).take_while(passed).count();
+    j.segments.get(free).map_or(j.head.segment, |s| s.sequence).min(j.head.segment)
+}
+
+#[test]
+fn what_is_kept_is_found_without_walking_all_segments() {
+    let sb = superblock();
+    let geometry = Geometry { segment: 2 << 20, segments: 12 };
+    for first_offset in [0, BLOCK] {
+        let tail = Tail {
+            point: sb.checkpoint,
+            generation: sb.generation,
+            last_write: 0,
+            time: 0,
+            durable: Lsn(0),
+        };
+        let segments = if first_offset == 0 { vec![] } else { vec![Segment { sequence: 1, before: tail.point, time: 0 }] };
+        let head = cursor::Place { segment: 1, offset: first_offset };
+        let mut j = Journal::new(1, sb.group, geometry, head, segments, tail);
+        assert_eq!(j.busy_from, busy_from(&j));
+        let (mut waiting, mut out, mut dice) = (VecDeque::new(), Vec::new(), 7u64);
+        let mut laps = 0;
+        while laps < 3 {
+            dice = dice.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            match dice >> 61 {
+                0..4 if j.fits(2 << 20) => {
+                    let record = make(j.tail(), &sb, 900 << 10);
+                    j.append(Now::default(), &record, dice >> 60 & 1 == 0, &mut out);
+                    waiting.push_back(record.stamp.lsn.0);
+                }
+                0..4 => j.keep_after(j.durable()),
+                4 => j.keep_after(Lsn((dice >> 32) % (j.tail().point.lsn.0 + 2))),
+                _ => {
+                    let back = dice >> 59 & 1 == 0;
+                    let id = if back { waiting.pop_back() } else { waiting.pop_front() };
+                    if let Some(id) = id {
+                        j.complete(id, Ok(Bytes::new())).unwrap();
+                    }
+                    if j.poll(Now::default(), 0, 0, &mut out).is_none() && j.sync.is_some() {
+                        j.complete(SYNC, Ok(Bytes::new())).unwrap();
+                    }
+                }
+            }
+            out.clear();
+            // A head that was opened since the last call is not looked at before the next.
+            let before = j.busy_from;
+            j.keep_after(Lsn(0));
+            assert!(before <= j.busy_from);
+            assert_eq!(j.busy_from, busy_from(&j));
+            laps = j.head.segment / u64::from(geometry.segments);
+        }
+    }
 }

@@ -1,10 +1,12 @@
 //! What a shadow accepts from its primary.
 //!
 //! Owns: the check of each record against what is held. Invariant (I7): a record is taken only if
-//! group, term, LSN and previous hash all fit; otherwise nothing happens but the stated outcome.
+//! group, size, term, LSN and previous hash all fit; otherwise nothing happens but the stated outcome.
+//! What is taken can be applied: once it is in the journal there is no way to be rid of it.
 
-use crate::format::record::{Record, Stamp, flags};
-use crate::units::{Generation, GroupId, HistoryPoint, Lsn, Term};
+use crate::format::record::{Kind, Record, Stamp, flags};
+use crate::format::superblock::Volume;
+use crate::units::{Extent, Generation, GroupId, HistoryPoint, Lsn, Term};
 
 /// What a shadow holds at its tail.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -36,8 +38,8 @@ pub enum Verdict {
     Reject(&'static str),
 }
 
-/// Judges a record whose own hashes are right.
-pub fn judge(held: &Held, record: &Record) -> Verdict {
+/// Judges a record whose own hashes are right. `volumes` are the group's, in order of their numbers.
+pub fn judge(held: &Held, volumes: &[Volume], record: &Record) -> Verdict {
     let s: &Stamp = &record.stamp;
     if s.group != held.group {
         return Verdict::Reject("a record of another group");
@@ -62,14 +64,27 @@ pub fn judge(held: &Held, record: &Record) -> Verdict {
     if falls || (s.generation == held.generation && s.durable < held.durable) {
         return Verdict::Reject("a record whose time or sequence falls");
     }
+    if s.kind == Kind::SyncSet && record.members().is_none() {
+        return Verdict::Reject("a list of the sync set that can't be read");
+    }
+    if !record.extents().all(|(extent, _)| lies_within(volumes, extent)) {
+        return Verdict::Reject("a write outside the group's volumes");
+    }
     Verdict::Accept
+}
+
+fn lies_within(volumes: &[Volume], extent: Extent) -> bool {
+    let at = extent.address();
+    let found = volumes.binary_search_by_key(&at.volume(), |v| v.number);
+    found.is_ok_and(|i| extent.len() <= volumes[i].size.saturating_sub(at.offset()))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::format::record::{Kind, encode_note, seal};
-    use crate::units::{Hash, NodeId};
+    use crate::disk::aligned;
+    use crate::format::record::{Compressor, Content, EncodeJob, Encoded, encode, encode_note, room, seal};
+    use crate::units::{Address, Hash, NodeId};
 
     fn held() -> Held {
         let term = Term { counter: 2, node: NodeId(1) };
@@ -85,6 +100,10 @@ mod tests {
     }
 
     fn record(change: impl FnOnce(&mut Stamp)) -> Record {
+        sealed(encode_note(&[]), change)
+    }
+
+    fn sealed(encoded: Encoded, change: impl FnOnce(&mut Stamp)) -> Record {
         let h = held();
         let mut stamp = Stamp {
             group: h.group,
@@ -98,12 +117,12 @@ mod tests {
             kind: Kind::SyncSet,
         };
         change(&mut stamp);
-        seal(encode_note(&[]), stamp)
+        seal(encoded, stamp)
     }
 
     #[test]
     fn only_the_exact_continuation_is_accepted() {
-        let verdict = |change: fn(&mut Stamp)| judge(&held(), &record(change));
+        let verdict = |change: fn(&mut Stamp)| judge(&held(), &volumes(), &record(change));
         assert_eq!(verdict(|_| {}), Verdict::Accept);
         assert_eq!(verdict(|s| s.lsn = Lsn(7)), Verdict::Duplicate);
         assert_eq!(
@@ -130,6 +149,51 @@ mod tests {
         ];
         for (i, change) in rejected.into_iter().enumerate() {
             assert!(matches!(verdict(change), Verdict::Reject(_)), "{i}");
+        }
+    }
+
+    fn volumes() -> Vec<Volume> {
+        let volume = |number, size| Volume { number, size, name: String::new() };
+        vec![volume(0, 1 << 20), volume(3, 8192)]
+    }
+
+    #[test]
+    fn a_write_outside_the_volumes_is_never_appended() {
+        let verdict = |volume: u8, offset: u64, len: u64, content| {
+            let extents = vec![(Extent::new(Address::new(volume, offset).unwrap(), len).unwrap(), content)];
+            let mut buf = aligned(0);
+            buf.resize(room(1) + if content == Content::Data { len as usize } else { 0 }, 7);
+            let encoded = encode(EncodeJob { extents, buf, level: None }, &mut Compressor::default());
+            judge(&held(), &volumes(), &sealed(encoded, |s| s.kind = Kind::Writes))
+        };
+        for content in [Content::Data, Content::Zeroes] {
+            assert_eq!(verdict(0, (1 << 20) - 4096, 4096, content), Verdict::Accept);
+            assert_eq!(verdict(3, 0, 8192, content), Verdict::Accept);
+            for (volume, offset, len) in [
+                (0, (1 << 20) - 512, 1024),
+                (0, 1 << 20, 512),
+                (3, 8192, 512),
+                (3, 0, 8704),
+                (1, 0, 512),
+                (255, 1 << 40, 512),
+            ] {
+                assert!(
+                    matches!(verdict(volume, offset, len, content), Verdict::Reject(_)),
+                    "{volume}:{offset}+{len}"
+                );
+            }
+        }
+        assert!(matches!(verdict(0, 0, 1 << 40, Content::Zeroes), Verdict::Reject(_)));
+    }
+
+    #[test]
+    fn a_malformed_sync_set_is_never_appended() {
+        let verdict = |ids: &[u8]| judge(&held(), &volumes(), &sealed(encode_note(ids), |_| {}));
+        let ids = |n: u64| (1..=n).flat_map(u64::to_le_bytes).collect::<Vec<u8>>();
+        assert_eq!(verdict(&ids(0)), Verdict::Accept);
+        assert_eq!(verdict(&ids(64)), Verdict::Accept);
+        for bad in [ids(65), vec![1; 7], vec![1; 9], vec![0; 8], vec![1; 16], vec![1; 1 << 20]] {
+            assert!(matches!(verdict(&bad), Verdict::Reject(_)), "{} bytes", bad.len());
         }
     }
 }

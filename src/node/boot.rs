@@ -12,7 +12,7 @@ use crate::format::superblock::{SLOT, Superblock};
 use crate::journal::maps::Maps;
 use crate::journal::recovery::{Outcome, Recovered, Recovery};
 use crate::role;
-use crate::units::{HistoryPoint, Lsn, NodeId};
+use crate::units::{HistoryPoint, Lsn};
 use bytes::Bytes;
 
 /// A node that is starting.
@@ -114,7 +114,7 @@ pub fn note(sb: &mut Superblock, maps: &mut Maps, record: &Record) {
         role::note_opening(&mut sb.openings, stamp.generation, at);
     }
     if stamp.kind == Kind::SyncSet
-        && let Some(members) = members(record)
+        && let Some(members) = record.members()
     {
         sb.sync_set = members;
     }
@@ -122,14 +122,6 @@ pub fn note(sb: &mut Superblock, maps: &mut Maps, record: &Record) {
         sb.generation = stamp.generation;
         sb.limit = sb.limit.max(stamp.durable);
     }
-}
-
-/// The members that a record of kind `SyncSet` names; `None` if it is malformed.
-pub fn members(record: &Record) -> Option<Vec<NodeId>> {
-    let payload = record.payload().ok()?;
-    let ids = payload.chunks_exact(8);
-    let whole = ids.remainder().is_empty() && payload.len() <= 8 * crate::format::superblock::MAX_PEERS;
-    whole.then(|| ids.map(|id| NodeId(u64::from_le_bytes(id.try_into().expect("eight")))).collect())
 }
 
 fn check(cfg: &NodeConfig, sb: &Superblock) -> Result<(), String> {

@@ -167,6 +167,12 @@ impl Links {
         self.heard
     }
 
+    /// When the primary was last heard, on a shadow.
+    pub fn primary_heard(&self) -> Option<u64> {
+        let node = self.primary?;
+        self.peers.iter().find(|p| p.node == Some(node)).and_then(|p| p.heard)
+    }
+
     /// The primary that this shadow follows or has followed since the start.
     pub fn primary(&self) -> Option<NodeId> {
         self.primary

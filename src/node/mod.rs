@@ -49,6 +49,7 @@ pub struct Node {
     early_admin: Vec<(AdminId, AdminOp)>,
 }
 
+#[expect(clippy::large_enum_variant, reason = "there is one, and it stays where it is")]
 enum Stage {
     New {
         ring: Option<Box<dyn Memory>>,

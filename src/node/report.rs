@@ -195,7 +195,11 @@ impl Run {
         let behind = tail.0.saturating_sub(self.image.applied.point.lsn.0);
         let late = self.lag().map_or(0.0, |l| l.seconds);
         if late > 1.0 {
-            return ("CatchingUp", Some(format!("{behind} records to apply")), "none: wait".into());
+            let why = match self.silence() {
+                Some(ns) => format!("nothing was heard of the primary for {} s", ns / SECONDS),
+                None => format!("{behind} records to apply"),
+            };
+            return ("CatchingUp", Some(why), "none: wait".into());
         }
         ("UpToDate", None, "none".into())
     }

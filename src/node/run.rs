@@ -21,6 +21,7 @@ use crate::link::lag::Sample;
 use crate::units::Now;
 
 /// What a node is.
+#[expect(clippy::large_enum_variant, reason = "there is one, and it stays where it is")]
 pub enum Part {
     /// It writes, or is on its way to.
     Primary(Primary),

@@ -105,7 +105,7 @@ impl Run {
             time: last.map_or(tail.time, |r| r.stamp.time),
             durable: last.map_or(tail.durable, |r| r.stamp.durable),
         };
-        match judge(&held, &record) {
+        match judge(&held, &self.meta.sb.volumes, &record) {
             Verdict::Duplicate => {}
             Verdict::Reject(why) => self.drop_link(link, &format!("the primary sent {why}")),
             Verdict::Accept => {
@@ -272,6 +272,12 @@ impl Run {
         }
     }
 
+    /// For how long the primary has missed its heartbeats, ns; none while they arrive.
+    pub(super) fn silence(&self) -> Option<u64> {
+        let silent = self.now.mono.saturating_sub(self.links.primary_heard()?);
+        (silent > 2 * self.cfg.timing.heartbeat).then_some(silent)
+    }
+
     /// Lag as this shadow measures it.
     pub(super) fn lag(&self) -> Option<Lag> {
         let Part::Shadow(s) = &self.part else { return None };
@@ -282,8 +288,9 @@ impl Run {
         let records = newest.0.saturating_sub(applied.0);
         let since = s.unapplied.front().map_or(heard.time, |(_, time)| *time);
         let bytes = if records > 0 { heard.bytes } else { 0 };
-        let seconds =
-            if records > 0 { clock.since(since, self.now.wall) as f64 / SECONDS as f64 } else { 0.0 };
+        let late = if records > 0 { clock.since(since, self.now.wall) } else { 0 };
+        // What a silent primary has sealed since is unknown here: the last word of it is the bound.
+        let seconds = late.max(self.silence().unwrap_or(0)) as f64 / SECONDS as f64;
         Some(Lag {
             count: s.meter.count(),
             received: s.meter.quantiles(0),

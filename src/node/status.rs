@@ -134,7 +134,8 @@ pub struct Lag {
     pub records: u64,
     /// Their journal bytes, as far as known.
     pub bytes: u64,
-    /// Seconds since the oldest of them was sealed; 0 when none.
+    /// Seconds since the oldest of them was sealed; 0 when none. While the primary is silent, at least
+    /// the seconds since it was heard.
     pub seconds: f64,
     /// Difference of the clocks (primary minus shadow) that was taken off, seconds.
     pub clock_offset: f64,

@@ -226,7 +226,9 @@ impl Model {
     /// The machine is gone: what no flush covered may be gone too, and what it had replaced be back.
     pub fn power_loss(&mut self) {
         self.kill();
-        self.volatile.clear();
+        for id in std::mem::take(&mut self.volatile) {
+            self.writes[id as usize].acked = false; // nobody was promised anything
+        }
         for list in self.volumes.iter_mut().flat_map(|v| &mut v.sectors) {
             for v in list.iter_mut().filter(|v| !v.durable) {
                 v.acked = false;

@@ -74,7 +74,8 @@ impl Workload {
     }
     /// Whether requests of the plan are still to come or to be answered.
     pub fn finished(&self, mix: &Mix) -> bool {
-        self.submitted >= mix.requests && self.outstanding.is_empty()
+        let probe = |r: &Request| matches!(r.asked, Asked::Probe);
+        self.submitted >= mix.requests && self.outstanding.values().all(probe)
     }
     /// The process is gone: nothing of it will be answered.
     pub fn forget(&mut self, node: usize) {
