@@ -10,7 +10,7 @@ use super::links::LinkState;
 use super::run::{Part, Run, fetch};
 use crate::format::message::{Identity, Message, Role, Verdict, proof, refuse};
 use crate::link::handshake::{Decision, Facts, TermOrder, candidate, decide, order};
-use crate::units::{Lsn, NodeId, Term};
+use crate::units::{Lsn, Term};
 
 impl Run {
     /// The dialler has proved who it is.
@@ -244,17 +244,5 @@ impl Run {
         self.send(link, Message::Begin { from });
         self.log(Level::Info, format!("following the primary from LSN {from}"));
         true
-    }
-
-    /// Puts the sync set's next members into the write order.
-    pub(super) fn propose_sync_set(&mut self, members: &[NodeId]) {
-        let payload: Vec<u8> = members.iter().flat_map(|n| n.0.to_le_bytes()).collect();
-        if let Part::Primary(p) = &mut self.part {
-            p.pipeline.note(
-                crate::format::record::Kind::SyncSet,
-                crate::format::record::flags::SYNC,
-                &payload,
-            );
-        }
     }
 }

@@ -4,13 +4,13 @@
 //! is believed before the peer has proved the group's key; one link a peer; a peer's durable position
 //! counts only for records of the history that is current here.
 
-use super::config::{FullPolicy, NodeConfig};
+use super::config::NodeConfig;
 use super::event::{Action, Level, LinkId};
 use super::feed::{Fetched, Reader};
 use super::meta::Ticket;
 use super::run::{Part, Run, fetch};
-use crate::format::message::{Identity, Message, Role, proof, refuse};
-use crate::format::superblock::{MAX_PEERS, Peer, Superblock};
+use crate::format::message::{Identity, Message, proof, refuse};
+use crate::format::superblock::{Peer, Superblock};
 use crate::link::lag::{ClockEstimate, Timeline};
 use crate::link::sender::Sender;
 use crate::units::{HistoryPoint, Lsn, NodeId};
@@ -183,12 +183,12 @@ impl Links {
         self.peers.iter().find(|p| p.node == Some(node))
     }
 
-    fn view_mut(&mut self, node: NodeId) -> Option<&mut PeerView> {
+    pub(super) fn view_mut(&mut self, node: NodeId) -> Option<&mut PeerView> {
         self.peers.iter_mut().find(|p| p.node == Some(node))
     }
 
     /// The peer of a link.
-    fn peer_of(&mut self, link: LinkId) -> Option<&mut PeerView> {
+    pub(super) fn peer_of(&mut self, link: LinkId) -> Option<&mut PeerView> {
         let node = self.by_id.get(&link)?.peer?;
         self.view_mut(node)
     }
@@ -467,42 +467,6 @@ impl Run {
         self.update_keep();
     }
 
-    fn begin_sending(&mut self, link: LinkId, from: Lsn) {
-        let window = self.cfg.window_bytes;
-        let Some(l) = self.links.by_id.get_mut(&link) else { return };
-        l.state = LinkState::Sending(Sender::new(from, window));
-        let Some(p) = self.links.peer_of(link) else { return };
-        (p.received, p.durable, p.applied) = (from.prev(), from.prev(), Lsn(0));
-        let (Some(node), name) = (p.node, p.name.clone()) else { return };
-        // What it still has to read must not be overwritten from here on.
-        let Part::Primary(primary) = &self.part else { return };
-        if !self.journal.hold_after(from.prev(), primary.reserved()) {
-            self.set_peer(link, "Resync", Some("the journal has no room to hold what it lacks".into()));
-            return self.drop_link(link, "the journal is too full for it to catch up");
-        }
-        let known = &mut self.meta.sb.peers;
-        let peer = Peer { node, name, durable: from.prev(), behind: false };
-        match known.iter().position(|k| k.node == node) {
-            Some(i) => known[i] = peer,
-            None if known.len() < MAX_PEERS => known.push(peer),
-            None => return self.drop_link(link, "this group has too many peers"),
-        }
-        self.meta.save(false);
-        self.set_peer(link, "CatchingUp", None);
-        self.update_keep();
-    }
-
-    /// Records that the checkpoint or a shadow still needs are kept.
-    pub(super) fn update_keep(&mut self) {
-        let mut keep = self.links.checkpoint;
-        if self.meta.sb.role == Role::Primary {
-            for peer in self.meta.sb.peers.iter().filter(|p| !p.behind) {
-                keep = keep.min(peer.durable);
-            }
-        }
-        self.journal.keep_after(keep);
-    }
-
     /// Everything that links do of themselves; whether anything moved.
     pub(super) fn pump_links(&mut self) -> bool {
         let mut moved = false;
@@ -628,73 +592,6 @@ impl Run {
                 self.wake_at(at);
             }
         }
-    }
-
-    /// Makes room in a full journal: a checkpoint, or by leaving slow shadows behind.
-    fn relieve(&mut self) -> bool {
-        let Part::Primary(p) = &self.part else { return false };
-        if !p.starved || self.fault.is_some() {
-            return false;
-        }
-        let journal_full = p.journal_full;
-        let checkpoint = self.links.checkpoint;
-        let applied = self.image.applied.point.lsn;
-        if applied > checkpoint {
-            return self.hurry_checkpoint();
-        }
-        // Only when all that this node can do itself is done are the shadows the cause.
-        let done = applied == self.journal.tail().point.lsn && self.checkpoint_idle();
-        if !journal_full || !done || self.cfg.full != FullPolicy::Behind {
-            return false;
-        }
-        let set = self.meta.sb.sync_set.clone();
-        let slow = |p: &&mut Peer| !p.behind && p.durable < checkpoint && !set.contains(&p.node);
-        let Some(peer) = self.meta.sb.peers.iter_mut().filter(slow).min_by_key(|p| p.durable) else {
-            return false;
-        };
-        peer.behind = true;
-        let (node, name) = (peer.node, peer.name.clone());
-        self.meta.save(false);
-        let reason = "the journal was full: it fell back to the dirty map and needs a resync";
-        if let Some(p) = self.links.view_mut(node) {
-            p.state = "Resync";
-            p.reason = Some(reason.into());
-        }
-        self.log(Level::Warn, format!("{name}: {reason}"));
-        self.update_keep();
-        true
-    }
-
-    /// A peer that is configured for the sync set enters it once it is current.
-    fn enter_sync_set(&mut self) -> bool {
-        let Part::Primary(p) = &mut self.part else { return false };
-        if !p.is_serving() || p.closing || self.fault.is_some() {
-            return false;
-        }
-        if let Some((node, lsn)) = self.links.entering {
-            // Its record has no LSN until it is appended; the first SyncSet record after is ours.
-            let lsn = lsn.unwrap_or(Lsn(u64::MAX));
-            let there = self.links.view(node).map_or(Lsn(0), |v| v.durable);
-            if self.journal.durable() < lsn || there < lsn {
-                return false;
-            }
-            self.links.entering = None;
-            self.meta.sb.sync_set.push(node);
-            self.meta.save(true);
-            self.log(Level::Info, "a shadow entered the sync set: FLUSH waits for it from now on");
-            return true;
-        }
-        let wanted = |v: &&PeerView| {
-            let configured = self.cfg.peers.iter().any(|c| c.name == v.name && c.sync);
-            let member = v.node.is_some_and(|n| self.meta.sb.sync_set.contains(&n));
-            configured && !member && v.state == "UpToDate" && v.node.is_some()
-        };
-        let Some(node) = self.links.peers.iter().find(wanted).and_then(|v| v.node) else { return false };
-        let mut members = self.meta.sb.sync_set.clone();
-        members.push(node);
-        self.links.entering = Some((node, None));
-        self.propose_sync_set(&members);
-        true
     }
 
     /// The candidate's hash is known, or being read.

@@ -5,13 +5,15 @@
 //!
 //! `boot` finds the journal's end; `run` is the node afterwards: `primary` and `shadow` are its
 //! roles, `image` the backing and its checkpoint, `feed` the way of records to their readers,
-//! `links` the connections, `greeting` their handshake, `admin` what administrators ask, `report` what they are told.
+//! `links` the connections, `greeting` their handshake,
+//! `followers` what a primary owes its shadows, `admin` what administrators ask, `report` what they are told.
 
 mod admin;
 mod boot;
 pub mod config;
 pub mod event;
 mod feed;
+mod followers;
 mod greeting;
 mod image;
 mod links;

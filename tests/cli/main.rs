@@ -2,11 +2,11 @@
 //!
 //! Owns: nothing. Invariant: no test touches /etc, /var/lib or /run.
 
-#[path = "../common/mod.rs"]
-mod common;
 mod contract;
 mod control;
 mod full_disk;
+#[path = "../place/mod.rs"]
+mod place;
 mod setup;
 
-pub use common::{Daemon, Ended, Place, program, volrep};
+pub use place::{Daemon, Ended, Place, program, volrep};

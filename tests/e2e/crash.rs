@@ -1,9 +1,9 @@
 //! Daemons killed at random instants under a load that remembers what it was promised.
 
-use crate::common::until;
 use crate::model::{Model, Promise};
 use crate::nbd::Client;
 use crate::pair::{Pair, Setup, long};
+use crate::place::until;
 use std::time::{Duration, Instant};
 
 /// Long enough for every kill to come first.

@@ -1,7 +1,7 @@
 //! File systems and a database on the loop device of an attached group.
 
-use crate::common::until;
 use crate::pair::{Pair, Setup, client, installed, long};
+use crate::place::until;
 use nix::mount::{MntFlags, MsFlags, mount, umount, umount2};
 use std::fs;
 use std::io::{BufRead, BufReader, Write};

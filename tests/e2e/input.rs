@@ -1,10 +1,10 @@
 //! Bad input: damaged files, full disks, strangers on the sockets. Each is told clearly, nothing is
 //! lost, and memory stays bounded.
 
-use crate::common::{Ended, until};
 use crate::model::{Model, Promise};
 use crate::nbd::Client;
 use crate::pair::{Node, Pair, Setup, free_port};
+use crate::place::{Ended, until};
 use nix::mount::{MsFlags, mount};
 use std::fs::OpenOptions;
 use std::io::{Read, Write};
@@ -250,7 +250,7 @@ fn a_full_disk_under_the_backing_latches_and_is_recovered() {
     pair.drain();
     pair.primary.stop();
     pair.shadow.stop();
-    assert_eq!(crate::common::first_difference(&moved, &pair.shadow.backing("data")), None);
+    assert_eq!(crate::place::first_difference(&moved, &pair.shadow.backing("data")), None);
 }
 
 /// Sends these bytes to a port and reads until the other side closes or says no more.

@@ -3,8 +3,6 @@
 //! Owns: nothing. Invariant: nothing outside the scratch places (and the loop devices) is touched, and
 //! nothing is left. VOLREP_LONG=1 runs the long forms.
 
-#[path = "../common/mod.rs"]
-mod common;
 mod crash;
 mod filesystem;
 mod input;
@@ -13,3 +11,5 @@ mod model;
 mod nbd;
 mod outage;
 mod pair;
+#[path = "../place/mod.rs"]
+mod place;

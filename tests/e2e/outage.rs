@@ -1,9 +1,9 @@
 //! A shadow that is away: catch-up in order, a full journal, lag, and the prefix that a shadow holds.
 
-use crate::common::until;
 use crate::model::{Random, UNIT, unit, version};
 use crate::nbd::{Client, FLUSH, WRITE};
 use crate::pair::{Pair, Setup};
+use crate::place::until;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 

@@ -3,7 +3,7 @@
 //! Owns: everything that a test starts: daemons, file systems, loop devices, memory. Invariant: all of
 //! it is gone when the pair is dropped, even by a panic.
 
-use crate::common::{Daemon, Place, first_difference, until};
+use crate::place::{Daemon, Place, first_difference, until};
 use nix::mount::{MntFlags, umount2};
 use serde_json::Value;
 use std::net::TcpListener;

@@ -1,0 +1,129 @@
+//! What a primary owes its followers: records kept for them, and a place in the sync set.
+//!
+//! Owns: how far the journal is held and for whom, and who enters the sync set. Invariants: a record
+//! that a shadow still needs is overwritten only after that shadow was openly given up; entry to the
+//! sync set counts once its record is durable on both sides (I4).
+
+use super::config::FullPolicy;
+use super::event::{Level, LinkId};
+use super::links::{LinkState, PeerView};
+use super::run::{Part, Run};
+use crate::format::message::Role;
+use crate::format::record::{Kind, flags};
+use crate::format::superblock::{MAX_PEERS, Peer};
+use crate::link::sender::Sender;
+use crate::units::{Lsn, NodeId};
+
+impl Run {
+    /// A shadow asks for records from here on.
+    pub(super) fn begin_sending(&mut self, link: LinkId, from: Lsn) {
+        let window = self.cfg.window_bytes;
+        let Some(l) = self.links.by_id.get_mut(&link) else { return };
+        l.state = LinkState::Sending(Sender::new(from, window));
+        let Some(p) = self.links.peer_of(link) else { return };
+        (p.received, p.durable, p.applied) = (from.prev(), from.prev(), Lsn(0));
+        let (Some(node), name) = (p.node, p.name.clone()) else { return };
+        // What it still has to read must not be overwritten from here on.
+        let Part::Primary(primary) = &self.part else { return };
+        if !self.journal.hold_after(from.prev(), primary.reserved()) {
+            self.set_peer(link, "Resync", Some("the journal has no room to hold what it lacks".into()));
+            return self.drop_link(link, "the journal is too full for it to catch up");
+        }
+        let known = &mut self.meta.sb.peers;
+        let peer = Peer { node, name, durable: from.prev(), behind: false };
+        match known.iter().position(|k| k.node == node) {
+            Some(i) => known[i] = peer,
+            None if known.len() < MAX_PEERS => known.push(peer),
+            None => return self.drop_link(link, "this group has too many peers"),
+        }
+        self.meta.save(false);
+        self.set_peer(link, "CatchingUp", None);
+        self.update_keep();
+    }
+
+    /// Records that the checkpoint or a shadow still needs are kept.
+    pub(super) fn update_keep(&mut self) {
+        let mut keep = self.links.checkpoint;
+        if self.meta.sb.role == Role::Primary {
+            for peer in self.meta.sb.peers.iter().filter(|p| !p.behind) {
+                keep = keep.min(peer.durable);
+            }
+        }
+        self.journal.keep_after(keep);
+    }
+
+    /// Makes room in a full journal: a checkpoint, or by leaving slow shadows behind.
+    pub(super) fn relieve(&mut self) -> bool {
+        let Part::Primary(p) = &self.part else { return false };
+        if !p.starved || self.fault.is_some() {
+            return false;
+        }
+        let journal_full = p.journal_full;
+        let checkpoint = self.links.checkpoint;
+        let applied = self.image.applied.point.lsn;
+        if applied > checkpoint {
+            return self.hurry_checkpoint();
+        }
+        // Only when all that this node can do itself is done are the shadows the cause.
+        let done = applied == self.journal.tail().point.lsn && self.checkpoint_idle();
+        if !journal_full || !done || self.cfg.full != FullPolicy::Behind {
+            return false;
+        }
+        let set = self.meta.sb.sync_set.clone();
+        let slow = |p: &&mut Peer| !p.behind && p.durable < checkpoint && !set.contains(&p.node);
+        let Some(peer) = self.meta.sb.peers.iter_mut().filter(slow).min_by_key(|p| p.durable) else {
+            return false;
+        };
+        peer.behind = true;
+        let (node, name) = (peer.node, peer.name.clone());
+        self.meta.save(false);
+        let reason = "the journal was full: it fell back to the dirty map and needs a resync";
+        if let Some(p) = self.links.view_mut(node) {
+            p.state = "Resync";
+            p.reason = Some(reason.into());
+        }
+        self.log(Level::Warn, format!("{name}: {reason}"));
+        self.update_keep();
+        true
+    }
+
+    /// A peer that is configured for the sync set enters it once it is current.
+    pub(super) fn enter_sync_set(&mut self) -> bool {
+        let Part::Primary(p) = &mut self.part else { return false };
+        if !p.is_serving() || p.closing || self.fault.is_some() {
+            return false;
+        }
+        if let Some((node, lsn)) = self.links.entering {
+            // Its record has no LSN until it is appended; the first SyncSet record after is ours.
+            let lsn = lsn.unwrap_or(Lsn(u64::MAX));
+            let there = self.links.view(node).map_or(Lsn(0), |v| v.durable);
+            if self.journal.durable() < lsn || there < lsn {
+                return false;
+            }
+            self.links.entering = None;
+            self.meta.sb.sync_set.push(node);
+            self.meta.save(true);
+            self.log(Level::Info, "a shadow entered the sync set: FLUSH waits for it from now on");
+            return true;
+        }
+        let wanted = |v: &&PeerView| {
+            let configured = self.cfg.peers.iter().any(|c| c.name == v.name && c.sync);
+            let member = v.node.is_some_and(|n| self.meta.sb.sync_set.contains(&n));
+            configured && !member && v.state == "UpToDate" && v.node.is_some()
+        };
+        let Some(node) = self.links.peers.iter().find(wanted).and_then(|v| v.node) else { return false };
+        let mut members = self.meta.sb.sync_set.clone();
+        members.push(node);
+        self.links.entering = Some((node, None));
+        self.propose_sync_set(&members);
+        true
+    }
+
+    /// Puts the sync set's next members into the write order.
+    pub(super) fn propose_sync_set(&mut self, members: &[NodeId]) {
+        let payload: Vec<u8> = members.iter().flat_map(|n| n.0.to_le_bytes()).collect();
+        if let Part::Primary(p) = &mut self.part {
+            p.pipeline.note(Kind::SyncSet, flags::SYNC, &payload);
+        }
+    }
+}
