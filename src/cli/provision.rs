@@ -179,6 +179,7 @@ fn journal(places: &Places, plan: &Plan, created: &mut Created) -> Result<(), Fa
 fn superblock(places: &Places, plan: &Plan, created: &mut Created) -> Result<(), Failure> {
     let path = places.superblock(plan.group);
     let file = created.file(&path, 0o600)?;
+    zeroes(&file, 2 * SLOT as u64, &path, "preparing the superblock")?;
     for slot in 0..2u64 {
         let copy = Superblock { sequence: slot + 1, ..plan.superblock.clone() };
         let written = file.write_all_at(&copy.encode(), slot * SLOT as u64);

@@ -218,7 +218,7 @@ fn the_fullest_superblock_fits_in_its_slot() {
         .map(|i| Peer { node: NodeId(i as u64), name: name(i), durable: Lsn(u64::MAX), behind: true })
         .collect();
     let slot = s.encode();
-    assert_eq!(slot.len(), SLOT);
+    assert!(slot.len() <= SLOT, "{}", slot.len());
     let (decoded, allocated) = counted(|| Superblock::decode(&slot));
     assert_eq!(decoded, Ok(s));
     assert!(allocated < 2 * SLOT, "{allocated}");
