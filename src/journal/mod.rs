@@ -184,8 +184,12 @@ impl Journal {
     /// Records after `lsn` must not be overwritten from now on, although `keep` was further: somebody
     /// is to read them. `false`, and nothing changed, when less than `room` bytes would be left.
     pub fn hold_after(&mut self, lsn: Lsn, room: u64) -> bool {
+        if lsn >= self.keep {
+            // It is being held already, however full the journal is.
+            return true;
+        }
         let before = (self.keep, self.busy_from);
-        self.keep = self.keep.min(lsn);
+        self.keep = lsn;
         self.busy_from = 0;
         self.keep_after(self.keep);
         let enough = self.room() >= room;
