@@ -184,8 +184,9 @@ impl Journal {
     /// Records after `lsn` must not be overwritten from now on, although `keep` was further: somebody
     /// is to read them. `false`, and nothing changed, when less than `room` bytes would be left.
     pub fn hold_after(&mut self, lsn: Lsn, room: u64) -> bool {
-        if self.keep <= lsn {
-            return true; // held already, however full the journal is
+        if lsn >= self.keep {
+            // It is being held already, however full the journal is.
+            return true;
         }
         let before = (self.keep, self.busy_from);
         self.keep = lsn;

@@ -10,6 +10,7 @@
 use super::cursor::{CHUNK, Cursor, Place, Step};
 use super::{Segment, Tail, tail_of};
 use crate::disk::{DiskOp, DiskRequest, DiskResult, File, IoError, Token, aligned, freeze};
+use crate::format::message::Role;
 use crate::format::record::{Header, Record};
 use crate::format::segment::SegmentHeader;
 use crate::format::superblock::Superblock;
@@ -386,9 +387,17 @@ impl Recovery {
             }
             Decision::Damaged(why) => {
                 self.state = State::Done;
+                let advice = match self.sb.role {
+                    Role::Primary => {
+                        "If a shadow holds later records, promote it; keep this journal for analysis"
+                    }
+                    Role::Shadow => {
+                        "Do not promote this node; keep the journal for analysis and join it anew"
+                    }
+                };
                 Some(Outcome::Stopped(format!(
                     "the journal is damaged: {why} (it ends at LSN {end}, segment {}, byte {}). Nothing was \
-                     changed. If a shadow holds later records, promote it; keep this journal for analysis",
+                     changed. {advice}",
                     self.end.segment, self.end.offset
                 )))
             }

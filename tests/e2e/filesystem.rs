@@ -239,7 +239,7 @@ fn commits_survive(round: u64) {
             pair.shadow.kill();
         }
         pair.primary.kill();
-        if round % 2 == 0 {
+        if round.is_multiple_of(2) {
             pair.shadow.kill();
         }
         acknowledged = reader.join().unwrap();

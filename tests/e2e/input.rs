@@ -146,10 +146,13 @@ fn a_damaged_journal_is_refused_with_nothing_changed() {
     assert!(std::fs::read(&journal).unwrap() == before, "the damaged journal was changed");
     assert!(std::fs::read(pair.primary.backing("data")).unwrap() == backing, "the backing was changed");
     std::fs::write(&journal, &bytes).unwrap();
-    // Records on a shadow don't say what was durable there, so between two checkpoints damage looks
-    // like a torn end. It is never served: the primary is asked for those records again.
-    let (journal, _, at) = spot(&pair.shadow);
+    // A shadow knows what it acknowledged from its superblock: less than that is damage too.
+    let (journal, bytes, at) = spot(&pair.shadow);
     flip(&journal, at);
+    let before = std::fs::read(&journal).unwrap();
+    refused(&pair.shadow).expect(1, &["journal", "durable", "join"]);
+    assert!(std::fs::read(&journal).unwrap() == before, "the damaged journal was changed");
+    std::fs::write(&journal, &bytes).unwrap();
     pair.shadow.start();
     pair.primary.start();
     pair.primary.wait_attached();
