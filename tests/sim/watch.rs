@@ -150,11 +150,16 @@ impl World {
         let sizes: Vec<_> = s.volumes.iter().map(|v| (v.number, v.size)).collect();
         let maps = Maps::new(Box::new(host.maps.content()), &sizes, s.maps.clone(), first.from);
         let maps = maps.or_else(|text| broken("I9", text))?;
-        // A map may begin after the checkpoint: recovery marks those records again.
-        for range in s.maps.iter().filter(|r| r.from.lsn < s.checkpoint.lsn) {
+        for range in &s.maps {
+            // A map may begin after the checkpoint, whose records recovery marks again; or at a record
+            // that was cut off, which is nobody's past.
+            let since = range.from.hash;
+            if range.from.lsn >= s.checkpoint.lsn || !self.history.includes(s.checkpoint.hash, since) {
+                continue;
+            }
             self.counts.check("I9");
             let listed = maps.since(range.from.lsn);
-            for (volume, sector, sectors) in self.history.written(s.checkpoint.hash, range.from.hash) {
+            for (volume, sector, sectors) in self.history.written(s.checkpoint.hash, since) {
                 let number = self.model.volumes[volume].number;
                 let at = Address::new(number, sector * 512).expect("a record's extent");
                 let covers = |e: &Extent| e.start() <= at.0 && at.0 + sectors * 512 <= e.end();
