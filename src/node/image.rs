@@ -222,6 +222,9 @@ impl Run {
     }
 
     fn begin_checkpoint(&mut self) -> bool {
+        if matches!(&self.part, Part::Shadow(s) if s.is_cutting()) {
+            return false; // the superblock would name as durable what is being cut off
+        }
         let tail = self.image.applied;
         if tail.point.lsn <= self.meta.sb.checkpoint.lsn || self.image.applier.is_syncing() {
             self.image.hurry = false;

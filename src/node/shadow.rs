@@ -185,6 +185,9 @@ impl Run {
         let (limit, durable) = (self.meta.sb.limit, self.journal.durable());
         let quiet = self.journal.is_quiet();
         let Part::Shadow(s) = &mut self.part else { return };
+        if s.is_cutting() {
+            return; // what is durable now may be gone in a moment
+        }
         match s.vouching {
             Some((ticket, upto)) if self.meta.is_saved(ticket) => {
                 s.vouched = s.vouched.max(upto);
