@@ -187,6 +187,10 @@ impl Run {
         if self.admin.promotion.is_some() {
             return self.answer(id, Err((Refusal::Busy, "a promotion is under way".into())));
         }
+        if self.admin.drains.iter().any(|d| d.shutdown) {
+            let text = "the node is shutting down: start it again, then promote it";
+            return self.answer(id, Err((Refusal::Busy, text.into())));
+        }
         let facts = role::Facts {
             role: self.meta.sb.role,
             consistent: self.meta.sb.consistent,

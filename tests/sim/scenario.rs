@@ -231,6 +231,9 @@ impl World {
     /// A process is gone.
     pub fn process_gone(&mut self, node: usize, power: bool) {
         self.work.forget(node);
+        if self.scenario.phase == Phase::Promote {
+            self.scenario.asked = false;
+        }
         if node == self.scenario.primary {
             if matches!(self.scenario.phase, Phase::Drain | Phase::Rest) {
                 self.enter(Phase::Settle);
