@@ -84,6 +84,12 @@ impl Image {
         !self.applier.is_busy() && self.reader.is_idle()
     }
 
+    /// The journal was cut back: its bytes are counted anew.
+    pub fn journal_cut(&mut self) {
+        self.reader.reset();
+        self.rotated_at = 0;
+    }
+
     /// The batch that write-back begins ends with this record.
     pub fn begin(&mut self, upto: Tail) {
         self.upto = Some(upto);

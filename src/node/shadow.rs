@@ -179,11 +179,10 @@ impl Run {
         self.meta.sb.limit = self.meta.sb.limit.max(lsn);
     }
 
-    /// The primary's announcement is written down before it is acted on. While records flow, they
-    /// carry it themselves; when they pause, the superblock does.
+    /// The primary's announcement is written down before it is acted on: by the next record, which
+    /// carries it, or by the superblock, whichever is durable first.
     fn vouch(&mut self) {
         let (limit, durable) = (self.meta.sb.limit, self.journal.durable());
-        let quiet = self.journal.is_quiet();
         let Part::Shadow(s) = &mut self.part else { return };
         if s.is_cutting() {
             return; // what is durable now may be gone in a moment
@@ -196,7 +195,7 @@ impl Run {
             Some(_) => return,
             None => {}
         }
-        if quiet && s.vouched < limit.min(durable) {
+        if s.vouched < limit.min(durable) {
             // The same write says what is durable here: less than that at a restart is damage.
             self.meta.sb.floor = self.meta.sb.floor.max(durable);
             s.vouching = Some((self.meta.save(false), limit));
@@ -293,7 +292,7 @@ impl Run {
                 s.unapplied.retain(|(lsn, _)| *lsn <= at.lsn);
                 self.forget_held();
                 self.feed.clear();
-                self.image.reader.reset();
+                self.image.journal_cut();
                 self.update_keep();
                 self.log(
                     Level::Info,
