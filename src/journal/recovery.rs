@@ -117,6 +117,8 @@ pub struct Recovery {
     target: Option<HistoryPoint>,
     state: State,
     headers: BTreeMap<u64, SegmentHeader>,
+    /// A segment's header could not be read.
+    unread: Option<IoError>,
     start_found: bool,
     checkpoint_matches: bool,
     tail: Tail,
@@ -148,6 +150,7 @@ impl Recovery {
             target: None,
             state: State::Headers { next: 0, waiting: 0 },
             headers: BTreeMap::new(),
+            unread: None,
             start_found: false,
             checkpoint_matches: true,
             tail,
@@ -194,7 +197,10 @@ impl Recovery {
         let bytes = match result {
             Ok(bytes) => bytes,
             // A segment that holds nothing needed may be unreadable; one that is needed will be missed.
-            Err(_) if matches!(self.state, State::Headers { .. }) => Bytes::new(),
+            Err(e) if matches!(self.state, State::Headers { .. }) => {
+                self.unread = Some(e);
+                Bytes::new()
+            }
             Err(e) => return Some(Outcome::Stopped(unreadable(e))),
         };
         match &mut self.state {
@@ -315,7 +321,8 @@ impl Recovery {
     fn gap(&mut self, place: Place, out: &mut Vec<DiskRequest>) -> Option<Outcome> {
         if self.target.is_some_and(|t| t != self.tail.point) {
             self.state = State::Done;
-            return Some(Outcome::Differs);
+            // What can't be read proves nothing.
+            return Some(self.unread.map_or(Outcome::Differs, |e| Outcome::Stopped(unreadable(e))));
         }
         self.end = place;
         let g = self.sb.geometry;
