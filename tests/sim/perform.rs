@@ -197,7 +197,8 @@ impl World {
         };
         let mut frame = net::frame(message);
         let mut copies = 1;
-        if self.scenario.gaps.remove(&link.0) {
+        let broken_already = self.scenario.gaps.remove(&link.0);
+        if broken_already {
             // A lost message shows at the next one: the stream's own checks fail.
             frame = net::flip(&frame, &mut self.rng);
         }
@@ -207,6 +208,7 @@ impl World {
                 copies = 0;
             }
             Some(Fault::DuplicateMessage) => copies = 2,
+            Some(_) if broken_already => {} // the same bit might turn back
             Some(_) => {
                 frame = net::flip(&frame, &mut self.rng);
                 self.counts.check("I12");
