@@ -155,12 +155,13 @@ class Stage:
             attempt(f"umount {place}", lambda p=place: self.unmount(p))
         for process in daemons:
             attempt(process.name, lambda p=process: self.end(p, seconds=20))
-        for place in self.mounts():
-            attempt(f"umount {place}", lambda p=place: self.run("umount", "-l", p))
+        # Before the mounts below them: afterwards the kernel no longer says where their files were.
         listed = self.run("losetup", "--list", "--noheadings", "--output", "NAME,BACK-FILE", check=False)
         for line in listed.splitlines():
             if self.dir + "/" in line:
                 attempt(line, lambda d=line.split()[0]: self.run("losetup", "-d", d))
+        for place in self.mounts():
+            attempt(f"umount {place}", lambda p=place: self.run("umount", "-l", p))
         shutil.rmtree(self.shm, ignore_errors=True)
         if self.mounts():
             left.append(f"mounted: {' '.join(self.mounts())}")  # Never delete through a mount.
