@@ -122,6 +122,14 @@ mod tests {
         Extent::new(Address(start * 512), sectors * 512).unwrap()
     }
 
+    #[test]
+    fn a_range_that_reaches_past_what_is_removed_ends_the_search() {
+        let mut map: ExtentMap<From> = ExtentMap::default();
+        map.insert(extent(26, 11), From(1, 0));
+        map.remove(extent(10, 17));
+        assert_eq!(map.iter().collect::<Vec<_>>(), [(extent(27, 10), &From(1, 512))]);
+    }
+
     proptest! {
         /// Against an array of sectors that remembers who wrote each, and from where.
         #[test]
