@@ -67,7 +67,7 @@ pub struct Identity {
     pub volumes: Vec<(u8, u64)>,
     /// Its image was all zeroes at LSN 0.
     pub blank: bool,
-    /// Last record in its journal; on a shadow, durable there.
+    /// Last record in its journal; on a shadow, durable there before it sends [`Message::Begin`].
     pub tail: HistoryPoint,
     /// Generation of that record.
     pub tail_generation: Generation,
