@@ -4,8 +4,10 @@
 //! /dev/loop-control; says so and passes where these are missing. Each test has its own mount and
 //! devices, and takes them away even when it fails.
 
+mod descriptors;
 mod memory_group;
 
+use descriptors::own_descriptors;
 use memory_group::{Hold, MemoryGroup};
 use nix::libc;
 use nix::mount::{MntFlags, MsFlags, mount, umount, umount2};
@@ -128,6 +130,7 @@ fn aligned(bytes: &[u8]) -> volrep::disk::AlignedBuf {
 #[test]
 fn ext4_on_the_device_survives_unmount_check_and_remount() {
     need_devices!();
+    own_descriptors();
     let mut rig = Rig::new(128 * MIB, 512, true);
     let path = rig.path();
     assert_eq!(path, rig.dir.path().join("dev/epic"));
@@ -387,6 +390,7 @@ fn spawn_child(dir: &Path) -> (Child, PathBuf) {
 
 /// The killed daemon's filesystem is still mounted when the next one attaches, or it is not.
 fn leftovers(mounted: bool) {
+    own_descriptors();
     let dir = tempfile::tempdir().unwrap();
     let (mut child, stale) = spawn_child(dir.path());
     let mut rig =

@@ -331,14 +331,13 @@ fn openers(device: &Path) -> Vec<String> {
     let mut found = Vec::new();
     for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let dir = process.path();
+        let name = process.file_name();
+        // `self` and `thread-self` are other names of one that is listed by its number.
+        let Some(pid) = name.to_str().filter(|n| n.bytes().all(|b| b.is_ascii_digit())) else { continue };
         let opened = fs::read_dir(dir.join("fd")).into_iter().flatten().flatten();
         if opened.filter_map(|fd| fs::read_link(fd.path()).ok()).any(|target| target == device) {
             let name = fs::read_to_string(dir.join("comm")).unwrap_or_default();
-            found.push(format!(
-                "open in {} (pid {})",
-                name.trim_end(),
-                process.file_name().to_string_lossy()
-            ));
+            found.push(format!("open in {} (pid {pid})", name.trim_end()));
         }
     }
     found

@@ -1,5 +1,6 @@
 //! File systems and a database on the loop device of an attached group.
 
+use crate::descriptors::own_descriptors;
 use crate::pair::{Pair, Setup, client, installed, long};
 use crate::place::until;
 use nix::mount::{MntFlags, MsFlags, mount, umount, umount2};
@@ -11,12 +12,15 @@ use std::time::Duration;
 
 const MIB: u64 = 1 << 20;
 
-/// Says why a test can't run here.
+/// Says why a test can't run here; readies its thread if it can. The first thing in a test.
 fn missing() -> bool {
     let root = nix::unistd::geteuid().is_root();
     let devices = ["/dev/fuse", "/dev/loop-control"].iter().all(|p| Path::new(p).exists());
     if !root || !devices {
         eprintln!("skipped: a loop device on FUSE needs root, /dev/fuse and /dev/loop-control");
+    }
+    if root && devices {
+        own_descriptors();
     }
     !root || !devices
 }

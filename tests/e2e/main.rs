@@ -4,6 +4,8 @@
 //! nothing is left. VOLREP_LONG=1 runs the long forms.
 
 mod crash;
+#[path = "../descriptors/mod.rs"]
+mod descriptors;
 mod filesystem;
 mod input;
 mod interop;
