@@ -6,8 +6,9 @@
 
 use super::{Attached, DeviceKind, Kind, Reply};
 use crate::daemon::{Handle, ListenId};
-use crate::front::fuse::{FuseDevice, FuseError, FuseOptions, FuseVolume};
+use crate::front::fuse::{FuseDevice, FuseOptions};
 use crate::front::nbd::Export;
+use crate::front::{FrontEnd, FrontError, Volume};
 use crate::node::config::VolumeConfig;
 use crate::node::event::MAX_REQUEST;
 use crate::node::status::Status;
@@ -18,6 +19,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Kinds of block devices, the best first; those that are not possible here are passed over.
+const BLOCK_DEVICES: [DeviceKind; 3] = [DeviceKind::Ublk, DeviceKind::Nbd, DeviceKind::Fuse];
 
 /// What the front ends need to know of the group.
 #[derive(Clone, Debug)]
@@ -41,17 +45,16 @@ pub struct Fronts {
     open: Mutex<Option<Front>>,
 }
 
-enum Front {
-    Nbd { listener: ListenId, socket: PathBuf },
-    Fuse(FuseDevice),
+/// What is open.
+struct Front {
+    kind: DeviceKind,
+    end: Box<dyn FrontEnd>,
 }
 
 #[derive(Serialize, Deserialize)]
 struct Memory {
     device: DeviceKind,
 }
-
-type Refused = (Kind, String);
 
 impl Fronts {
     /// None is open.
@@ -78,44 +81,59 @@ impl Fronts {
     pub fn attach(&self, wanted: DeviceKind) -> Reply {
         let mut open = self.lock();
         if let Some(front) = &*open {
-            let is = front.kind();
+            let is = front.kind;
             if wanted != DeviceKind::Auto && wanted != is {
                 let text = format!("`{0}` is attached by {is} already: volrep detach {0}", self.facts.group);
                 return Reply::refused(Kind::Busy, text);
             }
             return self.attached(front);
         }
-        let kind = if wanted == DeviceKind::Auto { self.best() } else { wanted };
-        match self.open(kind) {
+        let opened = match wanted {
+            DeviceKind::Auto => self.open_best(),
+            kind => self.open(kind),
+        };
+        match opened {
             Ok(front) => {
                 let reply = self.attached(&front);
                 *open = Some(front);
                 reply
             }
-            Err((kind, text)) => Reply::refused(kind, text),
+            Err(e) => refused(e),
         }
     }
 
-    /// A real block device needs root and the kernel's help; anybody can have an NBD server.
-    fn best(&self) -> DeviceKind {
-        let usable = nix::unistd::geteuid().is_root()
-            && ["/dev/fuse", "/dev/loop-control"].iter().all(|path| Path::new(path).exists());
-        if usable { DeviceKind::Fuse } else { DeviceKind::Nbd }
+    /// The best block device that this machine has; without any, anybody can have an NBD server.
+    fn open_best(&self) -> Result<Front, FrontError> {
+        let mut last = None;
+        for kind in BLOCK_DEVICES {
+            if let Err(why) = usable(kind) {
+                tracing::info!("not attached by {kind}: {why}");
+                continue;
+            }
+            match self.open(kind) {
+                Ok(front) => return Ok(front),
+                Err(e) => {
+                    tracing::warn!("not attached by {kind}: {e}");
+                    last = Some(e);
+                }
+            }
+        }
+        last.map_or_else(|| self.open(DeviceKind::NbdSocket), Err)
     }
 
-    fn open(&self, kind: DeviceKind) -> Result<Front, Refused> {
-        let front = match kind {
-            DeviceKind::Nbd | DeviceKind::Auto => self.open_nbd()?,
-            DeviceKind::Ublk => {
-                return Err((Kind::Failed, "ublk is not in this build: use --device nbd or fuse".into()));
+    fn open(&self, kind: DeviceKind) -> Result<Front, FrontError> {
+        let end: Box<dyn FrontEnd> = match kind {
+            DeviceKind::Ublk | DeviceKind::Nbd => {
+                return Err(FrontError::Failed(format!("{kind} is not in this build: use --device fuse")));
             }
-            DeviceKind::Fuse => self.open_fuse()?,
+            DeviceKind::Fuse => Box::new(self.open_fuse()?),
+            DeviceKind::NbdSocket | DeviceKind::Auto => Box::new(self.open_socket()?),
         };
         self.remember(kind).map_err(|e| {
-            let text = format!("can't write {}: {e}; free some space there", self.memory().display());
-            (Kind::Failed, text)
+            let path = self.memory();
+            FrontError::Failed(format!("can't write {}: {e}; free some space there", path.display()))
         })?;
-        Ok(front)
+        Ok(Front { kind, end })
     }
 
     fn remember(&self, device: DeviceKind) -> io::Result<()> {
@@ -124,99 +142,78 @@ impl Fronts {
         std::fs::rename(staged, self.memory())
     }
 
-    fn open_nbd(&self) -> Result<Front, Refused> {
+    fn open_socket(&self) -> Result<SocketServer, FrontError> {
         let socket = self.facts.run.join("nbd.sock");
-        let fail = |e: io::Error| (Kind::Failed, format!("can't listen on {}: {e}", socket.display()));
+        let fail = |e: io::Error| FrontError::Failed(format!("can't listen on {}: {e}", socket.display()));
         remove(&socket).map_err(fail)?;
         let listener = UnixListener::bind(&socket).map_err(fail)?;
         std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o600)).map_err(fail)?;
-        let listener = self.handle.listen_nbd(listener, self.facts.volumes.iter().map(export).collect());
-        Ok(Front::Nbd { listener, socket })
+        let volumes = &self.facts.volumes;
+        let uris = volumes.iter().map(|v| nbd_uri(&v.name, &socket)).collect();
+        let listener = self.handle.listen_nbd(listener, volumes.iter().map(export).collect());
+        Ok(SocketServer { handle: self.handle.clone(), listener, socket, uris })
     }
 
-    fn open_fuse(&self) -> Result<Front, Refused> {
+    fn open_fuse(&self) -> Result<FuseDevice, FrontError> {
+        let options = FuseOptions {
+            mount_dir: self.facts.run.join("fuse"),
+            dev_dir: self.facts.dev.clone(),
+            volumes: self.volumes(),
+            loop_device: nix::unistd::geteuid().is_root(),
+            submit: Arc::new(self.handle.clone()),
+        };
+        Ok(FuseDevice::attach(options)?)
+    }
+
+    /// The volumes and their links: the group's name alone if there is only one.
+    fn volumes(&self) -> Vec<Volume> {
+        let group = Path::new(&self.facts.group);
         let single = self.facts.volumes.len() == 1;
-        let volume = |v: &VolumeConfig| FuseVolume {
+        let volume = |v: &VolumeConfig| Volume {
             volume: v.number,
             name: v.name.clone(),
             size: v.size,
             block: v.block as u32,
-            link: if single {
-                self.facts.group.clone().into()
-            } else {
-                Path::new(&self.facts.group).join(&v.name)
-            },
+            link: if single { group.to_owned() } else { group.join(&v.name) },
         };
-        let options = FuseOptions {
-            mount_dir: self.facts.run.join("fuse"),
-            dev_dir: self.facts.dev.clone(),
-            volumes: self.facts.volumes.iter().map(volume).collect(),
-            loop_device: nix::unistd::geteuid().is_root(),
-            submit: Arc::new(self.handle.clone()),
-        };
-        FuseDevice::attach(options).map(Front::Fuse).map_err(|e| refused(&e))
+        self.facts.volumes.iter().map(volume).collect()
     }
 
     fn attached(&self, front: &Front) -> Reply {
-        let devices = self.devices(front);
-        let volumes = self.facts.volumes.iter().zip(devices);
+        let volumes = self.facts.volumes.iter().zip(front.end.devices());
         let volumes = volumes.map(|(v, device)| Attached { volume: v.name.clone(), device }).collect();
-        Reply::Attached { device: front.kind(), volumes }
-    }
-
-    fn devices(&self, front: &Front) -> Vec<String> {
-        match front {
-            Front::Nbd { socket, .. } => {
-                self.facts.volumes.iter().map(|v| nbd_uri(&v.name, socket)).collect()
-            }
-            Front::Fuse(device) => device.paths().iter().map(|p| p.display().to_string()).collect(),
-        }
+        Reply::Attached { device: front.kind, volumes }
     }
 
     /// Closes the front end and forgets it.
     pub fn detach(&self) -> Reply {
         let mut open = self.lock();
-        if let Err((kind, text)) = self.close(&mut open, false) {
-            return Reply::refused(kind, text);
+        if let Some(front) = &mut *open
+            && let Err(e) = front.end.detach(false)
+        {
+            return refused(e);
         }
+        *open = None;
         match remove(&self.memory()) {
             Ok(()) => Reply::Done { text: String::new() },
             Err(e) => Reply::refused(Kind::Failed, format!("can't remove {}: {e}", self.memory().display())),
         }
     }
 
-    /// Closes the front end as the daemon ends; the next one opens it again. Whoever still uses it
-    /// gets errors from now on, as after a crash.
+    /// Lets go of the front end as the daemon ends; the next one opens it again.
     pub fn shut(&self) {
-        let mut open = self.lock();
-        let closed = self.close(&mut open, false).or_else(|(_, text)| {
-            tracing::warn!("{text}; its users get errors now");
-            self.close(&mut open, true)
-        });
-        if let Err((_, text)) = closed {
-            tracing::warn!("{text}");
+        if let Some(mut front) = self.lock().take()
+            && let Err(e) = front.end.leave()
+        {
+            tracing::warn!("{e}");
         }
-    }
-
-    fn close(&self, open: &mut Option<Front>, force: bool) -> Result<(), Refused> {
-        match open {
-            None => {}
-            Some(Front::Nbd { listener, socket }) => {
-                self.handle.close_nbd(*listener);
-                remove(socket)
-                    .map_err(|e| (Kind::Failed, format!("can't remove {}: {e}", socket.display())))?;
-            }
-            Some(Front::Fuse(device)) => device.detach(force).map_err(|e| refused(&e))?,
-        }
-        *open = None;
-        Ok(())
     }
 
     /// Adds to a node's state what only its daemon knows.
     pub fn complete(&self, status: &mut Status) {
         // Opening can take long; a state without devices is better than none.
         let devices = match self.open.try_lock() {
-            Ok(open) => open.as_ref().map(|front| self.devices(front)).unwrap_or_default(),
+            Ok(open) => open.as_ref().map(|front| front.end.devices()).unwrap_or_default(),
             Err(_) => Vec::new(),
         };
         for (i, v) in status.volumes.iter_mut().enumerate() {
@@ -226,17 +223,48 @@ impl Fronts {
     }
 }
 
-impl Front {
-    fn kind(&self) -> DeviceKind {
-        match self {
-            Front::Nbd { .. } => DeviceKind::Nbd,
-            Front::Fuse(_) => DeviceKind::Fuse,
-        }
+/// The NBD server on a unix socket.
+struct SocketServer {
+    handle: Handle,
+    listener: ListenId,
+    socket: PathBuf,
+    uris: Vec<String>,
+}
+
+impl FrontEnd for SocketServer {
+    fn devices(&self) -> Vec<String> {
+        self.uris.clone()
+    }
+
+    fn detach(&mut self, _force: bool) -> Result<(), FrontError> {
+        self.handle.close_nbd(self.listener);
+        let socket = &self.socket;
+        remove(socket).map_err(|e| FrontError::Failed(format!("can't remove {}: {e}", socket.display())))
     }
 }
 
-fn refused(e: &FuseError) -> Refused {
-    (if e.is_busy() { Kind::Busy } else { Kind::Failed }, e.to_string())
+/// Whether this machine can have such a block device, or why not.
+fn usable(kind: DeviceKind) -> Result<(), String> {
+    match kind {
+        DeviceKind::Ublk | DeviceKind::Nbd => Err("it is not in this build".into()),
+        DeviceKind::Fuse => {
+            if !nix::unistd::geteuid().is_root() {
+                return Err("a loop device needs root".into());
+            }
+            let missing =
+                ["/dev/fuse", "/dev/loop-control"].into_iter().find(|path| !Path::new(path).exists());
+            missing.map_or(Ok(()), |path| Err(format!("this machine has no {path}")))
+        }
+        DeviceKind::NbdSocket | DeviceKind::Auto => Ok(()),
+    }
+}
+
+fn refused(e: FrontError) -> Reply {
+    let kind = match e {
+        FrontError::Busy(_) => Kind::Busy,
+        FrontError::Failed(_) => Kind::Failed,
+    };
+    Reply::refused(kind, e.to_string())
 }
 
 fn remove(path: &Path) -> io::Result<()> {
