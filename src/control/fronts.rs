@@ -7,18 +7,20 @@
 use super::{Attached, DeviceKind, Kind, Reply};
 use crate::daemon::{Handle, ListenId};
 use crate::front::fuse::{FuseDevice, FuseOptions};
+use crate::front::knbd::{self, KernelNbd};
 use crate::front::nbd::Export;
 use crate::front::{FrontEnd, FrontError, Volume};
 use crate::node::config::VolumeConfig;
 use crate::node::event::MAX_REQUEST;
 use crate::node::status::Status;
-use crate::units::BLOCK;
+use crate::units::{BLOCK, GroupId, NodeId};
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 /// Kinds of block devices, the best first; those that are not possible here are passed over.
 const BLOCK_DEVICES: [DeviceKind; 3] = [DeviceKind::Ublk, DeviceKind::Nbd, DeviceKind::Fuse];
@@ -28,6 +30,8 @@ const BLOCK_DEVICES: [DeviceKind; 3] = [DeviceKind::Ublk, DeviceKind::Nbd, Devic
 pub struct Facts {
     /// The group's name.
     pub group: String,
+    /// Its identity, and this node's.
+    pub owner: (GroupId, NodeId),
     /// Its volumes.
     pub volumes: Vec<VolumeConfig>,
     /// Their backings, in the same order.
@@ -36,6 +40,8 @@ pub struct Facts {
     pub run: PathBuf,
     /// Where links to devices lie.
     pub dev: PathBuf,
+    /// How long a device's users wait for the next daemon when this one is gone.
+    pub dead_after: Duration,
 }
 
 /// The front ends of one group.
@@ -123,9 +129,10 @@ impl Fronts {
 
     fn open(&self, kind: DeviceKind) -> Result<Front, FrontError> {
         let end: Box<dyn FrontEnd> = match kind {
-            DeviceKind::Ublk | DeviceKind::Nbd => {
-                return Err(FrontError::Failed(format!("{kind} is not in this build: use --device fuse")));
+            DeviceKind::Ublk => {
+                return Err(FrontError::Failed("ublk is not in this build: use --device nbd or fuse".into()));
             }
+            DeviceKind::Nbd => Box::new(self.open_nbd()?),
             DeviceKind::Fuse => Box::new(self.open_fuse()?),
             DeviceKind::NbdSocket | DeviceKind::Auto => Box::new(self.open_socket()?),
         };
@@ -152,6 +159,16 @@ impl Fronts {
         let uris = volumes.iter().map(|v| nbd_uri(&v.name, &socket)).collect();
         let listener = self.handle.listen_nbd(listener, volumes.iter().map(export).collect());
         Ok(SocketServer { handle: self.handle.clone(), listener, socket, uris })
+    }
+
+    fn open_nbd(&self) -> Result<KernelNbd, FrontError> {
+        KernelNbd::attach(knbd::Options {
+            owner: self.facts.owner,
+            dev_dir: self.facts.dev.clone(),
+            volumes: self.volumes(),
+            dead_after: self.facts.dead_after,
+            serve: Arc::new(self.handle.clone()),
+        })
     }
 
     fn open_fuse(&self) -> Result<FuseDevice, FrontError> {
@@ -246,7 +263,8 @@ impl FrontEnd for SocketServer {
 /// Whether this machine can have such a block device, or why not.
 fn usable(kind: DeviceKind) -> Result<(), String> {
     match kind {
-        DeviceKind::Ublk | DeviceKind::Nbd => Err("it is not in this build".into()),
+        DeviceKind::Ublk => Err("it is not in this build".into()),
+        DeviceKind::Nbd => knbd::available(),
         DeviceKind::Fuse => {
             if !nix::unistd::geteuid().is_root() {
                 return Err("a loop device needs root".into());
