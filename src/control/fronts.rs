@@ -13,6 +13,7 @@ use crate::front::{FrontEnd, FrontError, Volume};
 use crate::node::config::VolumeConfig;
 use crate::node::event::MAX_REQUEST;
 use crate::node::status::Status;
+use crate::sys::clock;
 use crate::units::{BLOCK, GroupId, NodeId};
 use serde::{Deserialize, Serialize};
 use std::io;
@@ -57,9 +58,14 @@ struct Front {
     end: Box<dyn FrontEnd>,
 }
 
+/// What is remembered in the run directory.
 #[derive(Serialize, Deserialize)]
 struct Memory {
     device: DeviceKind,
+    /// A daemon that ended in order left its devices: until then, on the machine's clock since its
+    /// boot in ns, their users certainly wait.
+    #[serde(default)]
+    patient_until: Option<u64>,
 }
 
 impl Fronts {
@@ -79,8 +85,17 @@ impl Fronts {
 
     /// Which front end was open when the daemon died, if one was.
     pub fn remembered(&self) -> Option<DeviceKind> {
+        self.recall().map(|m| m.device)
+    }
+
+    fn recall(&self) -> Option<Memory> {
         let text = std::fs::read(self.memory()).ok()?;
-        serde_json::from_slice::<Memory>(&text).ok().map(|m| m.device)
+        serde_json::from_slice(&text).ok()
+    }
+
+    /// A kind of which devices may be there still, waiting to be taken over.
+    fn left(&self) -> Option<DeviceKind> {
+        self.remembered().filter(|kind| matches!(kind, DeviceKind::Ublk | DeviceKind::Nbd))
     }
 
     /// Opens the front end, if none is open. Blocks; the node must serve.
@@ -94,9 +109,17 @@ impl Fronts {
             }
             return self.attached(front);
         }
-        let opened = match wanted {
-            DeviceKind::Auto => self.open_best(),
-            kind => self.open(kind),
+        let opened = match (wanted, self.left()) {
+            (DeviceKind::Auto, Some(left)) => self.open(left),
+            (DeviceKind::Auto, None) => self.open_best(),
+            (kind, Some(left)) if kind != left => {
+                let text = format!(
+                    "`{0}` was attached by {left}, which is not undone: volrep detach {0}",
+                    self.facts.group
+                );
+                return Reply::refused(Kind::Busy, text);
+            }
+            (kind, _) => self.open(kind),
         };
         match opened {
             Ok(front) => {
@@ -136,16 +159,16 @@ impl Fronts {
             DeviceKind::Fuse => Box::new(self.open_fuse()?),
             DeviceKind::NbdSocket | DeviceKind::Auto => Box::new(self.open_socket()?),
         };
-        self.remember(kind).map_err(|e| {
+        self.remember(Memory { device: kind, patient_until: None }).map_err(|e| {
             let path = self.memory();
             FrontError::Failed(format!("can't write {}: {e}; free some space there", path.display()))
         })?;
         Ok(Front { kind, end })
     }
 
-    fn remember(&self, device: DeviceKind) -> io::Result<()> {
+    fn remember(&self, memory: Memory) -> io::Result<()> {
         let staged = self.memory().with_extension("new");
-        std::fs::write(&staged, serde_json::to_vec(&Memory { device })?)?;
+        std::fs::write(&staged, serde_json::to_vec(&memory)?)?;
         std::fs::rename(staged, self.memory())
     }
 
@@ -167,6 +190,10 @@ impl Fronts {
             dev_dir: self.facts.dev.clone(),
             volumes: self.volumes(),
             dead_after: self.facts.dead_after,
+            patient: self
+                .recall()
+                .and_then(|m| m.patient_until)
+                .is_some_and(|until| clock::now().mono < until),
             serve: Arc::new(self.handle.clone()),
         })
     }
@@ -210,6 +237,13 @@ impl Fronts {
         {
             return refused(e);
         }
+        // Of devices that this daemon could not take over.
+        if open.is_none()
+            && self.left() == Some(DeviceKind::Nbd)
+            && let Err(e) = knbd::remove_left(self.facts.owner, &self.facts.dev, &self.volumes())
+        {
+            return refused(e);
+        }
         *open = None;
         match remove(&self.memory()) {
             Ok(()) => Reply::Done { text: String::new() },
@@ -219,11 +253,13 @@ impl Fronts {
 
     /// Lets go of the front end as the daemon ends; the next one opens it again.
     pub fn shut(&self) {
-        if let Some(mut front) = self.lock().take()
-            && let Err(e) = front.end.leave()
-        {
+        let Some(mut front) = self.lock().take() else { return };
+        if let Err(e) = front.end.leave() {
             tracing::warn!("{e}");
         }
+        let patient_until = clock::now().mono.checked_add(self.facts.dead_after.as_nanos() as u64);
+        // Without it the next daemon has to look for itself.
+        let _ = self.remember(Memory { device: front.kind, patient_until });
     }
 
     /// Adds to a node's state what only its daemon knows.

@@ -27,7 +27,7 @@ use messages::NewDevice;
 use netlink::Driver;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{setsockopt, sockopt};
-use plan::{Left, Plan};
+use plan::{Left, Plan, Pulse};
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -76,6 +76,8 @@ pub struct Options {
     pub volumes: Vec<Volume>,
     /// How long requests wait for the next daemon before they fail.
     pub dead_after: Duration,
+    /// It is certain that nobody has waited for so long yet.
+    pub patient: bool,
     /// The group.
     pub serve: Arc<dyn Serve>,
 }
@@ -131,7 +133,7 @@ impl KernelNbd {
     ) -> Result<Attached, FrontError> {
         let identity = identity(options.owner, volume.volume);
         let link = DeviceLink::new(&options.dev_dir, &volume.link);
-        let left = left(&identity).map_err(failed("list the devices of the NBD driver"))?;
+        let left = left(&identity, options.patient).map_err(failed("list the devices of the NBD driver"))?;
         let Plan { take_over, remove } = plan::plan(&left, volume.size, volume.block);
         for index in remove {
             let node = device(index).node();
@@ -255,6 +257,30 @@ impl Drop for KernelNbd {
     }
 }
 
+/// Takes away what earlier daemons left of these volumes and nobody uses.
+pub fn remove_left(owner: (GroupId, NodeId), dev_dir: &Path, volumes: &[Volume]) -> Result<(), FrontError> {
+    let mut driver = Driver::find().map_err(failed("reach the NBD driver"))?;
+    for volume in volumes {
+        let identity = identity(owner, volume.volume);
+        for left in left(&identity, true).map_err(failed("list the devices of the NBD driver"))? {
+            let node = device(left.index).node();
+            // It answers nothing, so its page cache can't be written back: who has it open has lost that.
+            let users = device(left.index).users(None);
+            if !users.is_empty() {
+                let text = format!(
+                    "{} is in use ({}) and waits to be attached again: attach it, unmount and close it, then detach",
+                    node.display(),
+                    users.join(", ")
+                );
+                return Err(FrontError::Busy(text));
+            }
+            driver.disconnect(left.index).map_err(failed(&format!("disconnect {}", node.display())))?;
+            DeviceLink::new(dev_dir, &volume.link).remove(&node);
+        }
+    }
+    Ok(())
+}
+
 /// Takes a device away, once nobody uses it unless forced, and only if it is still ours.
 fn remove(driver: &mut Driver, index: u32, identity: &str, force: bool) -> Result<(), FrontError> {
     let device = device(index);
@@ -353,7 +379,7 @@ fn make_node(device: &BlockDevice) -> io::Result<()> {
 }
 
 /// The driver's devices that bear this identity, in the order of their numbers.
-fn left(identity: &str) -> io::Result<Vec<Left>> {
+fn left(identity: &str, patient: bool) -> io::Result<Vec<Left>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(Path::new("/sys/block"))?.flatten() {
         let name = entry.file_name();
@@ -365,8 +391,14 @@ fn left(identity: &str) -> io::Result<Vec<Left>> {
         }
         let number = |file: &str| device.attribute(file).parse::<u64>().unwrap_or(0);
         let (size, block) = (number("size") * 512, number("queue/logical_block_size") as u32);
-        found.push(Left { index, size, block, pulse: pulse::take(&device)? });
+        found.push(Left { index, size, block, pulse: Pulse::Waits });
     }
     found.sort_by_key(|l| l.index);
+    // Of several, all but one were given up earlier and are only kept by their users.
+    if !patient || found.len() > 1 {
+        for left in &mut found {
+            left.pulse = pulse::take(&device(left.index))?;
+        }
+    }
     Ok(found)
 }
