@@ -380,6 +380,8 @@ impl Client {
             // What the node has not seen it need not do: no reply was promised.
             self.waiting.clear();
             net::hang_up(&self.fd);
+            // Who waits for the end does not wait for requests that the node has not answered.
+            self.farewell = None;
         }
     }
 

@@ -35,7 +35,7 @@ pub(super) struct Farewell {
 }
 
 impl Farewell {
-    /// Begins; `done` is told when it is dropped with its client.
+    /// Begins; `done` is told when it is dropped.
     pub fn begin(now: u64, limit: Duration, done: Reply<()>) -> Farewell {
         let limit = now.saturating_add(limit.as_nanos() as u64);
         Farewell { phase: Phase::Hearing, quiet_at: now + QUIET, limit, _done: done }
