@@ -16,7 +16,8 @@ fail() {
     echo "--- the kernel's log:"
     dmesg | tail -n 20
     trap - ERR
-    kill -KILL $$ # also from a subshell
+    kill -TERM $$ # also from a subshell
+    exit 1
 }
 trap 'fail "line $LINENO of ${BASH_SOURCE[0]}: $BASH_COMMAND"' ERR
 # is WHAT ACTUAL EXPECTED
@@ -39,12 +40,21 @@ uptime_ms() {
 # Kernel messages of an I/O error of a device, of whatever layer.
 io_errors() { dmesg | grep -E "I/O error|lost async page write|EXT4-fs error|metadata I/O error|XFS.*(error|Shutdown)" || true; }
 
+clean() {
+    local job
+    for job in $(jobs -p); do kill -KILL "$job" 2>/dev/null || true; done
+    wait
+    umount "$work" 2>/dev/null || true
+}
+trap clean EXIT
+trap 'exit 1' TERM
+
 # group VOLUME... : sets a group up and starts its daemon. Places on the scratch disk if there is one.
 group() {
     local volumes=() disk
     for disk in /sys/block/vd*; do
         [ "$(cat "$disk/serial")" = scratch ] || continue
-        mkfs.ext4 -q -E lazy_itable_init=0 "/dev/${disk##*/}"
+        mkfs.ext4 -Fq -E lazy_itable_init=0 "/dev/${disk##*/}"
         mount "/dev/${disk##*/}" "$work"
     done
     for disk in "$@"; do volumes+=(--volume "${disk%%:*}=$work/${disk%%:*}.img:${disk#*:}"); done

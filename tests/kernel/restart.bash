@@ -79,8 +79,9 @@ is "the device" "$(node "$data")" "$name"
 dmesg | tail -n 5 | grep -q 'Connection timed out' && fail "the connection was cut"
 ok "$kind: a daemon that answers nothing for 5 s is waited for"
 
-# What the last run wrote is there, byte by byte, below the device.
+# What was written last is there, byte by byte, below the device.
+verified "$data" 48M 4711 --direct=1 || fail "fio: $(cat "$work/fio")"
 detach
 end TERM
-verified "$work/data.img" 48M "$runs" --verify_only=1 || fail "the backing: $(cat "$work/fio")"
+verified "$work/data.img" 48M 4711 --verify_only=1 || fail "the backing: $(cat "$work/fio")"
 ok "$kind: the backing holds what was written last"
