@@ -8,11 +8,12 @@ use super::{Attached, DeviceKind, Kind, Reply};
 use crate::daemon::{Handle, ListenId};
 use crate::front::fuse::{FuseDevice, FuseOptions};
 use crate::front::nbd::Export;
+use crate::front::ublk::{self, UblkDevices, UblkOptions};
 use crate::front::{FrontEnd, FrontError, Volume};
 use crate::node::config::VolumeConfig;
 use crate::node::event::MAX_REQUEST;
 use crate::node::status::Status;
-use crate::units::BLOCK;
+use crate::units::{BLOCK, GroupId, NodeId};
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::os::unix::fs::PermissionsExt;
@@ -28,6 +29,10 @@ const BLOCK_DEVICES: [DeviceKind; 3] = [DeviceKind::Ublk, DeviceKind::Nbd, Devic
 pub struct Facts {
     /// The group's name.
     pub group: String,
+    /// Its identity.
+    pub group_id: GroupId,
+    /// This node's.
+    pub node: NodeId,
     /// Its volumes.
     pub volumes: Vec<VolumeConfig>,
     /// Their backings, in the same order.
@@ -123,7 +128,8 @@ impl Fronts {
 
     fn open(&self, kind: DeviceKind) -> Result<Front, FrontError> {
         let end: Box<dyn FrontEnd> = match kind {
-            DeviceKind::Ublk | DeviceKind::Nbd => {
+            DeviceKind::Ublk => Box::new(self.open_ublk()?),
+            DeviceKind::Nbd => {
                 return Err(FrontError::Failed(format!("{kind} is not in this build: use --device fuse")));
             }
             DeviceKind::Fuse => Box::new(self.open_fuse()?),
@@ -152,6 +158,18 @@ impl Fronts {
         let uris = volumes.iter().map(|v| nbd_uri(&v.name, &socket)).collect();
         let listener = self.handle.listen_nbd(listener, volumes.iter().map(export).collect());
         Ok(SocketServer { handle: self.handle.clone(), listener, socket, uris })
+    }
+
+    fn open_ublk(&self) -> Result<UblkDevices, FrontError> {
+        let options = UblkOptions {
+            group: self.facts.group_id,
+            node: self.facts.node,
+            volumes: self.volumes(),
+            dev_dir: self.facts.dev.clone(),
+            host: Arc::new(self.handle.clone()),
+            transfer: None,
+        };
+        Ok(UblkDevices::attach(options)?)
     }
 
     fn open_fuse(&self) -> Result<FuseDevice, FrontError> {
@@ -200,6 +218,21 @@ impl Fronts {
         }
     }
 
+    /// Takes away what an earlier daemon has left behind of a front end that waits for the next one,
+    /// because this node serves no volumes now: its users would wait for ever.
+    pub fn abandon(&self, kind: DeviceKind) {
+        if kind == DeviceKind::Ublk
+            && let Err(e) = UblkDevices::abandon(self.facts.group_id, self.facts.node, &self.volumes())
+        {
+            tracing::error!("{e}");
+        }
+    }
+
+    /// A front end is open, as far as that can be said without waiting.
+    pub fn is_open(&self) -> bool {
+        self.open.try_lock().is_ok_and(|open| open.is_some())
+    }
+
     /// Lets go of the front end as the daemon ends; the next one opens it again.
     pub fn shut(&self) {
         if let Some(mut front) = self.lock().take()
@@ -246,7 +279,8 @@ impl FrontEnd for SocketServer {
 /// Whether this machine can have such a block device, or why not.
 fn usable(kind: DeviceKind) -> Result<(), String> {
     match kind {
-        DeviceKind::Ublk | DeviceKind::Nbd => Err("it is not in this build".into()),
+        DeviceKind::Ublk => ublk::usable().map_err(|e| e.to_string()),
+        DeviceKind::Nbd => Err("it is not in this build".into()),
         DeviceKind::Fuse => {
             if !nix::unistd::geteuid().is_root() {
                 return Err("a loop device needs root".into());

@@ -11,6 +11,7 @@ mod frames;
 mod handle;
 mod links;
 mod reactor;
+mod ublk;
 
 pub use handle::{Handle, ListenId};
 
