@@ -167,7 +167,6 @@ impl Fronts {
             volumes: self.volumes(),
             dev_dir: self.facts.dev.clone(),
             host: Arc::new(self.handle.clone()),
-            transfer: None,
         };
         Ok(UblkDevices::attach(options)?)
     }

@@ -135,6 +135,10 @@ pub fn run(options: DaemonOptions, ready: impl FnOnce(Handle)) -> Result<(), Err
             "the write cache may be swapped out: raise the limit on locked memory (LimitMEMLOCK) to prevent it"
         );
     }
+    process::keep_freed_memory();
+    if !process::lock_memory() {
+        tracing::debug!("memory is not locked: that needs root");
+    }
     if !process::become_io_flusher() {
         tracing::debug!("not an I/O flusher: CAP_SYS_RESOURCE is missing");
     }

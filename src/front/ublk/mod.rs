@@ -26,7 +26,6 @@ mod request;
 #[cfg(test)]
 mod tests;
 
-pub use params::Transfer;
 pub use queue::{Command, Queue};
 pub use request::Fault;
 
@@ -38,6 +37,7 @@ use abi::DevInfo;
 use control::Control;
 use crossbeam_channel::Receiver;
 use nix::libc;
+use params::Transfer;
 use recovery::{Decision, Seen, decide};
 use request::Rules;
 use std::fs::{self, File, OpenOptions};
@@ -58,6 +58,10 @@ const LOOP: Duration = Duration::from_secs(20);
 /// After how many milliseconds the block layer asks the driver about a request. While the server lives
 /// the driver only says to wait on; see [`PATIENCE`].
 const TIMEOUT: &str = "1000";
+
+/// With the value `buffers`, new devices go without user copy although the driver offers it: so that
+/// both ways are tested, and measured side by side.
+const TRANSFER: &str = "VOLREP_UBLK_TRANSFER";
 
 /// The number of the device whose queue it is.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -85,8 +89,6 @@ pub struct UblkOptions {
     pub dev_dir: PathBuf,
     /// Who serves them.
     pub host: Arc<dyn Host>,
-    /// How payloads go, for new devices; by default as is best.
-    pub transfer: Option<Transfer>,
 }
 
 /// Why a device could not be attached or detached.
@@ -207,7 +209,10 @@ impl UblkDevices {
         for volume in &options.volumes {
             left.push(devices.left(params::identity(options.group, options.node, volume.volume), volume)?);
         }
-        let transfer = options.transfer.unwrap_or(Transfer::best(features));
+        let transfer = match std::env::var_os(TRANSFER) {
+            Some(buffers) if buffers == "buffers" => Transfer::Buffers,
+            _ => Transfer::best(features),
+        };
         for (volume, left) in options.volumes.iter().zip(left) {
             let id = match left {
                 Some(info) => devices.take_over(&info, volume)?,
