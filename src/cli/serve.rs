@@ -72,8 +72,8 @@ impl Serve {
         interrupt::watch(move || shut_down(&on_signal))?;
         let facts = Facts {
             group: self.group.clone(),
-            group_id: options.config.group,
-            node: options.config.node,
+            owner: (options.config.group, options.config.node),
+            dead_after: config.device.dead_after.0,
             volumes: options.config.volumes.clone(),
             backings: config.volumes.iter().map(|v| v.path.clone()).collect(),
             run: places.run(&self.group),

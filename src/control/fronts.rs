@@ -7,12 +7,14 @@
 use super::{Attached, DeviceKind, Kind, Reply};
 use crate::daemon::{Handle, ListenId};
 use crate::front::fuse::{FuseDevice, FuseOptions};
+use crate::front::knbd::{self, KernelNbd};
 use crate::front::nbd::Export;
 use crate::front::ublk::{self, UblkDevices, UblkOptions};
 use crate::front::{FrontEnd, FrontError, Volume};
 use crate::node::config::VolumeConfig;
 use crate::node::event::MAX_REQUEST;
 use crate::node::status::Status;
+use crate::sys::clock;
 use crate::units::{BLOCK, GroupId, NodeId};
 use serde::{Deserialize, Serialize};
 use std::io;
@@ -20,6 +22,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 /// Kinds of block devices, the best first; those that are not possible here are passed over.
 const BLOCK_DEVICES: [DeviceKind; 3] = [DeviceKind::Ublk, DeviceKind::Nbd, DeviceKind::Fuse];
@@ -29,10 +32,8 @@ const BLOCK_DEVICES: [DeviceKind; 3] = [DeviceKind::Ublk, DeviceKind::Nbd, Devic
 pub struct Facts {
     /// The group's name.
     pub group: String,
-    /// Its identity.
-    pub group_id: GroupId,
-    /// This node's.
-    pub node: NodeId,
+    /// Its identity, and this node's.
+    pub owner: (GroupId, NodeId),
     /// Its volumes.
     pub volumes: Vec<VolumeConfig>,
     /// Their backings, in the same order.
@@ -41,6 +42,8 @@ pub struct Facts {
     pub run: PathBuf,
     /// Where links to devices lie.
     pub dev: PathBuf,
+    /// How long a device's users wait for the next daemon when this one is gone.
+    pub dead_after: Duration,
 }
 
 /// The front ends of one group.
@@ -56,9 +59,14 @@ struct Front {
     end: Box<dyn FrontEnd>,
 }
 
+/// What is remembered in the run directory.
 #[derive(Serialize, Deserialize)]
 struct Memory {
     device: DeviceKind,
+    /// A daemon that ended in order left its devices: until then, on the machine's clock since its
+    /// boot in ns, their users certainly wait.
+    #[serde(default)]
+    patient_until: Option<u64>,
 }
 
 impl Fronts {
@@ -78,8 +86,17 @@ impl Fronts {
 
     /// Which front end was open when the daemon died, if one was.
     pub fn remembered(&self) -> Option<DeviceKind> {
+        self.recall().map(|m| m.device)
+    }
+
+    fn recall(&self) -> Option<Memory> {
         let text = std::fs::read(self.memory()).ok()?;
-        serde_json::from_slice::<Memory>(&text).ok().map(|m| m.device)
+        serde_json::from_slice(&text).ok()
+    }
+
+    /// A kind of which devices may be there still, waiting to be taken over.
+    fn left(&self) -> Option<DeviceKind> {
+        self.remembered().filter(|kind| matches!(kind, DeviceKind::Ublk | DeviceKind::Nbd))
     }
 
     /// Opens the front end, if none is open. Blocks; the node must serve.
@@ -93,9 +110,17 @@ impl Fronts {
             }
             return self.attached(front);
         }
-        let opened = match wanted {
-            DeviceKind::Auto => self.open_best(),
-            kind => self.open(kind),
+        let opened = match (wanted, self.left()) {
+            (DeviceKind::Auto, Some(left)) => self.open(left),
+            (DeviceKind::Auto, None) => self.open_best(),
+            (kind, Some(left)) if kind != left => {
+                let text = format!(
+                    "`{0}` was attached by {left}, which is not undone: volrep detach {0}",
+                    self.facts.group
+                );
+                return Reply::refused(Kind::Busy, text);
+            }
+            (kind, _) => self.open(kind),
         };
         match opened {
             Ok(front) => {
@@ -129,22 +154,20 @@ impl Fronts {
     fn open(&self, kind: DeviceKind) -> Result<Front, FrontError> {
         let end: Box<dyn FrontEnd> = match kind {
             DeviceKind::Ublk => Box::new(self.open_ublk()?),
-            DeviceKind::Nbd => {
-                return Err(FrontError::Failed(format!("{kind} is not in this build: use --device fuse")));
-            }
+            DeviceKind::Nbd => Box::new(self.open_nbd()?),
             DeviceKind::Fuse => Box::new(self.open_fuse()?),
             DeviceKind::NbdSocket | DeviceKind::Auto => Box::new(self.open_socket()?),
         };
-        self.remember(kind).map_err(|e| {
+        self.remember(Memory { device: kind, patient_until: None }).map_err(|e| {
             let path = self.memory();
             FrontError::Failed(format!("can't write {}: {e}; free some space there", path.display()))
         })?;
         Ok(Front { kind, end })
     }
 
-    fn remember(&self, device: DeviceKind) -> io::Result<()> {
+    fn remember(&self, memory: Memory) -> io::Result<()> {
         let staged = self.memory().with_extension("new");
-        std::fs::write(&staged, serde_json::to_vec(&Memory { device })?)?;
+        std::fs::write(&staged, serde_json::to_vec(&memory)?)?;
         std::fs::rename(staged, self.memory())
     }
 
@@ -162,13 +185,26 @@ impl Fronts {
 
     fn open_ublk(&self) -> Result<UblkDevices, FrontError> {
         let options = UblkOptions {
-            group: self.facts.group_id,
-            node: self.facts.node,
+            owner: self.facts.owner,
             volumes: self.volumes(),
             dev_dir: self.facts.dev.clone(),
             host: Arc::new(self.handle.clone()),
         };
         Ok(UblkDevices::attach(options)?)
+    }
+
+    fn open_nbd(&self) -> Result<KernelNbd, FrontError> {
+        KernelNbd::attach(knbd::Options {
+            owner: self.facts.owner,
+            dev_dir: self.facts.dev.clone(),
+            volumes: self.volumes(),
+            dead_after: self.facts.dead_after,
+            patient: self
+                .recall()
+                .and_then(|m| m.patient_until)
+                .is_some_and(|until| clock::now().mono < until),
+            serve: Arc::new(self.handle.clone()),
+        })
     }
 
     fn open_fuse(&self) -> Result<FuseDevice, FrontError> {
@@ -210,6 +246,11 @@ impl Fronts {
         {
             return refused(e);
         }
+        if open.is_none()
+            && let Err(e) = self.remove_left()
+        {
+            return refused(e);
+        }
         *open = None;
         match remove(&self.memory()) {
             Ok(()) => Reply::Done { text: String::new() },
@@ -217,11 +258,21 @@ impl Fronts {
         }
     }
 
+    /// Of devices that this daemon could not take over.
+    fn remove_left(&self) -> Result<(), FrontError> {
+        let Facts { owner, dev, .. } = &self.facts;
+        match self.left() {
+            Some(DeviceKind::Nbd) => knbd::remove_left(*owner, dev, &self.volumes()),
+            Some(DeviceKind::Ublk) => Ok(ublk::remove_left(*owner, dev, &self.volumes(), false)?),
+            _ => Ok(()),
+        }
+    }
+
     /// Takes away what an earlier daemon has left behind of a front end that waits for the next one,
     /// because this node serves no volumes now: its users would wait for ever.
     pub fn abandon(&self, kind: DeviceKind) {
         if kind == DeviceKind::Ublk
-            && let Err(e) = UblkDevices::abandon(self.facts.group_id, self.facts.node, &self.volumes())
+            && let Err(e) = ublk::remove_left(self.facts.owner, &self.facts.dev, &self.volumes(), true)
         {
             tracing::error!("{e}");
         }
@@ -234,11 +285,13 @@ impl Fronts {
 
     /// Lets go of the front end as the daemon ends; the next one opens it again.
     pub fn shut(&self) {
-        if let Some(mut front) = self.lock().take()
-            && let Err(e) = front.end.leave()
-        {
+        let Some(mut front) = self.lock().take() else { return };
+        if let Err(e) = front.end.leave() {
             tracing::warn!("{e}");
         }
+        let patient_until = clock::now().mono.checked_add(self.facts.dead_after.as_nanos() as u64);
+        // Without it the next daemon has to look for itself.
+        let _ = self.remember(Memory { device: front.kind, patient_until });
     }
 
     /// Adds to a node's state what only its daemon knows.
@@ -279,7 +332,7 @@ impl FrontEnd for SocketServer {
 fn usable(kind: DeviceKind) -> Result<(), String> {
     match kind {
         DeviceKind::Ublk => ublk::usable().map_err(|e| e.to_string()),
-        DeviceKind::Nbd => Err("it is not in this build".into()),
+        DeviceKind::Nbd => knbd::available(),
         DeviceKind::Fuse => {
             if !nix::unistd::geteuid().is_root() {
                 return Err("a loop device needs root".into());

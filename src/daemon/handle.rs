@@ -5,6 +5,7 @@
 
 use crate::disk::IoError;
 use crate::front::Submit;
+use crate::front::knbd::Serve;
 use crate::front::nbd::Export;
 use crate::front::ublk::{Host, Queue, QueueId};
 use crate::node::event::{AdminOp, Answer, Op, Refusal};
@@ -14,11 +15,13 @@ use crossbeam_channel::{Receiver, Sender};
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
-/// A listener that [`Handle::listen_nbd`] handed over.
+/// A listener that [`Handle::listen_nbd`] handed over, or a connection.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct ListenId(pub(super) u64);
 
@@ -28,6 +31,8 @@ pub(super) enum Command {
     Submit(Op, Reply<Result<Bytes, IoError>>),
     Admin(AdminOp, Reply<Answer>),
     ListenNbd(ListenId, UnixListener, Arc<[Export]>),
+    ServeNbd(ListenId, OwnedFd, Export),
+    FinishNbd(ListenId, Duration, Reply<()>),
     CloseNbd(ListenId),
     OpenQueue(QueueId, Box<Queue>, Reply<io::Result<()>>),
     ParkQueue(QueueId),
@@ -63,6 +68,10 @@ impl Gone for Answer {
     }
 }
 
+impl Gone for () {
+    fn gone() {}
+}
+
 impl<R: Gone> Reply<R> {
     fn new(done: Box<dyn FnOnce(R) + Send>) -> Reply<R> {
         Reply { done: Some(done) }
@@ -75,6 +84,11 @@ impl<R: Gone> Reply<R> {
     {
         let (tell, told) = crossbeam_channel::bounded(1);
         (Reply::new(Box::new(move |answer| drop(tell.send(answer)))), told)
+    }
+
+    #[cfg(test)]
+    pub(super) fn nobody() -> Reply<R> {
+        Reply { done: None }
     }
 
     pub(super) fn send(mut self, answer: R) {
@@ -126,9 +140,13 @@ impl Handle {
 
     /// Serves NBD to those who connect to `listener`.
     pub fn listen_nbd(&self, listener: UnixListener, exports: Vec<Export>) -> ListenId {
-        let id = ListenId(self.listeners.fetch_add(1, Ordering::Relaxed));
+        let id = self.new_id();
         self.post(Command::ListenNbd(id, listener, exports.into()));
         id
+    }
+
+    fn new_id(&self) -> ListenId {
+        ListenId(self.listeners.fetch_add(1, Ordering::Relaxed))
     }
 
     /// Closes the listener and its sessions. Their requests still finish, unheard.
@@ -162,6 +180,22 @@ impl Host for Handle {
         let (reply, told) = Reply::channel();
         self.post(Command::CloseQueue(id, reply));
         told
+    }
+}
+
+impl Serve for Handle {
+    fn serve(&self, socket: OwnedFd, export: Export) -> u64 {
+        let id = self.new_id();
+        self.post(Command::ServeNbd(id, socket, export));
+        id.0
+    }
+
+    fn finish(&self, connection: u64, limit: Duration, done: Box<dyn FnOnce() + Send>) {
+        self.post(Command::FinishNbd(ListenId(connection), limit, Reply::new(Box::new(|()| done()))));
+    }
+
+    fn close(&self, connection: u64) {
+        self.close_nbd(ListenId(connection));
     }
 }
 

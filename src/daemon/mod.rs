@@ -7,6 +7,7 @@
 mod acceptor;
 mod clients;
 mod encoders;
+mod farewell;
 mod frames;
 mod handle;
 mod links;

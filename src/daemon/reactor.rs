@@ -188,6 +188,8 @@ impl<M: Machine> Reactor<M> {
                 Command::ListenNbd(id, listener, exports) => {
                     self.clients.listen(id, listener, exports, &mut self.ring)
                 }
+                Command::ServeNbd(id, socket, export) => self.clients.serve(id, socket, &export),
+                Command::FinishNbd(id, limit, done) => self.clients.finish(id, self.now.mono, limit, done),
                 Command::CloseNbd(id) => self.clients.close(id, &mut self.ring),
                 Command::OpenQueue(id, queue, reply) => {
                     reply.send(self.queues.open(id, *queue, &mut self.ring))
@@ -252,7 +254,7 @@ impl<M: Machine> Reactor<M> {
                 self.machine.step(self.now, event, &mut self.actions);
                 self.perform();
             }
-            self.clients.flush(&mut self.ring, &mut self.requests, &mut self.events);
+            self.clients.flush(&mut self.ring, self.now.mono, &mut self.requests, &mut self.events);
             self.links.flush(&mut self.ring, &mut self.events);
             if self.events.is_empty() || self.end.is_some() {
                 return;

@@ -2,7 +2,8 @@
 //!
 //! Owns: making and removing them. Invariant: a link is made in one step, so it never points nowhere
 //! while its device exists; nothing that is not a link is replaced; and only a link that still points
-//! to the device is removed with it.
+//! to the device is removed with it. A device manager is told of both, so that its rules (ours are
+//! `tools/60-volrep.rules`) can know a device by its link.
 
 use std::fs;
 use std::io;
@@ -31,7 +32,9 @@ impl DeviceLink {
         let link = self.path();
         self.make(&link, node).map_err(|e| {
             io::Error::new(e.kind(), format!("link {} to {}: {e}", link.display(), node.display()))
-        })
+        })?;
+        announce(node);
+        Ok(())
     }
 
     fn make(&self, link: &Path, node: &Path) -> io::Result<()> {
@@ -56,6 +59,7 @@ impl DeviceLink {
         let link = self.path();
         if fs::read_link(&link).is_ok_and(|target| target == node) {
             let _ = fs::remove_file(&link);
+            announce(node);
         }
         let above = link.ancestors().skip(1);
         for dir in above.take_while(|dir| dir.starts_with(&self.dir) && *dir != self.dir) {
@@ -63,6 +67,14 @@ impl DeviceLink {
                 break;
             }
         }
+    }
+}
+
+/// Has the kernel tell device managers that something about the device has changed. Best effort: there
+/// may be none, and the device may be gone.
+fn announce(node: &Path) {
+    if let Some(name) = node.file_name() {
+        let _ = fs::write(Path::new("/sys/block").join(name).join("uevent"), "change");
     }
 }
 
@@ -79,7 +91,7 @@ mod tests {
     fn a_link_replaces_a_stale_one_and_is_removed_with_its_own_device_only() {
         let dir = tempfile::tempdir().unwrap();
         let link = DeviceLink::new(dir.path(), Path::new("epic/data"));
-        let (old, new) = (Path::new("/dev/loop0"), Path::new("/dev/nbd0"));
+        let (old, new) = (Path::new("/dev/none0"), Path::new("/dev/none1"));
         link.point_to(old).unwrap();
         link.point_to(new).unwrap();
         assert_eq!(fs::read_link(link.path()).unwrap(), new);
@@ -95,7 +107,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let link = DeviceLink::new(dir.path(), Path::new("epic"));
         fs::write(link.path(), b"mine").unwrap();
-        let error = link.point_to(Path::new("/dev/loop0")).unwrap_err();
+        let error = link.point_to(Path::new("/dev/none0")).unwrap_err();
         assert!(error.to_string().contains("move it away"), "{error}");
         assert_eq!(fs::read(link.path()).unwrap(), b"mine");
     }

@@ -9,6 +9,7 @@
 )]
 
 pub mod fuse;
+pub mod knbd;
 pub mod links;
 pub mod loopdev;
 mod mounts;

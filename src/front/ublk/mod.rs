@@ -43,7 +43,7 @@ use request::Rules;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -79,10 +79,8 @@ pub trait Host: Send + Sync {
 
 /// What to attach.
 pub struct UblkOptions {
-    /// Whose volumes they are.
-    pub group: GroupId,
-    /// On which node.
-    pub node: NodeId,
+    /// Whose volumes they are, and on which node.
+    pub owner: (GroupId, NodeId),
     /// The volumes.
     pub volumes: Vec<Volume>,
     /// Directory of the links.
@@ -187,6 +185,32 @@ pub fn usable() -> Result<(), UblkError> {
     driver().map(|_| ())
 }
 
+/// Takes away devices that an earlier daemon has left and that are not taken over, unless somebody
+/// uses them; with `force` whoever does gets errors from now on, instead of waiting for ever.
+pub fn remove_left(
+    owner: (GroupId, NodeId),
+    dev_dir: &Path,
+    volumes: &[Volume],
+    force: bool,
+) -> Result<(), UblkError> {
+    let (mut control, _) = driver()?;
+    for volume in volumes {
+        for info in control.marked(params::identity(owner, volume.volume))? {
+            let device = block(info.dev_id);
+            // Not claimed: what it has to be asked would wait for a server.
+            let users = device.users(None);
+            if !force && !users.is_empty() {
+                return Err(UblkError::Busy { device: device.node(), by: users.join(", ") });
+            }
+            tracing::warn!("{} of volume {} is taken away", device.node().display(), volume.name);
+            let deleting = failed(format!("delete {}", device.node().display()));
+            control.delete_later(info.dev_id).map_err(deleting)?;
+            DeviceLink::new(dev_dir, &volume.link).remove(&device.node());
+        }
+    }
+    Ok(())
+}
+
 /// The driver, and its features.
 fn driver() -> Result<(Control, u64), UblkError> {
     let mut control = Control::open().map_err(UblkError::Missing)?;
@@ -207,7 +231,7 @@ impl UblkDevices {
         // All that can be refused is refused before anything is changed.
         let mut left = Vec::new();
         for volume in &options.volumes {
-            left.push(devices.left(params::identity(options.group, options.node, volume.volume), volume)?);
+            left.push(devices.left(params::identity(options.owner, volume.volume), volume)?);
         }
         let transfer = match std::env::var_os(TRANSFER) {
             Some(buffers) if buffers == "buffers" => Transfer::Buffers,
@@ -217,7 +241,7 @@ impl UblkDevices {
             let id = match left {
                 Some(info) => devices.take_over(&info, volume)?,
                 None => {
-                    let identity = params::identity(options.group, options.node, volume.volume);
+                    let identity = params::identity(options.owner, volume.volume);
                     devices.create(identity, volume, transfer)?
                 }
             };
@@ -227,21 +251,6 @@ impl UblkDevices {
             devices.disks.push(disk);
         }
         Ok(devices)
-    }
-
-    /// Takes away what a daemon has left of volumes that this node serves no more: whoever still uses
-    /// them gets errors from now on instead of waiting for ever.
-    pub fn abandon(group: GroupId, node: NodeId, volumes: &[Volume]) -> Result<(), UblkError> {
-        let (mut control, _) = driver()?;
-        for volume in volumes {
-            for info in control.marked(params::identity(group, node, volume.volume))? {
-                let name = block(info.dev_id).node();
-                tracing::warn!("{} is taken away: volume {} is not served here", name.display(), volume.name);
-                control.stop(info.dev_id).map_err(failed(format!("stop {}", name.display())))?;
-                control.delete_later(info.dev_id).map_err(failed(format!("delete {}", name.display())))?;
-            }
-        }
-        Ok(())
     }
 
     /// The device of a volume that can be taken over. What can't be, and nobody uses, is deleted.

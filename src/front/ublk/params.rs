@@ -43,7 +43,7 @@ impl Transfer {
 
 /// The mark that a volume's device carries in the field that the driver keeps for its server. Two
 /// devices with the same mark belong to the same volume of the same node.
-pub fn identity(group: GroupId, node: NodeId, volume: u8) -> u64 {
+pub fn identity((group, node): (GroupId, NodeId), volume: u8) -> u64 {
     let mut hasher = blake3::Hasher::new();
     hasher.update(b"volrep ublk device\0").update(&group.0).update(&node.0.to_le_bytes()).update(&[volume]);
     u64::from_le_bytes(*hasher.finalize().as_bytes().first_chunk().expect("a hash has 32 bytes"))

@@ -111,7 +111,7 @@ fn user_copy_is_asked_for_where_it_is_offered() {
 
 #[test]
 fn a_mark_names_group_node_and_volume() {
-    let mark = |group, node, volume| params::identity(GroupId([group; 16]), NodeId(node), volume);
+    let mark = |group, node, volume| params::identity((GroupId([group; 16]), NodeId(node)), volume);
     assert_eq!(mark(1, 1, 0), mark(1, 1, 0));
     let others = [mark(2, 1, 0), mark(1, 2, 0), mark(1, 1, 1)];
     assert!(!others.contains(&mark(1, 1, 0)));
