@@ -227,8 +227,7 @@ fn when_served(handle: Handle, fronts: Arc<Fronts>, asked: Option<DeviceKind>) {
             match (served, wanted) {
                 (true, Some(kind)) => attach(&fronts, kind),
                 (false, Some(kind)) => {
-                    tracing::info!("{kind} is not attached: this node serves no volumes now");
-                    fronts.abandon(kind);
+                    tracing::info!("{kind} is not attached: this node serves no volumes now")
                 }
                 (_, None) => {}
             }

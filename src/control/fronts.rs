@@ -263,18 +263,8 @@ impl Fronts {
         let Facts { owner, dev, .. } = &self.facts;
         match self.left() {
             Some(DeviceKind::Nbd) => knbd::remove_left(*owner, dev, &self.volumes()),
-            Some(DeviceKind::Ublk) => Ok(ublk::remove_left(*owner, dev, &self.volumes(), false)?),
+            Some(DeviceKind::Ublk) => Ok(ublk::remove_left(*owner, dev, &self.volumes())?),
             _ => Ok(()),
-        }
-    }
-
-    /// Takes away what an earlier daemon has left behind of a front end that waits for the next one,
-    /// because this node serves no volumes now: its users would wait for ever.
-    pub fn abandon(&self, kind: DeviceKind) {
-        if kind == DeviceKind::Ublk
-            && let Err(e) = ublk::remove_left(self.facts.owner, &self.facts.dev, &self.volumes(), true)
-        {
-            tracing::error!("{e}");
         }
     }
 

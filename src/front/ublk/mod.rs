@@ -185,21 +185,16 @@ pub fn usable() -> Result<(), UblkError> {
     driver().map(|_| ())
 }
 
-/// Takes away devices that an earlier daemon has left and that are not taken over, unless somebody
-/// uses them; with `force` whoever does gets errors from now on, instead of waiting for ever.
-pub fn remove_left(
-    owner: (GroupId, NodeId),
-    dev_dir: &Path,
-    volumes: &[Volume],
-    force: bool,
-) -> Result<(), UblkError> {
+/// Takes away devices that an earlier daemon has left and that this one did not take over, unless
+/// somebody uses them.
+pub fn remove_left(owner: (GroupId, NodeId), dev_dir: &Path, volumes: &[Volume]) -> Result<(), UblkError> {
     let (mut control, _) = driver()?;
     for volume in volumes {
         for info in control.marked(params::identity(owner, volume.volume))? {
             let device = block(info.dev_id);
             // Not claimed: what it has to be asked would wait for a server.
             let users = device.users(None);
-            if !force && !users.is_empty() {
+            if !users.is_empty() {
                 return Err(UblkError::Busy { device: device.node(), by: users.join(", ") });
             }
             tracing::warn!("{} of volume {} is taken away", device.node().display(), volume.name);
