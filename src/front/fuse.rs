@@ -169,6 +169,10 @@ impl FuseDevice {
     ///
     /// Not on the thread that calls `done`: the kernel writes back what its cache holds meanwhile.
     pub fn detach(&mut self, force: bool) -> Result<(), FuseError> {
+        // All of them or none, as far as that can be known before.
+        if !force {
+            self.attached.iter().try_for_each(|a| a.device.unused())?;
+        }
         while let Some(attached) = self.attached.first() {
             if force {
                 attached.device.release_forced()?

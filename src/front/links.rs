@@ -57,7 +57,7 @@ impl DeviceLink {
     /// link that stays is replaced by the next attach.
     pub fn remove(&self, node: &Path) {
         let link = self.path();
-        if fs::read_link(&link).is_ok_and(|target| target == node) {
+        if target(&link).is_some_and(|target| target == node) {
             let _ = fs::remove_file(&link);
             announce(node);
         }
@@ -68,6 +68,20 @@ impl DeviceLink {
             }
         }
     }
+}
+
+/// Where a link points to, absolute. By its text: what it points to may be gone. (udev puts a relative
+/// link in the place of ours.)
+fn target(link: &Path) -> Option<PathBuf> {
+    let mut path = link.parent()?.to_path_buf();
+    for part in fs::read_link(link).ok()?.components() {
+        match part {
+            Component::ParentDir => drop(path.pop()),
+            Component::CurDir => {}
+            part => path.push(part),
+        }
+    }
+    Some(path)
 }
 
 /// Has the kernel tell device managers that something about the device has changed. Best effort: there
@@ -100,6 +114,17 @@ mod tests {
         link.remove(new);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
         link.remove(new);
+    }
+
+    #[test]
+    fn a_relative_link_in_place_of_ours_is_known() {
+        let dir = tempfile::tempdir().unwrap();
+        let link = DeviceLink::new(dir.path(), Path::new("epic/data"));
+        link.point_to(Path::new("../.././none0")).unwrap();
+        let node = dir.path().parent().unwrap().join("none0");
+        assert_eq!(target(&link.path()).unwrap(), node);
+        link.remove(&node);
+        assert!(!link.path().is_symlink());
     }
 
     #[test]

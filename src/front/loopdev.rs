@@ -187,6 +187,16 @@ impl LoopDevice {
         BlockDevice::new(format!("loop{}", self.number))
     }
 
+    /// Says who uses it, after waiting a moment for those who only look at it.
+    pub fn unused(&self) -> Result<(), LoopError> {
+        if !self.is_bound() {
+            return Ok(());
+        }
+        let device = self.block_device();
+        let claim = device.claim_unused().map_err(failed(format!("open {}", self.path().display())))?;
+        claim.map(drop).map_err(|by| LoopError::Busy { device: self.path(), by })
+    }
+
     /// Unbinds it, or says who uses it. Waits a moment for those who only look at it.
     pub fn release(&self) -> Result<(), LoopError> {
         let device = self.block_device();

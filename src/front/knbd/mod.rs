@@ -219,11 +219,20 @@ impl FrontEnd for KernelNbd {
 
     fn detach(&mut self, force: bool) -> Result<(), FrontError> {
         let mut driver = Driver::find().map_err(failed("reach the NBD driver"))?;
+        // All of them or none: the claims are kept until the last one is gone.
+        let mut claims = Vec::new();
+        for attached in self.attached.iter().filter(|a| !force && a.is_ours()) {
+            claims.push(claim(&device(attached.index))?);
+        }
         while let Some(attached) = self.attached.first() {
-            remove(&mut driver, attached.index, &attached.identity, force)?;
+            let device = device(attached.index);
+            if attached.is_ours() {
+                let action = format!("disconnect {}", device.node().display());
+                driver.disconnect(attached.index).map_err(failed(&action))?;
+            }
             self.serve.close(attached.connection);
-            let attached = self.attached.remove(0);
-            attached.link.remove(&device(attached.index).node());
+            attached.link.remove(&device.node());
+            self.attached.remove(0);
         }
         Ok(())
     }
@@ -281,24 +290,23 @@ pub fn remove_left(owner: (GroupId, NodeId), dev_dir: &Path, volumes: &[Volume])
     Ok(())
 }
 
-/// Takes a device away, once nobody uses it unless forced, and only if it is still ours.
-fn remove(driver: &mut Driver, index: u32, identity: &str, force: bool) -> Result<(), FrontError> {
-    let device = device(index);
-    if device.attribute("backend") != identity {
-        return Ok(());
+impl Attached {
+    /// Nobody has disconnected it and given it to others meanwhile.
+    fn is_ours(&self) -> bool {
+        device(self.index).attribute("backend") == self.identity
     }
+}
+
+/// Keeps a device from being mounted or opened by others, once nobody uses it, and writes back what the
+/// page cache holds.
+fn claim(device: &BlockDevice) -> Result<fs::File, FrontError> {
     let node = device.node();
-    let action = format!("disconnect {}", node.display());
-    if force {
-        return driver.disconnect(index).map_err(failed(&action));
-    }
     let claim = device.claim_unused().map_err(failed(&format!("open {}", node.display())))?;
     let claim = claim.map_err(|by| {
         FrontError::Busy(format!("{} is in use ({by}): unmount and close it, then try again", node.display()))
     })?;
-    // What is in the page cache must reach the group before the device is gone.
     claim.sync_all().map_err(failed(&format!("flush {}", node.display())))?;
-    driver.disconnect(index).map_err(failed(&action))
+    Ok(claim)
 }
 
 fn failed(action: &str) -> impl FnOnce(io::Error) -> FrontError {
