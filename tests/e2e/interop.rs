@@ -148,3 +148,17 @@ fn fio_verifies_random_sizes_overlaps_and_trims() {
     assert!(out.matches("err= 0").count() >= 4, "{out}");
     pair.finish();
 }
+
+#[test]
+fn a_device_that_this_machine_can_t_have_is_refused_with_what_to_do() {
+    if std::path::Path::new("/sys/module/nbd").exists() {
+        println!("skipped: this kernel has the NBD driver");
+        return;
+    }
+    let mut pair = Pair::start(&Setup::default());
+    let ended = pair.primary.place.run(&["attach", "g", "--device", "nbd"]);
+    ended.expect(1, &["choose another --device"]);
+    // Nothing is remembered of it.
+    pair.primary.attach("nbd-socket");
+    pair.finish();
+}

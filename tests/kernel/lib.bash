@@ -49,17 +49,16 @@ clean() {
 trap clean EXIT
 trap 'exit 1' TERM
 
-# group VOLUME... : sets a group up and starts its daemon. Places on the scratch disk if there is one.
+# group NAME:SIZE... : sets a group up and starts its daemon. Its files lie on the disk $SCRATCH if there is one.
 group() {
-    local volumes=() disk
-    for disk in /sys/block/vd*; do
-        [ "$(cat "$disk/serial")" = scratch ] || continue
-        mkfs.ext4 -Fq -E lazy_itable_init=0 "/dev/${disk##*/}"
-        mount "/dev/${disk##*/}" "$work"
-    done
-    for disk in "$@"; do volumes+=(--volume "${disk%%:*}=$work/${disk%%:*}.img:${disk#*:}"); done
+    local volumes=() volume
+    if [ -n "${SCRATCH:-}" ]; then
+        mkfs.ext4 -Fq -E lazy_itable_init=0 "$SCRATCH"
+        mount "$SCRATCH" "$work"
+    fi
+    for volume in "$@"; do volumes+=(--volume "${volume%%:*}=$work/${volume%%:*}.img:${volume#*:}"); done
     volrep init g --node one --listen none --journal-size 64M --cache-size 16M "${volumes[@]}" >/dev/null 2>&1
-    config "$@"
+    config
     serve
 }
 # Changes the configuration before the first start; scripts may have their own.

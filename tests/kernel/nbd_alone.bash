@@ -75,6 +75,39 @@ volrep attach g --device nbd >/dev/null
 is "the device" "$(node "$link")" "$name"
 ok "nbd: a device is found again without any note of it"
 detach
+
+# A partition counts as the device.
+volrep attach g --device nbd >/dev/null
+name=$(node "$link")
+# One entry: Linux, from sector 2048, 32768 sectors; and the signature.
+printf '\0\0\0\0\203\0\0\0\0\010\0\0\0\200\0\0' | dd of="$link" bs=1 seek=446 conv=notrunc status=none
+printf '\125\252' | dd of="$link" bs=1 seek=510 conv=notrunc status=none
+blockdev --rereadpt "$link"
+within 10 test -b "/dev/${name}p1" || fail "there is no partition"
+mkfs.ext4 -Fq "/dev/${name}p1"
+mount "/dev/${name}p1" /mnt/d
+refused_for /mnt/d
+umount /mnt/d
+detach
+ok "nbd: a mounted partition keeps its device"
+
+# Blocks of 4096 bytes.
+truncate -s 64M "$work/big"
+loop=$(losetup --find --show --sector-size 4096 "$work/big")
+volrep init h --node one --listen none --journal-size 16M --cache-size 16M --volume "v=$loop" >/dev/null 2>&1
+volrep serve h 2>"$work/h.log" &
+other=$!
+within 30 grep -q ' ready$' "$work/h.log" || fail "$(cat "$work/h.log")"
+device=$(volrep attach h --device nbd)
+is "its logical block" "$(attribute "$device" logical_block_size)" 4096
+is "its physical block" "$(attribute "$device" physical_block_size)" 4096
+verified "$device" 16M 5 --direct=1 || fail "fio: $(cat "$work/fio")"
+volrep detach h 2>/dev/null
+kill -TERM $other
+wait $other
+losetup --detach "$loop"
+ok "nbd: a volume with blocks of 4096 bytes"
+
 is "the neighbour's size" "$(cat /sys/block/nbd0/size)" "$before"
 nbd-client -d /dev/nbd0 >/dev/null
 kill $neighbour

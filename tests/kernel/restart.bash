@@ -39,6 +39,8 @@ done
 sorted=($(printf '%s\n' "${pauses[@]}" | sort -n))
 echo "figure: $kind: $rounds rounds of kill -9; ms from the kill to the first write after it:" \
     "median ${sorted[$((rounds / 2))]}, longest ${sorted[$((rounds - 1))]}"
+# The driver's own interval would be 30 s.
+[ "${sorted[$((rounds - 1))]}" -lt 20000 ] || fail "requests in flight were sent again too late"
 touch "$work/stop"
 wait $load
 [ ! -e "$work/broken" ] || fail "$(cat "$work/fio")"

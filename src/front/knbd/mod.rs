@@ -110,7 +110,8 @@ impl KernelNbd {
     ///
     /// Not on the group's loop thread.
     pub fn attach(options: Options) -> Result<KernelNbd, FrontError> {
-        let mut driver = Driver::find().map_err(|e| failed("reach the NBD driver")(e))?;
+        available().map_err(|why| FrontError::Failed(format!("{why}; or choose another --device")))?;
+        let mut driver = Driver::find().map_err(failed("reach the NBD driver"))?;
         let mut front = KernelNbd { serve: options.serve.clone(), attached: Vec::new() };
         for volume in &options.volumes {
             if !is_plain(&volume.link) {
