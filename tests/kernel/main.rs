@@ -5,7 +5,7 @@
 //!
 //! The short form runs with the other tests; `VOLREP_LONG=1` makes the rounds many.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 
@@ -17,6 +17,13 @@ fn in_path(program: &str) -> bool {
     std::env::split_paths(&path).any(|dir| dir.join(program).exists())
 }
 
+/// The program without what only a debugger needs, which is most of it.
+fn program(dir: &Path) -> PathBuf {
+    let (built, small) = (Path::new(env!("CARGO_BIN_EXE_volrep")), dir.join("volrep"));
+    let stripped = Command::new("strip").args(["--strip-debug", "-o"]).arg(&small).arg(built).status();
+    if stripped.is_ok_and(|s| s.success()) { small } else { built.to_owned() }
+}
+
 /// Runs a script with its arguments for at most `limit` seconds.
 fn guest(script: &str, arguments: &[&str], limit: u32) {
     if !in_path("qemu-system-x86_64") {
@@ -25,11 +32,12 @@ fn guest(script: &str, arguments: &[&str], limit: u32) {
     }
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let scratch = tempfile::tempdir().expect("a scratch directory");
     let file = |from: &Path, to: &str| format!("{}:{to}", from.display());
     let output = Command::new(root.join("tools/vm"))
         .args(["run", "--disk", "2G", "--memory", "3G", "--env", "SCRATCH=/dev/vda", "--timeout"])
         .arg(limit.to_string())
-        .args(["--file", &file(Path::new(env!("CARGO_BIN_EXE_volrep")), "/usr/bin/volrep")])
+        .args(["--file", &file(&program(scratch.path()), "/usr/bin/volrep")])
         .args(["--file", &file(&root.join("tests/kernel"), "/tests")])
         .args(["--file", &file(&root.join("tools/60-volrep.rules"), "/tools/60-volrep.rules")])
         .arg(root.join("tests/kernel/enter"))
