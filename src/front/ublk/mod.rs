@@ -402,12 +402,17 @@ impl FrontEnd for UblkDevices {
     }
 
     fn detach(&mut self, force: bool) -> Result<(), FrontError> {
+        // All of them or none: a group without one of its volumes is of no use to anybody.
+        let mut claims = Vec::new();
+        for disk in self.disks.iter().filter(|_| !force) {
+            claims.push(claim(&disk.block())?);
+        }
+        let mut claims = claims.into_iter();
         while let Some(disk) = self.disks.first() {
             let (id, device) = (disk.id, disk.block());
-            let claim = if force { None } else { Some(claim(&device)?) };
             self.control.stop(id).map_err(failed(format!("stop {}", device.node().display())))?;
             // It has no disk any more: a claim would only keep its number in use.
-            drop(claim);
+            drop(claims.next());
             self.take_away(id)?;
             self.disks.remove(0).link.remove(&device.node());
         }
