@@ -6,6 +6,9 @@ kind=${1:?usage: SCRIPT ublk|nbd|fuse [...]}
 work=$(mktemp -d)
 export VOLREP_CONFIG_DIR=$work/c VOLREP_DEV_DIR=/dev/volrep
 log=$work/log
+# All that the kernel says; its own buffer is short.
+kernel=$(mktemp)
+dmesg --follow >"$kernel" 2>/dev/null &
 daemon=
 
 ok() { echo "ok: $*"; }
@@ -38,7 +41,9 @@ uptime_ms() {
     echo $((10#${up/./} * 10))
 }
 # Kernel messages of an I/O error of a device, of whatever layer.
-io_errors() { dmesg | grep -E "I/O error|lost async page write|EXT4-fs error|metadata I/O error|XFS.*(error|Shutdown)" || true; }
+io_errors() { grep -E "I/O error|lost async page write|EXT4-fs error|metadata I/O error|XFS.*(error|Shutdown)" "$kernel" || true; }
+# Requests that the driver has found to be in flight for long, so far.
+stuck() { grep -c 'stuck request' "$kernel" || true; }
 
 clean() {
     local job

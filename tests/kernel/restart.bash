@@ -54,7 +54,7 @@ for depth in 1 16; do
         --iodepth=$depth --fsync=64 --time_based --runtime=8 --eta=never --output="$work/pause.json" --output-format=json &
     fio=$!
     sleep 2
-    before=$(dmesg | grep -c 'stuck request' || true)
+    before=$(stuck)
     since=$(uptime_ms)
     end TERM
     stopped=$(uptime_ms)
@@ -64,7 +64,7 @@ for depth in 1 16; do
     longest=$(jq '[.jobs[0].write.clat_ns.max, .jobs[0].sync.lat_ns.max] | max / 1e6 | round' "$work/pause.json")
     echo "figure: $kind: restart in order at queue depth $depth: longest request $longest ms" \
         "(stop $((stopped - since)) ms, start $((started - stopped)) ms)"
-    is "requests left behind by a stop in order" "$(dmesg | grep -c 'stuck request' || true)" "$before"
+    is "requests left behind by a stop in order" "$(stuck)" "$before"
 done
 is "I/O errors" "$(io_errors)" ""
 ok "$kind: restarts in order under load"
@@ -78,7 +78,7 @@ dd if="$data" of=/dev/null bs=4k count=1 iflag=direct status=none || fail "a slo
 [ $(($(uptime_ms) - since)) -ge 4000 ] || fail "the daemon was not slow"
 wait $!
 is "the device" "$(node "$data")" "$name"
-dmesg | tail -n 5 | grep -q 'Connection timed out' && fail "the connection was cut"
+grep -q 'Connection timed out' "$kernel" && fail "the connection was cut"
 ok "$kind: a daemon that answers nothing for 5 s is waited for"
 
 # What was written last is there, byte by byte, below the device.
