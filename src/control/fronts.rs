@@ -9,6 +9,7 @@ use crate::daemon::{Handle, ListenId};
 use crate::front::fuse::{FuseDevice, FuseOptions};
 use crate::front::knbd::{self, KernelNbd};
 use crate::front::nbd::Export;
+use crate::front::ublk::{self, UblkDevices, UblkOptions};
 use crate::front::{FrontEnd, FrontError, Volume};
 use crate::node::config::VolumeConfig;
 use crate::node::event::MAX_REQUEST;
@@ -152,9 +153,7 @@ impl Fronts {
 
     fn open(&self, kind: DeviceKind) -> Result<Front, FrontError> {
         let end: Box<dyn FrontEnd> = match kind {
-            DeviceKind::Ublk => {
-                return Err(FrontError::Failed("ublk is not in this build: use --device nbd or fuse".into()));
-            }
+            DeviceKind::Ublk => Box::new(self.open_ublk()?),
             DeviceKind::Nbd => Box::new(self.open_nbd()?),
             DeviceKind::Fuse => Box::new(self.open_fuse()?),
             DeviceKind::NbdSocket | DeviceKind::Auto => Box::new(self.open_socket()?),
@@ -182,6 +181,16 @@ impl Fronts {
         let uris = volumes.iter().map(|v| nbd_uri(&v.name, &socket)).collect();
         let listener = self.handle.listen_nbd(listener, volumes.iter().map(export).collect());
         Ok(SocketServer { handle: self.handle.clone(), listener, socket, uris })
+    }
+
+    fn open_ublk(&self) -> Result<UblkDevices, FrontError> {
+        let options = UblkOptions {
+            owner: self.facts.owner,
+            volumes: self.volumes(),
+            dev_dir: self.facts.dev.clone(),
+            host: Arc::new(self.handle.clone()),
+        };
+        Ok(UblkDevices::attach(options)?)
     }
 
     fn open_nbd(&self) -> Result<KernelNbd, FrontError> {
@@ -237,10 +246,8 @@ impl Fronts {
         {
             return refused(e);
         }
-        // Of devices that this daemon could not take over.
         if open.is_none()
-            && self.left() == Some(DeviceKind::Nbd)
-            && let Err(e) = knbd::remove_left(self.facts.owner, &self.facts.dev, &self.volumes())
+            && let Err(e) = self.remove_left()
         {
             return refused(e);
         }
@@ -249,6 +256,21 @@ impl Fronts {
             Ok(()) => Reply::Done { text: String::new() },
             Err(e) => Reply::refused(Kind::Failed, format!("can't remove {}: {e}", self.memory().display())),
         }
+    }
+
+    /// Of devices that this daemon could not take over.
+    fn remove_left(&self) -> Result<(), FrontError> {
+        let Facts { owner, dev, .. } = &self.facts;
+        match self.left() {
+            Some(DeviceKind::Nbd) => knbd::remove_left(*owner, dev, &self.volumes()),
+            Some(DeviceKind::Ublk) => Ok(ublk::remove_left(*owner, dev, &self.volumes())?),
+            _ => Ok(()),
+        }
+    }
+
+    /// A front end is open, as far as that can be said without waiting.
+    pub fn is_open(&self) -> bool {
+        self.open.try_lock().is_ok_and(|open| open.is_some())
     }
 
     /// Lets go of the front end as the daemon ends; the next one opens it again.
@@ -299,7 +321,7 @@ impl FrontEnd for SocketServer {
 /// Whether this machine can have such a block device, or why not.
 fn usable(kind: DeviceKind) -> Result<(), String> {
     match kind {
-        DeviceKind::Ublk => Err("it is not in this build".into()),
+        DeviceKind::Ublk => ublk::usable().map_err(|e| e.to_string()),
         DeviceKind::Nbd => knbd::available(),
         DeviceKind::Fuse => {
             if !nix::unistd::geteuid().is_root() {

@@ -318,7 +318,7 @@ impl Client {
         let Request { cookie, op } = request;
         let held = match &op {
             Op::Read(extent) => extent.len() as usize,
-            Op::Write { data, .. } => data.len(),
+            Op::Write { data, .. } => data.len() as usize,
             Op::Zero { .. } | Op::Flush => 0,
         };
         self.requests += 1;

@@ -7,11 +7,13 @@ use crate::disk::IoError;
 use crate::front::Submit;
 use crate::front::knbd::Serve;
 use crate::front::nbd::Export;
+use crate::front::ublk::{Host, Queue, QueueId};
 use crate::node::event::{AdminOp, Answer, Op, Refusal};
 use crate::sys::wake::Waker;
 use bytes::Bytes;
-use crossbeam_channel::Sender;
+use crossbeam_channel::{Receiver, Sender};
 use std::fmt;
+use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
@@ -32,6 +34,9 @@ pub(super) enum Command {
     ServeNbd(ListenId, OwnedFd, Export),
     FinishNbd(ListenId, Duration, Reply<()>),
     CloseNbd(ListenId),
+    OpenQueue(QueueId, Box<Queue>, Reply<io::Result<()>>),
+    ParkQueue(QueueId),
+    CloseQueue(QueueId, Reply<io::Result<()>>),
     Stop,
 }
 
@@ -51,6 +56,12 @@ impl Gone for Result<Bytes, IoError> {
     }
 }
 
+impl Gone for io::Result<()> {
+    fn gone() -> Self {
+        Err(io::Error::other("the daemon is stopping"))
+    }
+}
+
 impl Gone for Answer {
     fn gone() -> Self {
         Answer::Refused(Refusal::Failed, "the daemon is stopping: start it again first".into())
@@ -64,6 +75,15 @@ impl Gone for () {
 impl<R: Gone> Reply<R> {
     fn new(done: Box<dyn FnOnce(R) + Send>) -> Reply<R> {
         Reply { done: Some(done) }
+    }
+
+    /// One whose answer is received elsewhere; when the loop is gone that is an answer, too.
+    fn channel() -> (Reply<R>, Receiver<R>)
+    where
+        R: Send + 'static,
+    {
+        let (tell, told) = crossbeam_channel::bounded(1);
+        (Reply::new(Box::new(move |answer| drop(tell.send(answer)))), told)
     }
 
     #[cfg(test)]
@@ -142,6 +162,24 @@ impl Handle {
     /// Where the group listens for its peers; the port is the real one.
     pub fn link_address(&self) -> Option<SocketAddr> {
         self.link_address
+    }
+}
+
+impl Host for Handle {
+    fn open(&self, id: QueueId, queue: Queue) -> Receiver<io::Result<()>> {
+        let (reply, told) = Reply::channel();
+        self.post(Command::OpenQueue(id, Box::new(queue), reply));
+        told
+    }
+
+    fn park(&self, id: QueueId) {
+        self.post(Command::ParkQueue(id));
+    }
+
+    fn close(&self, id: QueueId) -> Receiver<io::Result<()>> {
+        let (reply, told) = Reply::channel();
+        self.post(Command::CloseQueue(id, reply));
+        told
     }
 }
 

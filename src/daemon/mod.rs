@@ -12,6 +12,7 @@ mod frames;
 mod handle;
 mod links;
 mod reactor;
+mod ublk;
 
 pub use handle::{Handle, ListenId};
 
@@ -134,6 +135,10 @@ pub fn run(options: DaemonOptions, ready: impl FnOnce(Handle)) -> Result<(), Err
         tracing::info!(
             "the write cache may be swapped out: raise the limit on locked memory (LimitMEMLOCK) to prevent it"
         );
+    }
+    process::keep_freed_memory();
+    if !process::lock_memory() {
+        tracing::debug!("memory is not locked: that needs root");
     }
     if !process::become_io_flusher() {
         tracing::debug!("not an I/O flusher: CAP_SYS_RESOURCE is missing");

@@ -9,6 +9,7 @@ use super::clients::{ClientTag, Clients};
 use super::encoders::{Encoders, Finished};
 use super::handle::{Command, Reply};
 use super::links::{LinkTag, Links};
+use super::ublk::{Queues, UblkTag};
 use crate::disk::IoError;
 use crate::node::Node;
 use crate::node::event::{Action, Actions, AdminId, Answer, Event, Level, RequestId};
@@ -50,6 +51,7 @@ pub(super) enum Tag {
     Disk(disk::Tag),
     Link(LinkTag),
     Client(ClientTag),
+    Ublk(UblkTag),
 }
 
 impl From<disk::Tag> for Tag {
@@ -63,6 +65,8 @@ impl From<disk::Tag> for Tag {
 pub(super) enum Origin {
     /// An NBD client.
     Client { slot: usize, cookie: u64, held: usize },
+    /// A tag of a ublk queue.
+    Ublk { slot: usize, tag: u16 },
     /// A caller of `Handle::submit`.
     Caller(Reply<Result<Bytes, IoError>>),
 }
@@ -85,6 +89,7 @@ pub(super) struct Reactor<M> {
     disk: Disk,
     links: Links,
     clients: Clients,
+    queues: Queues,
     encoders: Encoders,
     commands: Receiver<Command>,
     waker: Arc<Waker>,
@@ -112,6 +117,7 @@ impl<M: Machine> Reactor<M> {
             disk,
             links,
             clients: Clients::default(),
+            queues: Queues::default(),
             encoders,
             commands,
             waker,
@@ -185,6 +191,11 @@ impl<M: Machine> Reactor<M> {
                 Command::ServeNbd(id, socket, export) => self.clients.serve(id, socket, &export),
                 Command::FinishNbd(id, limit, done) => self.clients.finish(id, self.now.mono, limit, done),
                 Command::CloseNbd(id) => self.clients.close(id, &mut self.ring),
+                Command::OpenQueue(id, queue, reply) => {
+                    reply.send(self.queues.open(id, *queue, &mut self.ring))
+                }
+                Command::ParkQueue(id) => self.queues.park(id),
+                Command::CloseQueue(id, reply) => self.queues.close(id, reply),
                 Command::Stop => self.end = Some(Ok(())),
             }
         }
@@ -217,6 +228,7 @@ impl<M: Machine> Reactor<M> {
                 Tag::Client(tag) => {
                     self.clients.complete(tag, completion, ring, now, &mut self.requests, events)
                 }
+                Tag::Ublk(tag) => self.queues.complete(tag, completion, ring, &mut self.requests, events),
             }
         }
         self.done = done;
@@ -294,6 +306,7 @@ impl<M: Machine> Reactor<M> {
     fn answer(&mut self, id: RequestId, result: Result<Bytes, IoError>) {
         match self.requests.try_remove(id.0 as usize) {
             Some(Origin::Client { slot, cookie, held }) => self.clients.answer(slot, cookie, held, result),
+            Some(Origin::Ublk { slot, tag }) => self.queues.answer(slot, tag, result, &mut self.ring),
             Some(Origin::Caller(reply)) => reply.send(result),
             None => tracing::error!("an answer to the unknown {id:?}: a defect of this program"),
         }

@@ -110,7 +110,7 @@ fn memory_disk(size: usize) -> impl FnMut(Option<Event>, Now, &mut Actions) + Se
         let result = match op {
             Op::Read(e) => Ok(Bytes::copy_from_slice(&bytes[range(e)])),
             Op::Write { extent, data, .. } => {
-                bytes[range(extent)].copy_from_slice(&data);
+                data.copy(&mut bytes[range(extent)]).unwrap();
                 Ok(Bytes::new())
             }
             Op::Zero { extent, .. } => {
@@ -133,7 +133,7 @@ fn requests_from_many_threads_are_answered_and_none_is_lost_at_the_end() {
                 for n in 0..500u64 {
                     let at = extent(thread * 4096, 512);
                     let data = Bytes::from(vec![n as u8; 512]);
-                    let write = Op::Write { extent: at, data, fua: false };
+                    let write = Op::Write { extent: at, data: data.into(), fua: false };
                     assert_eq!(submit(&handle, write).recv_timeout(LONG).unwrap(), Ok(Bytes::new()));
                     let read = submit(&handle, Op::Read(at)).recv_timeout(LONG).unwrap().unwrap();
                     assert_eq!(read[511], n as u8);

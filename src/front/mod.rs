@@ -14,6 +14,7 @@ pub mod links;
 pub mod loopdev;
 mod mounts;
 pub mod nbd;
+pub mod ublk;
 pub mod users;
 
 use crate::disk::IoError;

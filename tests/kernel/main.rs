@@ -80,6 +80,28 @@ fn nbd_alone() {
 }
 
 #[test]
+fn ublk_device() {
+    guest("device.bash", &["ublk"], 120);
+}
+
+#[test]
+fn ublk_database() {
+    guest("database.bash", &["ublk"], 120);
+}
+
+#[test]
+fn ublk_restart() {
+    let (rounds, limit) = rounds();
+    guest("restart.bash", &["ublk", rounds], limit);
+}
+
+#[test]
+fn ublk_alone() {
+    let long = std::env::var_os("VOLREP_LONG").is_some();
+    guest("ublk_alone.py", if long { &["kills:200"] } else { &[] }, if long { 1500 } else { 200 });
+}
+
+#[test]
 fn fuse_device() {
     guest("device.bash", &["fuse"], 120);
 }

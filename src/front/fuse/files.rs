@@ -295,7 +295,7 @@ impl Filesystem for Files {
             Ok(_) => reply.written(extent.len() as u32),
             Err(e) => reply.error(errno(e)),
         };
-        self.submit.submit(Op::Write { extent, data, fua }, Box::new(done));
+        self.submit.submit(Op::Write { extent, data: data.into(), fua }, Box::new(done));
     }
 
     fn fsync(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {

@@ -185,7 +185,7 @@ impl Session {
                 self.phase = Phase::RequestHeader(rules);
                 let payload = data.len();
                 let pending = Pending { handle, payload, read: None, structured: rules.structured() };
-                self.submit(pending, Op::Write { extent, data, fua }, requests);
+                self.submit(pending, Op::Write { extent, data: data.into(), fua }, requests);
             }
             Phase::PayloadSkip { rules, handle, left, fault } => {
                 let left = self.intake.skip(left);

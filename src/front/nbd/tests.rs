@@ -4,7 +4,7 @@
 
 use super::wire::{cmd, cmd_flag, flag, opt, rep};
 use super::*;
-use crate::disk::IoError;
+use crate::disk::{IoError, Payload};
 use bytes::Bytes;
 use proptest::prelude::*;
 use std::sync::Arc;
@@ -273,7 +273,7 @@ fn a_payload_that_arrives_whole_is_not_copied() {
     let mut session = ready(false);
     let bytes = Bytes::from([request(cmd_flag::FUA, cmd::WRITE, 5, 4096, 4096), vec![7; 4096]].concat());
     let requests = feed(&mut session, bytes.clone());
-    let Op::Write { extent, data, fua } = &requests[0].op else { panic!() };
+    let Op::Write { extent, data: Payload::Here(data), fua } = &requests[0].op else { panic!() };
     assert_eq!((extent.address().volume(), extent.address().offset(), *fua), (3, 4096, true));
     assert_eq!(data.as_ptr(), bytes[28..].as_ptr());
     session.complete(requests[0].cookie, Ok(Bytes::new()));
