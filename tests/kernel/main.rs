@@ -55,7 +55,7 @@ fn guest(script: &str, arguments: &[&str], limit: u32) {
 
 /// Rounds of killing a daemon.
 fn rounds() -> (&'static str, u32) {
-    if std::env::var_os("VOLREP_LONG").is_some() { ("200", 3000) } else { ("12", 200) }
+    if std::env::var_os("VOLREP_LONG").is_some() { ("200", 3000) } else { ("6", 200) }
 }
 
 #[test]

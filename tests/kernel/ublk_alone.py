@@ -320,7 +320,7 @@ def equal(node, shadow):
     assert same(node.backing(), shadow.backing(), os.path.getsize(node.backing())), "the shadow differs from the backing"
 
 
-def kills(program, rounds=8):
+def kills(program, rounds=5):
     killed(program, rounds)
 
 
