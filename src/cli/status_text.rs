@@ -179,7 +179,7 @@ mod tests {
                 "applied_lsn": 1, "lag_records": 0, "lag_bytes": 0, "lag_seconds": 0.0004, "heard_seconds_ago": 0.2,
                 "round_trip_seconds": 0.0001, "sent_bytes": 10u64 << 20,
             }],
-            "lag": null, "verified": null, "action": "none",
+            "lag": null, "verified": null, "refresh": null, "action": "none",
         }))
         .unwrap()
     }

@@ -64,6 +64,9 @@ impl Run {
             AdminOp::Drain => self.drain(id, false),
             AdminOp::Shutdown => self.drain(id, true),
             AdminOp::Promote { fenced, dry_run } => self.promote(id, fenced, dry_run),
+            AdminOp::Refresh(_) | AdminOp::RefreshStop => {
+                self.answer(id, Err((Refusal::Unreachable, "no shadow is connected".into())));
+            }
         }
     }
 

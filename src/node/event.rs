@@ -130,6 +130,27 @@ pub enum AdminOp {
         /// Only say what would happen.
         dry_run: bool,
     },
+    /// Prove a shadow equal, and repair it. On the primary it is handed to the connected shadow. Answered
+    /// once the comparison has begun (or goes on where an earlier one was interrupted); its progress and
+    /// its outcome are in [`Status::refresh`].
+    Refresh(Refresh),
+    /// End the comparison that is under way; what was repaired stays.
+    RefreshStop,
+}
+
+/// What a refresh is to do.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct Refresh {
+    /// On a primary with several shadows: the name of the one that is meant.
+    pub peer: Option<String>,
+    /// Trust what the hash index knows; read only the rest.
+    pub quick: bool,
+    /// Only compare: a shadow with differences stays as it is.
+    pub verify: bool,
+    /// Bytes of the volumes that each side may read in a second; 0: as fast as it goes.
+    pub rate: u64,
+    /// Don't go on where an interrupted one ended: begin anew.
+    pub restart: bool,
 }
 
 /// Why an administrator's request was not done. Each maps to one exit code of the CLI.

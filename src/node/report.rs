@@ -48,6 +48,7 @@ pub fn bare(cfg: &NodeConfig, state: &str, reason: Option<String>) -> Status {
         peers: vec![],
         lag: None,
         verified: None,
+        refresh: None,
     }
 }
 
