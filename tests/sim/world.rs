@@ -23,6 +23,7 @@ use volrep::node::Node;
 use volrep::node::config::{NodeConfig, PeerConfig, VolumeConfig};
 use volrep::node::event::{Actions, AdminId, AdminOp, Event};
 use volrep::node::status::Status;
+use volrep::resync::hash::Product;
 use volrep::units::{Extent, Generation, GroupId, HistoryPoint, Lsn, NodeId, Now, SECONDS, Term};
 
 /// A broken promise.
@@ -54,6 +55,8 @@ pub enum Coming {
     Disk { node: usize, incarnation: u32, ticket: u64 },
     /// An encoder is done.
     Encoded { node: usize, incarnation: u32, token: Token, encoded: Encoded },
+    /// A comparison's work is done.
+    Compared { node: usize, incarnation: u32, token: Token, product: Product },
     /// A dial ends, one way or the other.
     Dialed { node: usize, incarnation: u32, peer: usize },
     /// An end of a connection learns that it stands.
@@ -283,6 +286,9 @@ impl World {
             Coming::Encoded { node, incarnation, token, encoded } if self.lives(node, incarnation) => {
                 self.step(node, Event::Encoded { token, encoded })
             }
+            Coming::Compared { node, incarnation, token, product } if self.lives(node, incarnation) => {
+                self.step(node, Event::Compared { token, product })
+            }
             Coming::Dialed { node, incarnation, peer } if self.lives(node, incarnation) => {
                 self.dialed(node, peer)
             }
@@ -292,7 +298,10 @@ impl World {
             Coming::Verified { node, incarnation, extent, bytes, tick } if self.lives(node, incarnation) => {
                 self.verified(node, extent, &bytes, tick)
             }
-            Coming::Disk { .. } | Coming::Encoded { .. } | Coming::Dialed { .. } => Ok(()),
+            Coming::Disk { .. }
+            | Coming::Encoded { .. }
+            | Coming::Compared { .. }
+            | Coming::Dialed { .. } => Ok(()),
             Coming::Ask { node, incarnation } if self.lives(node, incarnation) => {
                 self.ask(node, AdminOp::Open, Purpose::Open)
             }
