@@ -15,7 +15,7 @@ use crate::extents::ExtentMap;
 use crate::format::record::{Content, Record};
 use crate::format::superblock::Superblock;
 use crate::journal::{Tail, tail_of};
-use crate::units::{Lsn, Now};
+use crate::units::{Extent, Lsn, Now};
 
 /// Payload bytes of one batch of records.
 const BATCH: u64 = 4 << 20;
@@ -158,9 +158,21 @@ impl Run {
             }
         }
         let Some(upto) = upto else { return false };
-        self.image.upto = Some(upto);
-        self.image.applier.begin(batch.iter().map(|(e, s)| (e, s.clone())));
+        self.begin_batch(batch.iter().map(|(e, s)| (e, s.clone())).collect(), Some(upto));
         true
+    }
+
+    /// Begins a batch of writes into the image: extents that do not overlap, in order. Not while one is
+    /// busy. `upto`: it is the records up to there; `None`: the image stays at its record.
+    pub(super) fn begin_batch(&mut self, batch: Vec<(Extent, Source)>, upto: Option<Tail>) {
+        self.image.upto = upto;
+        self.image.applier.begin(batch.into_iter());
+    }
+
+    /// Which files hold the image's bytes now: the parts of `extent`, in order.
+    #[expect(dead_code, reason = "the comparison reads by it")]
+    pub(super) fn image_reads(&self, extent: Extent) -> Vec<(Extent, File)> {
+        vec![(extent, File::Backing(extent.address().volume()))]
     }
 
     /// The answer to a request of the applier.
