@@ -37,6 +37,8 @@ pub mod front;
 pub mod journal;
 pub mod link;
 pub mod node;
+
+pub mod resync;
 pub mod role;
 pub mod sys;
 pub mod units;

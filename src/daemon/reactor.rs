@@ -189,6 +189,9 @@ impl<M: Machine> Reactor<M> {
         while let Some(finished) = self.encoders.finished() {
             match finished {
                 Finished::Encoded(token, encoded) => self.events.push_back(Event::Encoded { token, encoded }),
+                Finished::Compared(token, product) => {
+                    self.events.push_back(Event::Compared { token, product });
+                }
                 Finished::Resolved(peer, addresses) => {
                     self.links.resolved(peer, addresses, &mut self.ring, self.now.mono, &mut self.events);
                 }
@@ -271,6 +274,12 @@ impl<M: Machine> Reactor<M> {
                 if let Some(encoded) = self.encoders.encode(token, job) {
                     self.events.push_back(Event::Encoded { token, encoded });
                     // That took a while: what follows is later.
+                    self.now = clock::now();
+                }
+            }
+            Action::Compare { token, job } => {
+                if let Some(product) = self.encoders.compare(token, job) {
+                    self.events.push_back(Event::Compared { token, product });
                     self.now = clock::now();
                 }
             }

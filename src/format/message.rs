@@ -12,6 +12,7 @@
 //! Owns: this layout. Invariant: no length is believed before it is within [`MAX_BODY`].
 
 use super::FormatError;
+use super::compare::Compare;
 use super::fields::{Reader, Writer};
 use super::record::{MAX_RECORD, Record};
 use crate::units::{Generation, GroupId, HistoryPoint, Lsn, NodeId, Term};
@@ -156,6 +157,8 @@ pub enum Message {
         /// On a primary: journal bytes that the receiver has not told to be applied; 0 on a shadow.
         bytes: u64,
     },
+    /// Either: a word of the comparison of their images.
+    Compare(Box<Compare>),
 }
 
 /// A frame's header: what follows.
@@ -169,6 +172,8 @@ pub struct FrameHeader {
 }
 
 const RECORD: u8 = 6;
+const COMPARE: u8 = 20;
+const LAST: u8 = COMPARE;
 
 impl FrameHeader {
     /// Reads and bounds a header; nothing is allocated.
@@ -178,7 +183,7 @@ impl FrameHeader {
         if version != VERSION {
             return Err(FormatError::Version(u16::from(version)));
         }
-        if r.u16()? != 0 || kind > 9 {
+        if r.u16()? != 0 || kind > LAST {
             return Err(FormatError::Magic);
         }
         if len > MAX_BODY {
@@ -269,6 +274,10 @@ impl Message {
                 w.u64(*wall).u64(*echo).lsn(*tail).u64(*time).u64(*bytes);
                 9
             }
+            Message::Compare(word) => {
+                word.write(w);
+                COMPARE
+            }
         }
     }
 
@@ -302,6 +311,7 @@ impl Message {
                 time: r.u64()?,
                 bytes: r.u64()?,
             },
+            COMPARE => Message::Compare(Box::new(Compare::read(&mut r)?)),
             _ => return Err(FormatError::Magic),
         };
         r.end()?;

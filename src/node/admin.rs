@@ -64,13 +64,12 @@ impl Run {
             AdminOp::Drain => self.drain(id, false),
             AdminOp::Shutdown => self.drain(id, true),
             AdminOp::Promote { fenced, dry_run } => self.promote(id, fenced, dry_run),
-            AdminOp::Refresh(_) | AdminOp::RefreshStop => {
-                self.answer(id, Err((Refusal::Unreachable, "no shadow is connected".into())));
-            }
+            AdminOp::Refresh(wish) => self.refresh(id, wish),
+            AdminOp::RefreshStop => self.refresh_stop(id),
         }
     }
 
-    fn answer(&mut self, id: AdminId, outcome: Result<String, (Refusal, String)>) {
+    pub(super) fn answer(&mut self, id: AdminId, outcome: Result<String, (Refusal, String)>) {
         let answer = match outcome {
             Ok(text) => Answer::Done(text),
             Err((refusal, text)) => Answer::Refused(refusal, text),

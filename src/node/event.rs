@@ -8,6 +8,7 @@ use crate::disk::{DiskRequest, DiskResult, IoError, Token};
 use crate::format::message::Message;
 use crate::format::record::{EncodeJob, Encoded};
 use crate::node::status::Status;
+use crate::resync::hash::{Job, Product};
 use crate::units::{Extent, Lsn};
 use bytes::Bytes;
 
@@ -74,6 +75,13 @@ pub enum Event {
         token: Token,
         /// Its product.
         encoded: Encoded,
+    },
+    /// The answer to [`Action::Compare`].
+    Compared {
+        /// Of the job.
+        token: Token,
+        /// Its product.
+        product: Product,
     },
     /// A connection stands: one that [`Action::Dial`] asked for, or one from a peer.
     LinkUp {
@@ -192,6 +200,13 @@ pub enum Action {
         token: Token,
         /// The work.
         job: EncodeJob,
+    },
+    /// Hash, pack or unpack for a comparison; answer with [`Event::Compared`]. Any order, any thread.
+    Compare {
+        /// Comes back with the answer.
+        token: Token,
+        /// The work.
+        job: Job,
     },
     /// A front end's request is finished: a read's bytes, nothing otherwise.
     Complete {

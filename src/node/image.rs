@@ -54,6 +54,10 @@ pub struct Image {
     /// A checkpoint is wanted now, whatever its time.
     pub(super) hurry: bool,
     rotated_at: u64,
+    /// Repairs have their turn before the next records.
+    repair_next: bool,
+    /// Repairs were written that no sync covers.
+    pub(super) repaired: bool,
 }
 
 impl Image {
@@ -76,7 +80,14 @@ impl Image {
             checked_at: now.mono,
             hurry: false,
             rotated_at: 0,
+            repair_next: false,
+            repaired: false,
         }
+    }
+
+    /// Where the parts of `extent` of this image lie.
+    pub fn image_reads(&self, extent: Extent) -> Vec<(Extent, File)> {
+        vec![(extent, File::Backing(extent.address().volume()))]
     }
 
     /// Nothing of the backing is being changed.
@@ -110,8 +121,16 @@ impl Run {
     /// Batches of records, submissions, checkpoints; whether anything moved.
     pub(super) fn pump_image(&mut self) -> bool {
         let mut moved = false;
-        if !self.image.applier.is_busy() && self.image.applied.point.lsn < self.apply_limit() {
-            moved |= self.begin_records();
+        if !self.image.applier.is_busy() {
+            let due = self.image.applied.point.lsn < self.apply_limit();
+            // In turn, so that neither waits for the end of the other.
+            let repair = self.compare.job.has_repairs() && (!due || self.image.repair_next);
+            self.image.repair_next = !repair;
+            moved |= match (repair, due) {
+                (true, _) => self.begin_repairs(),
+                (false, true) => self.begin_records(),
+                (false, false) => false,
+            };
         }
         let cache = match &self.part {
             Part::Primary(p) => p.cache.as_ref(),
@@ -186,7 +205,7 @@ impl Run {
     }
 
     fn batch_done(&mut self) {
-        let Some(upto) = self.image.upto.take() else { return };
+        let Some(upto) = self.image.upto.take() else { return self.repairs_written() };
         self.image.applied = upto;
         match &mut self.part {
             Part::Primary(p) => p.written_back(&upto),
@@ -231,6 +250,7 @@ impl Run {
                     return false;
                 }
                 self.image.check = Check::Idle;
+                self.job_synced();
                 self.maps.settled();
                 self.links.checkpoint = tail.point.lsn;
                 self.update_keep();
@@ -244,7 +264,8 @@ impl Run {
             return false; // the superblock would name as durable what is being cut off
         }
         let tail = self.image.applied;
-        if tail.point.lsn <= self.meta.sb.checkpoint.lsn || self.image.applier.is_syncing() {
+        let news = tail.point.lsn > self.meta.sb.checkpoint.lsn || self.image.repaired;
+        if !news || self.image.applier.is_syncing() {
             self.image.hurry = false;
             return false;
         }
@@ -261,6 +282,8 @@ impl Run {
             self.maps.rotate(self.journal.tail().point);
         }
         let fence = self.fence();
+        self.image.repaired = self.image.applier.is_busy() && self.image.repaired;
+        self.job_syncing();
         self.disk.push(DiskRequest { token: Token::new(MAPS, 0), file: File::DirtyMaps, op: DiskOp::Sync });
         self.image.applier.sync(&mut self.disk);
         self.image.check = Check::Syncing { tail, fence, maps: false };

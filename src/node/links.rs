@@ -269,6 +269,7 @@ impl Run {
         {
             peer.state = "Disconnected";
         }
+        self.compare.forget(link);
         let gone = self.links.by_id.remove(&link);
         if gone.is_some_and(|l| matches!(l.state, LinkState::Receiving)) {
             self.forget_held();
@@ -296,6 +297,7 @@ impl Run {
         }
         let was_fed = matches!(l.state, LinkState::Receiving);
         l.state = LinkState::Closing;
+        self.compare.forget(link);
         if was_fed {
             self.forget_held();
         }
@@ -413,6 +415,8 @@ impl Run {
             }
             (LinkState::Receiving, Message::Record(record)) => self.received(link, record),
             (LinkState::Receiving, Message::Durable { lsn }) => self.announced(lsn),
+            (LinkState::Receiving, Message::Compare(word)) => self.heard_as_shadow(link, *word),
+            (LinkState::Sending(_), Message::Compare(word)) => self.heard_as_primary(link, *word),
             (_, Message::Heartbeat { wall, echo, tail, time, bytes }) if l.peer.is_some() => {
                 if matches!(l.state, LinkState::Receiving) {
                     self.links.heard = Heard { tail, time, bytes };

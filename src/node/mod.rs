@@ -10,6 +10,7 @@
 
 mod admin;
 mod boot;
+mod compare;
 pub mod config;
 pub mod event;
 mod feed;
@@ -19,6 +20,7 @@ mod image;
 mod links;
 mod meta;
 mod primary;
+mod refresh;
 mod report;
 mod run;
 mod sealing;
@@ -41,6 +43,7 @@ const READER: u8 = 4;
 const FRONT: u8 = 5;
 const MAPS: u8 = 6;
 const ENCODE: u8 = 7;
+const COMPARE: u8 = 8;
 
 /// A node. Feed it events; do what it asks.
 pub struct Node {

@@ -53,7 +53,7 @@ pub fn bare(cfg: &NodeConfig, state: &str, reason: Option<String>) -> Status {
 }
 
 /// Nanoseconds since 1970 as RFC 3339, to the millisecond; `None` for 0.
-fn rfc3339(time: u64) -> Option<String> {
+pub(super) fn rfc3339(time: u64) -> Option<String> {
     let time = jiff::Timestamp::from_millisecond((time / MILLIS) as i64).ok().filter(|_| time > 0)?;
     Some(format!("{time:.3}"))
 }
@@ -93,6 +93,8 @@ impl Run {
             record_bytes: self.links.record_bytes,
             peers: self.links.peers.iter().map(|p| self.peer(p)).collect(),
             lag: self.lag(),
+            verified: self.compare.job.verified.clone(),
+            refresh: self.compare.job.status().or(self.compare.told.as_ref()).cloned(),
             ..bare(&self.cfg, "", None)
         }
     }

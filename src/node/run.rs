@@ -4,6 +4,7 @@
 //! had anything more to do; a fault latches, and after it nothing is acknowledged (I10).
 
 use super::boot::Booted;
+use super::compare::Comparing;
 use super::config::NodeConfig;
 use super::event::{Action, Actions, Event, Level};
 use super::feed::Feed;
@@ -12,12 +13,13 @@ use super::links::Links;
 use super::meta::Meta;
 use super::primary::Primary;
 use super::shadow::Shadow;
-use super::{APPLY, ENCODE, FRONT, JOURNAL, JOURNAL_RECOVERY, MAPS, READER, SUPER};
+use super::{APPLY, COMPARE, ENCODE, FRONT, JOURNAL, JOURNAL_RECOVERY, MAPS, READER, SUPER};
 use crate::disk::{DiskRequest, DiskResult, IoError, Memory, Token};
 use crate::format::message::Role;
 use crate::journal::Journal;
 use crate::journal::maps::Maps;
 use crate::link::lag::Sample;
+use crate::resync::hash::HashKey;
 use crate::units::Now;
 
 /// What a node is.
@@ -48,6 +50,7 @@ pub struct Run {
     pub(super) read_ids: u64,
     pub(super) fault: Option<String>,
     pub(super) admin: super::admin::Admin,
+    pub(super) compare: Comparing,
 }
 
 impl Run {
@@ -79,6 +82,7 @@ impl Run {
             read_ids: 0,
             fault: None,
             admin: super::admin::Admin::default(),
+            compare: Comparing::new(HashKey::of(cfg.group)),
             cfg,
         };
         run.update_keep();
@@ -106,6 +110,7 @@ impl Run {
             Event::Request { id, op } => self.request(id, op),
             Event::Disk { token, result } => self.disk_done(token, result),
             Event::Encoded { token, encoded } => self.encoded(token.id(), encoded),
+            Event::Compared { token, product } => self.compared(token.id(), product),
             Event::LinkUp { link, dialed, nonce } => self.link_up(link, dialed, nonce),
             Event::Message { link, message } => self.message(link, message),
             Event::LinkDown { link } => self.link_down(link),
@@ -148,6 +153,7 @@ impl Run {
             self.wake_at(at);
         }
         moved |= self.pump_links();
+        moved |= self.pump_refresh();
         moved | self.pump_admin()
     }
 
@@ -171,6 +177,10 @@ impl Run {
             MAPS => self.maps_synced(result).map_err(|e| ("writing the dirty maps", e)),
             FRONT => {
                 self.read_done(token.id(), result);
+                Ok(())
+            }
+            COMPARE => {
+                self.image_read(token.id(), result);
                 Ok(())
             }
             READER => self.reader_done(token.id(), &result).map_err(|e| ("reading the journal", e)),

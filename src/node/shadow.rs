@@ -168,6 +168,7 @@ impl Run {
             let wanted = record.stamp.flags & flags::SYNC != 0;
             self.journal.append(self.now, &record, wanted, &mut self.disk);
             super::boot::note(&mut self.meta.sb, &mut self.maps, &record);
+            self.job_touched(&record);
             self.links.record_bytes += record.wire_len();
             self.feed.push(record, self.journal.written());
             moved = true;
