@@ -30,7 +30,7 @@ impl Run {
             return self.drop_link(link, "the journal is too full for it to catch up");
         }
         let known = &mut self.meta.sb.peers;
-        let peer = Peer { node, name, durable: from.prev(), behind: false };
+        let peer = Peer { node, name, durable: from.prev(), behind: false, resyncing: false };
         match known.iter().position(|k| k.node == node) {
             Some(i) => known[i] = peer,
             None if known.len() < MAX_PEERS => known.push(peer),

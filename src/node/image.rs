@@ -188,12 +188,6 @@ impl Run {
         self.image.applier.begin(batch.into_iter());
     }
 
-    /// Which files hold the image's bytes now: the parts of `extent`, in order.
-    #[expect(dead_code, reason = "the comparison reads by it")]
-    pub(super) fn image_reads(&self, extent: Extent) -> Vec<(Extent, File)> {
-        vec![(extent, File::Backing(extent.address().volume()))]
-    }
-
     /// The answer to a request of the applier.
     pub(super) fn applied(&mut self, id: u64, result: DiskResult) -> Result<(), IoError> {
         match self.image.applier.complete(id, result)? {

@@ -502,7 +502,7 @@ impl Run {
             None => Source::Zeroes,
         };
         self.image.repaired = true;
-        self.image.applier.begin(batch.into_iter().map(|(extent, bytes)| (extent, source(bytes))));
+        self.begin_batch(batch.into_iter().map(|(extent, bytes)| (extent, source(bytes))).collect(), None);
         true
     }
 

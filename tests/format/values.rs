@@ -7,7 +7,9 @@ use volrep::disk::aligned;
 use volrep::format::message::{Identity, Message, Opening, Role, Verdict};
 use volrep::format::record::{self, Compressor, Content, EncodeJob, Kind, Record, Stamp};
 use volrep::format::segment::SegmentHeader;
-use volrep::format::superblock::{Geometry, MapRange, Peer, Superblock, Volume};
+use volrep::format::superblock::{
+    Anchor, Geometry, MapRange, OldImage, Peer, Resync, ResyncStage, Superblock, Verified, Volume,
+};
 use volrep::units::{Address, Extent, Generation, GroupId, Hash, HistoryPoint, Lsn, NodeId, Term};
 
 pub fn group() -> GroupId {
@@ -89,6 +91,10 @@ pub fn segment() -> SegmentHeader {
     }
 }
 
+pub fn anchor(lsn: u64) -> Anchor {
+    Anchor { point: point(lsn), generation: generation(lsn as u32), last_write: lsn << 8, time: lsn << 16 }
+}
+
 pub fn superblock() -> Superblock {
     Superblock {
         sequence: 0x0202,
@@ -101,6 +107,8 @@ pub fn superblock() -> Superblock {
         checkpoint_write: 0x0404,
         checkpoint_generation: generation(5),
         checkpoint_segment: 0x0505,
+        base: anchor(33),
+        base_segment: 0x0504,
         floor: Lsn(0x0606),
         limit: Lsn(0x0707),
         blank: true,
@@ -116,12 +124,25 @@ pub fn superblock() -> Superblock {
             Opening { generation: generation(1), at: point(0) },
             Opening { generation: generation(2), at: point(12) },
         ],
+        maps_id: 0x0a0a,
         maps: vec![MapRange { slot: 2, from: point(13) }],
         sync_set: vec![NodeId(0x0808), NodeId(0x0909)],
         peers: vec![
-            Peer { node: NodeId(0x0808), name: "db2".into(), durable: Lsn(39), behind: false },
-            Peer { node: NodeId(0x0909), name: "db3".into(), durable: Lsn(11), behind: true },
+            Peer { node: NodeId(0x0808), name: "db2".into(), durable: Lsn(39), behind: false, resyncing: true },
+            Peer { node: NodeId(0x0909), name: "db3".into(), durable: Lsn(11), behind: true, resyncing: false },
         ],
+        resync: Some(Resync {
+            job: 0x0d01,
+            stage: ResyncStage::Staging,
+            since: Some(point(14)),
+            progress: 0x0d02,
+            compared: Some(Lsn(0x0d03)),
+            old: Some(OldImage {
+                at: anchor(34),
+                openings: vec![Opening { generation: generation(9), at: point(15) }],
+            }),
+        }),
+        verified: Some(Verified { time: 0x0d04, lsn: Lsn(0x0d05), differences: 0x0d06 }),
     }
 }
 

@@ -48,6 +48,7 @@ fn digest(message: &Message) -> (u64, u64) {
             (8, received.0 << 40 ^ durable.0 << 20 ^ applied.0)
         }
         Message::Heartbeat { tail, .. } => (9, tail.0),
+        Message::Compare(word) => (20, word.wire_len()),
     }
 }
 
@@ -70,6 +71,13 @@ impl World {
                     let incarnation = self.hosts[node].incarnation;
                     let delay = 2_000 + self.rng.below(20_000 + size / 2);
                     self.after(delay, Coming::Encoded { node, incarnation, token, encoded });
+                }
+                Action::Compare { token, job } => {
+                    self.trace.note(self.now, node, "compare", [token.0, job.len() as u64, 0]);
+                    let incarnation = self.hosts[node].incarnation;
+                    let delay = 2_000 + self.rng.below(20_000 + job.len() as u64 / 2);
+                    let product = job.run();
+                    self.after(delay, Coming::Compared { node, incarnation, token, product });
                 }
                 Action::Complete { id, result } => self.complete(node, id.0, result)?,
                 Action::Dial { peer } => {

@@ -10,7 +10,7 @@ use volrep::disk::File;
 use volrep::format::message::{Message, Role};
 use volrep::format::record::Record;
 use volrep::format::superblock::{SLOT, Superblock};
-use volrep::journal::maps::Maps;
+use volrep::journal::maps::{Maps, MapsId};
 use volrep::units::{Address, Extent, Hash, HistoryPoint, Term};
 
 /// What is known of a host.
@@ -148,8 +148,14 @@ impl World {
             return Ok(());
         };
         let sizes: Vec<_> = s.volumes.iter().map(|v| (v.number, v.size)).collect();
-        let maps = Maps::new(Box::new(host.maps.content()), &sizes, s.maps.clone(), first.from);
+        let id = MapsId { group: s.group, node: s.node, number: s.maps_id };
+        let nobody = MapsId { number: u64::MAX, ..id };
+        let memory = Box::new(host.maps.content());
+        let maps = Maps::new(memory, &sizes, s.maps.clone(), first.from, (id, nobody));
         let maps = maps.or_else(|text| broken("I9", text))?;
+        if maps.number() != id.number {
+            return Ok(()); // the node will see that, too
+        }
         for range in &s.maps {
             // A map may begin after the checkpoint, whose records recovery marks again; or at a record
             // that was cut off, which is nobody's past.

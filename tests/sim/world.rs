@@ -18,11 +18,12 @@ use std::collections::BTreeMap;
 use volrep::disk::{File, Token};
 use volrep::format::message::Role;
 use volrep::format::record::{Compressor, Encoded, origin};
-use volrep::format::superblock::{Geometry, SLOT, Superblock, Volume};
+use volrep::format::superblock::{Anchor, Geometry, SLOT, Superblock, Volume};
 use volrep::node::Node;
 use volrep::node::config::{NodeConfig, PeerConfig, VolumeConfig};
 use volrep::node::event::{Actions, AdminId, AdminOp, Event};
 use volrep::node::status::Status;
+use volrep::resync::hash::Product;
 use volrep::units::{Extent, Generation, GroupId, HistoryPoint, Lsn, NodeId, Now, SECONDS, Term};
 
 /// A broken promise.
@@ -54,6 +55,8 @@ pub enum Coming {
     Disk { node: usize, incarnation: u32, ticket: u64 },
     /// An encoder is done.
     Encoded { node: usize, incarnation: u32, token: Token, encoded: Encoded },
+    /// A worker is done with a piece of a comparison.
+    Compared { node: usize, incarnation: u32, token: Token, product: Product },
     /// A dial ends, one way or the other.
     Dialed { node: usize, incarnation: u32, peer: usize },
     /// An end of a connection learns that it stands.
@@ -283,6 +286,10 @@ impl World {
             Coming::Encoded { node, incarnation, token, encoded } if self.lives(node, incarnation) => {
                 self.step(node, Event::Encoded { token, encoded })
             }
+            Coming::Compared { node, incarnation, token, product } if self.lives(node, incarnation) => {
+                self.step(node, Event::Compared { token, product })
+            }
+            Coming::Compared { .. } => Ok(()),
             Coming::Dialed { node, incarnation, peer } if self.lives(node, incarnation) => {
                 self.dialed(node, peer)
             }
@@ -513,6 +520,8 @@ fn superblock(
         checkpoint_write: 0,
         checkpoint_generation: Generation::default(),
         checkpoint_segment: 1,
+        base: Anchor::default(),
+        base_segment: 1,
         floor: Lsn(0),
         limit: Lsn(0),
         blank: true,
@@ -525,6 +534,9 @@ fn superblock(
         maps: Vec::new(),
         sync_set: Vec::new(),
         peers: Vec::new(),
+        maps_id: 0,
+        resync: None,
+        verified: None,
     }
 }
 
