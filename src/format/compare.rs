@@ -262,9 +262,8 @@ impl Compare {
         Ok(match kind {
             1 => {
                 let (start, len, quick) = (r.u64()?, r.u64()?, r.flag("quick")?);
-                let extent = Extent::new(Address(start), len).filter(|e| {
-                    e.len() <= WINDOW && e.address().offset().is_multiple_of(EXTENT)
-                });
+                let extent = Extent::new(Address(start), len)
+                    .filter(|e| e.len() <= WINDOW && e.address().offset().is_multiple_of(EXTENT));
                 let extent = extent.ok_or(FormatError::Field("window"))?;
                 Compare::Open { window, extent, wanted: bytes(r, BITMAP, "wanted")?, quick }
             }

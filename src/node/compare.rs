@@ -108,7 +108,7 @@ impl Run {
 
     fn open_window(&mut self, link: LinkId, number: u32, extent: Extent, wanted: &[u8], quick: bool) {
         let volume = self.meta.sb.volumes.iter().find(|v| v.number == extent.address().volume());
-        if !volume.is_some_and(|v| extent.address().offset() + extent.len() <= v.size) {
+        if volume.is_none_or(|v| extent.address().offset() + extent.len() > v.size) {
             return self.drop_link(link, "it asked for a window outside of the volumes");
         }
         let cache = match &self.part {
@@ -156,7 +156,8 @@ impl Run {
                 }
                 Task::Work(window, purpose, job) => self.do_work(side, serial, window, purpose, job),
                 Task::Read(window, purpose, extent) => {
-                    let call = Call { side, serial, window, purpose, extent: Some(extent), pieces: Vec::new() };
+                    let call =
+                        Call { side, serial, window, purpose, extent: Some(extent), pieces: Vec::new() };
                     let id = self.compare.calls.insert(call);
                     match side {
                         Side::Source(_) => self.read_served(id, extent),

@@ -14,13 +14,15 @@ use super::status::{DifferentRange, RefreshStatus, Verified};
 use crate::apply::Source;
 use crate::format::compare::{Compare, MAX_REPORT};
 use crate::format::record::Record;
+use crate::resync::MAX_OPEN;
 use crate::resync::plan::{Meter, Plan, Throttle};
 use crate::resync::target::{Finished, Target};
-use crate::resync::MAX_OPEN;
 use crate::units::{Extent, Lsn, SECONDS};
 
 /// Ranges that are told.
 const MAX_RANGES: usize = 1000;
+/// Ranges that are logged one by one.
+const MAX_LINES: usize = 16;
 /// Payload bytes of one batch of repairs.
 const BATCH: u64 = 4 << 20;
 
@@ -116,7 +118,8 @@ impl Run {
     fn refresh_there(&mut self, id: AdminId, wish: &Refresh) {
         let fed = |l: &super::links::Link| matches!(l.state, LinkState::Sending(_));
         let name = |l: &super::links::Link| l.peer().and_then(|n| self.links.view(n)).map(|v| v.name.clone());
-        let fed = self.links.by_id.iter().filter(|(_, l)| fed(l)).map(|(id, l)| (*id, name(l).unwrap_or_default()));
+        let fed =
+            self.links.by_id.iter().filter(|(_, l)| fed(l)).map(|(id, l)| (*id, name(l).unwrap_or_default()));
         let mut fed: Vec<(LinkId, String)> = fed.collect();
         if let Some(peer) = &wish.peer {
             fed.retain(|(_, name)| name == peer);
@@ -377,18 +380,25 @@ impl Run {
         status.skipped += window.skipped;
         status.differ += window.different.iter().map(|e| e.len()).sum::<u64>();
         status.repaired = job.target.repaired;
-        let room = MAX_RANGES.saturating_sub(status.ranges.len());
+        let before = status.ranges.len();
+        let room = MAX_RANGES.saturating_sub(before);
         status.ranges.extend(window.different.iter().take(room).map(|e| range(e, None)));
         let rotten = window.rotten.iter().map(|e| range(e, Some(&own)));
         let theirs = window.their_rotten.iter().map(|e| range(e, Some(&primary)));
         let room = MAX_RANGES.saturating_sub(status.rotten.len());
         status.rotten.extend(rotten.chain(theirs).take(room));
+        let room = MAX_LINES.saturating_sub(before);
         let lines: Vec<String> = window
             .different
             .iter()
-            .take(8)
+            .take(room)
             .map(|e| range(e, None))
-            .map(|r| format!("{}: {} at {}, {} bytes, differed from the primary", status.cause, r.volume, r.offset, r.len))
+            .map(|r| {
+                format!(
+                    "{}: {} at {}, {} bytes, differed from the primary",
+                    status.cause, r.volume, r.offset, r.len
+                )
+            })
             .collect();
         lines.into_iter().for_each(|line| self.log(Level::Warn, line));
     }
@@ -404,7 +414,8 @@ impl Run {
         let wire = self.compare.job.wire;
         let Some(job) = &mut self.compare.job.job else { return };
         job.status.compared = job.plan.before(job.low_water());
-        let waits = if job.throttle.wait(now).is_some() { Some("the rate limit") } else { job.target.waits_for() };
+        let waits =
+            if job.throttle.wait(now).is_some() { Some("the rate limit") } else { job.target.waits_for() };
         job.meter.sample(now, job.status.compared, waits);
         job.status.repaired = job.target.repaired;
         job.status.wire = wire;

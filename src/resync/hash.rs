@@ -148,22 +148,19 @@ const CHUNKS: usize = LEAF as usize / CHUNK;
 /// the processor hashes as many inputs at once as its vectors are wide.
 fn whole_extent(key: &HashKey, bytes: &[u8; EXTENT as usize], out: &mut [[u8; 32]; EXTENT_LEAVES]) {
     let platform = Platform::detect();
-    let words: [u32; 8] = std::array::from_fn(|i| {
-        u32::from_le_bytes(key.0[4 * i..4 * i + 4].try_into().expect("four bytes"))
-    });
-    let mut chunks = [[[0u8; 32]; CHUNKS]; EXTENT_LEAVES];
-    let mut column = [[0u8; 32]; EXTENT_LEAVES];
-    for n in 0..CHUNKS {
+    let words: [u32; 8] =
+        std::array::from_fn(|i| u32::from_le_bytes(key.0[4 * i..4 * i + 4].try_into().expect("four bytes")));
+    let mut columns = [[[0u8; 32]; EXTENT_LEAVES]; CHUNKS];
+    for (n, column) in columns.iter_mut().enumerate() {
         let input: [&[u8; CHUNK]; EXTENT_LEAVES] = std::array::from_fn(|leaf| {
             let at = leaf * LEAF as usize + n * CHUNK;
             bytes[at..at + CHUNK].try_into().expect("a chunk")
         });
         let (same, ends) = (IncrementCounter::No, (CHUNK_START, CHUNK_END));
         platform.hash_many(&input, &words, n as u64, same, KEYED, ends.0, ends.1, column.as_flattened_mut());
-        for (leaf, hash) in column.iter().enumerate() {
-            chunks[leaf][n] = *hash;
-        }
     }
+    let chunks: [[[u8; 32]; CHUNKS]; EXTENT_LEAVES] =
+        std::array::from_fn(|leaf| std::array::from_fn(|n| columns[n][leaf]));
     let mut parents = [[[0u8; 32]; 2]; EXTENT_LEAVES];
     let pairs: [&[u8; 64]; 2 * EXTENT_LEAVES] = std::array::from_fn(|i| {
         chunks[i / 2][2 * (i % 2)..2 * (i % 2) + 2].as_flattened().try_into().expect("two hashes")

@@ -8,9 +8,7 @@
 use super::hash::{HashKey, Hashes, Job, Product, window_root};
 use super::touched::Touched;
 use super::{CHUNK, MAX_OPEN, READING, extents, leaves, part, runs};
-use crate::format::compare::{
-    Compare, EXTENT, EXTENT_LEAVES, ExtentLeaves, LEAF, MAX_BATCH, Root, Run,
-};
+use crate::format::compare::{Compare, EXTENT, EXTENT_LEAVES, ExtentLeaves, LEAF, MAX_BATCH, Root, Run};
 use crate::units::{Extent, Lsn};
 use bytes::Bytes;
 use std::collections::{BTreeMap, VecDeque};
@@ -104,7 +102,8 @@ impl Source {
             return Err("more windows than it may open");
         }
         let count = extents(extent);
-        let is_wanted = |i: usize| wanted.is_empty() || wanted.get(i / 8).is_some_and(|b| b >> (i % 8) & 1 == 1);
+        let is_wanted =
+            |i: usize| wanted.is_empty() || wanted.get(i / 8).is_some_and(|b| b >> (i % 8) & 1 == 1);
         let wanted: Vec<bool> = (0..count).map(is_wanted).collect();
         let mut touched = Touched::new(extent);
         newer.for_each(|e| touched.touch(e));
@@ -257,7 +256,8 @@ impl Source {
         }
         let is_touched = |i: usize| touched[i / 8] >> (i % 8) & 1 == 1;
         let zero = Root::default();
-        let counted = |(i, root): (usize, &Option<Root>)| if is_touched(i) { zero } else { root.unwrap_or(zero) };
+        let counted =
+            |(i, root): (usize, &Option<Root>)| if is_touched(i) { zero } else { root.unwrap_or(zero) };
         let roots: Vec<Root> = w.roots.iter().enumerate().map(counted).collect();
         let root = window_root(&self.key, roots.iter());
         let rotten = std::mem::take(&mut w.rotten);

@@ -155,7 +155,8 @@ impl Target {
         out: &mut Vec<Task>,
     ) {
         let count = extents(extent);
-        let is_wanted = |i: usize| wanted.is_empty() || wanted.get(i / 8).is_some_and(|b| b >> (i % 8) & 1 == 1);
+        let is_wanted =
+            |i: usize| wanted.is_empty() || wanted.get(i / 8).is_some_and(|b| b >> (i % 8) & 1 == 1);
         let flags: Vec<bool> = (0..count).map(is_wanted).collect();
         let indexed: Vec<_> = (0..count).map(|i| index(i).filter(|_| flags[i])).collect();
         let read = |i: usize| flags[i] && !(quick && indexed[i].is_some());
@@ -357,7 +358,8 @@ impl Target {
         if w.batches.get_mut(&batch).filter(whole_batch).is_none() {
             return;
         }
-        let Some(Batch { leaves, own, data: Some((touched, Some(bytes))), .. }) = w.batches.remove(&batch) else {
+        let Some(Batch { leaves, own, data: Some((touched, Some(bytes))), .. }) = w.batches.remove(&batch)
+        else {
             return;
         };
         let mut at = 0;
@@ -515,7 +517,11 @@ impl Target {
             skipped: w.skipped,
             learned: (0..count).filter(same).filter_map(|i| Some((i, w.roots[i]?))).collect(),
             rotten: (0..count).filter(rotten).filter_map(|i| part(w.extent, EXTENT, i, 1)).collect(),
-            their_rotten: w.their_rotten.iter().filter_map(|i| part(w.extent, EXTENT, (*i).into(), 1)).collect(),
+            their_rotten: w
+                .their_rotten
+                .iter()
+                .filter_map(|i| part(w.extent, EXTENT, (*i).into(), 1))
+                .collect(),
         });
         out.push(Task::Say(Compare::Close { window: number }));
     }

@@ -15,3 +15,4 @@ mod outage;
 mod pair;
 #[path = "../place/mod.rs"]
 mod place;
+mod refresh;

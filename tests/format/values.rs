@@ -128,8 +128,20 @@ pub fn superblock() -> Superblock {
         maps: vec![MapRange { slot: 2, from: point(13) }],
         sync_set: vec![NodeId(0x0808), NodeId(0x0909)],
         peers: vec![
-            Peer { node: NodeId(0x0808), name: "db2".into(), durable: Lsn(39), behind: false, resyncing: true },
-            Peer { node: NodeId(0x0909), name: "db3".into(), durable: Lsn(11), behind: true, resyncing: false },
+            Peer {
+                node: NodeId(0x0808),
+                name: "db2".into(),
+                durable: Lsn(39),
+                behind: false,
+                resyncing: true,
+            },
+            Peer {
+                node: NodeId(0x0909),
+                name: "db3".into(),
+                durable: Lsn(11),
+                behind: true,
+                resyncing: false,
+            },
         ],
         resync: Some(Resync {
             job: 0x0d01,

@@ -73,10 +73,11 @@ impl World {
                     self.after(delay, Coming::Encoded { node, incarnation, token, encoded });
                 }
                 Action::Compare { token, job } => {
-                    self.trace.note(self.now, node, "compare", [token.0, job.len() as u64, 0]);
-                    let incarnation = self.hosts[node].incarnation;
-                    let delay = 2_000 + self.rng.below(20_000 + job.len() as u64 / 2);
+                    let size = job.len() as u64;
+                    self.trace.note(self.now, node, "compare", [token.0, size, 0]);
                     let product = job.run();
+                    let incarnation = self.hosts[node].incarnation;
+                    let delay = 2_000 + self.rng.below(20_000 + size / 2);
                     self.after(delay, Coming::Compared { node, incarnation, token, product });
                 }
                 Action::Complete { id, result } => self.complete(node, id.0, result)?,

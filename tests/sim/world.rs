@@ -55,7 +55,7 @@ pub enum Coming {
     Disk { node: usize, incarnation: u32, ticket: u64 },
     /// An encoder is done.
     Encoded { node: usize, incarnation: u32, token: Token, encoded: Encoded },
-    /// A worker is done with a piece of a comparison.
+    /// A comparison's work is done.
     Compared { node: usize, incarnation: u32, token: Token, product: Product },
     /// A dial ends, one way or the other.
     Dialed { node: usize, incarnation: u32, peer: usize },
@@ -289,7 +289,6 @@ impl World {
             Coming::Compared { node, incarnation, token, product } if self.lives(node, incarnation) => {
                 self.step(node, Event::Compared { token, product })
             }
-            Coming::Compared { .. } => Ok(()),
             Coming::Dialed { node, incarnation, peer } if self.lives(node, incarnation) => {
                 self.dialed(node, peer)
             }
@@ -299,7 +298,10 @@ impl World {
             Coming::Verified { node, incarnation, extent, bytes, tick } if self.lives(node, incarnation) => {
                 self.verified(node, extent, &bytes, tick)
             }
-            Coming::Disk { .. } | Coming::Encoded { .. } | Coming::Dialed { .. } => Ok(()),
+            Coming::Disk { .. }
+            | Coming::Encoded { .. }
+            | Coming::Compared { .. }
+            | Coming::Dialed { .. } => Ok(()),
             Coming::Ask { node, incarnation } if self.lives(node, incarnation) => {
                 self.ask(node, AdminOp::Open, Purpose::Open)
             }
