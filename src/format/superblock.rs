@@ -86,6 +86,8 @@ pub struct OldImage {
     pub at: Anchor,
     /// The openings that led there.
     pub openings: Vec<Opening>,
+    /// The sync set there.
+    pub sync_set: Vec<NodeId>,
 }
 
 /// A shadow on its way to an image that its journal can't lead to.
@@ -228,6 +230,9 @@ impl Resync {
         w.option(self.old.as_ref(), |w, old| {
             old.at.write(w);
             w.list(&old.openings, |w, o| o.write(w));
+            w.list(&old.sync_set, |w, n| {
+                w.node(*n);
+            });
         });
     }
     fn read(r: &mut Reader) -> Result<Resync, FormatError> {
@@ -246,6 +251,7 @@ impl Resync {
                 Ok(OldImage {
                     at: Anchor::read(r)?,
                     openings: r.list(MAX_GENERATIONS, "old openings", Opening::read)?,
+                    sync_set: r.list(MAX_PEERS, "old sync set", Reader::node)?,
                 })
             })?,
         };

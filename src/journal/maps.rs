@@ -211,6 +211,29 @@ impl Maps {
     }
 }
 
+/// At most `most` extents that cover all of `extents`, which are in order: the nearest neighbours within a
+/// volume are joined.
+pub fn joined(extents: Vec<Extent>, most: usize) -> Vec<Extent> {
+    let (mut list, mut gap) = (extents, GRANULE);
+    let volumes = list.chunk_by(|a, b| a.address().volume() == b.address().volume()).count();
+    while list.len() > most.max(volumes) {
+        let mut fewer: Vec<Extent> = Vec::new();
+        for e in list {
+            if let Some(last) = fewer.last_mut()
+                && last.address().volume() == e.address().volume()
+                && e.start() - (last.start() + last.len()) <= gap
+            {
+                let len = e.start() + e.len() - last.start();
+                *last = Extent::new(last.address(), len).expect("within one volume");
+            } else {
+                fewer.push(e);
+            }
+        }
+        (list, gap) = (fewer, gap * 2);
+    }
+    list
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -317,6 +340,24 @@ mod tests {
         let mut torn = file.clone();
         torn[40] ^= 1;
         assert_eq!(since(&torn, id(1)), lost, "damaged");
+    }
+
+    #[test]
+    fn joining_covers_all_and_crosses_no_volume() {
+        let list: Vec<_> = (0..100u64)
+            .map(|i| extent((i / 60) as u8 * 3, (i * i % 60 * 60 + i % 60) * GRANULE, GRANULE))
+            .collect();
+        let mut list: Vec<_> = list.into_iter().collect();
+        list.sort_unstable();
+        list.dedup();
+        for most in [0, 1, 2, 5, 30, 1000] {
+            let few = joined(list.clone(), most);
+            assert!(few.len() <= most.max(2), "{} of {most}", few.len());
+            for e in &list {
+                assert!(few.iter().any(|f| f.start() <= e.start() && e.end() <= f.end()));
+            }
+        }
+        assert_eq!(joined(list.clone(), list.len()), list);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! Owns: the table. Invariant (I9): "nothing to resync" is never concluded from labels: the outcome
 //! [`Decision::Compare`] still makes both sides compare a chain hash.
 
-use crate::format::message::{Identity, Opening, Role};
+use crate::format::message::{Cause, Identity, Opening, Role};
 use crate::units::{Generation, HistoryPoint, Lsn, Term};
 
 /// A peer's highest term against the own one.
@@ -58,7 +58,7 @@ pub enum Decision {
     /// Compare chain hashes at the candidate; continue from there if they are equal.
     Compare,
     /// A resync is needed; why.
-    Resync(&'static str),
+    Resync(Cause),
     /// The histories differ; nothing is merged.
     Diverged,
     /// No; why.
@@ -86,16 +86,16 @@ pub fn decide(f: Facts) -> Decision {
         (Role::Primary, Role::Shadow, TermOrder::Lower | TermOrder::Equal) => {}
     }
     if !f.lineage_known {
-        return Resync("its last generation is not in this node's history");
+        return Resync(Cause::Lineage);
     }
     if !f.keeps_applied {
         return Diverged;
     }
     if !f.held {
-        return Resync("the journal no longer holds what it lacks");
+        return Resync(Cause::Behind);
     }
     if !f.common_start {
-        return Resync("it has never had a full copy");
+        return Resync(Cause::NeverCopied);
     }
     Compare
 }
@@ -198,6 +198,7 @@ mod tests {
             oldest: point(0),
             applied: Lsn(0),
             openings: vec![],
+            resyncing: false,
         };
         let find = |start, lsn| candidate(&openings, point(30), &shadow(start, lsn));
         assert_eq!(find(1, 8), Some((Lsn(8), None)));

@@ -4,7 +4,7 @@
 
 use bytes::Bytes;
 use volrep::disk::aligned;
-use volrep::format::message::{Identity, Message, Opening, Role, Verdict};
+use volrep::format::message::{Cause, Identity, Message, Opening, Role, Verdict};
 use volrep::format::record::{self, Compressor, Content, EncodeJob, Kind, Record, Stamp};
 use volrep::format::segment::SegmentHeader;
 use volrep::format::superblock::{
@@ -152,6 +152,7 @@ pub fn superblock() -> Superblock {
             old: Some(OldImage {
                 at: anchor(34),
                 openings: vec![Opening { generation: generation(9), at: point(15) }],
+                sync_set: vec![NodeId(0x0d07)],
             }),
         }),
         verified: Some(Verified { time: 0x0d04, lsn: Lsn(0x0d05), differences: 0x0d06 }),
@@ -172,6 +173,7 @@ pub fn identity() -> Identity {
         oldest: point(20),
         applied: Lsn(48),
         openings: vec![Opening { generation: generation(2), at: point(12) }],
+        resyncing: true,
     }
 }
 
@@ -182,7 +184,14 @@ pub fn messages() -> Vec<(&'static str, Message)> {
         ("challenge", Message::Challenge { nonce: [0x55; 32] }),
         ("hello", Message::Hello { identity: Box::new(identity()), nonce: [0x66; 32], proof: [0x67; 32] }),
         ("welcome_compare", welcome(Verdict::Compare(point(30)))),
-        ("welcome_resync", welcome(Verdict::Resync(point(31)))),
+        (
+            "welcome_resync",
+            welcome(Verdict::Resync {
+                cause: Cause::Behind,
+                oldest: Lsn(31),
+                points: vec![point(16), point(17)],
+            }),
+        ),
         ("welcome_diverged", welcome(Verdict::Diverged(Lsn(32)))),
         ("refuse", Message::Refuse { text: "no: volume sizes differ".into() }),
         ("begin", Message::Begin { from: Lsn(0x0a01) }),
@@ -196,6 +205,10 @@ pub fn messages() -> Vec<(&'static str, Message)> {
             "heartbeat",
             Message::Heartbeat { wall: 0x0b01, echo: 0x0b02, tail: Lsn(0x0b03), time: 0x0b04, bytes: 0x0b05 },
         ),
+        ("resync", Message::Resync { since: Some(point(18)) }),
+        ("candidates", Message::Candidates { extents: vec![extent(0, 128, 256), extent(3, 0, 1)] }),
+        ("rebase", Message::Rebase { at: anchor(19), since: Some(point(18)), members: vec![NodeId(0x0c0c)] }),
+        ("resynced", Message::Resynced),
     ]
 }
 

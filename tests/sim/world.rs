@@ -57,6 +57,8 @@ pub enum Coming {
     Encoded { node: usize, incarnation: u32, token: Token, encoded: Encoded },
     /// A comparison's work is done.
     Compared { node: usize, incarnation: u32, token: Token, product: Product },
+    /// The shell is done with opening a stage, or making one.
+    Stage { node: usize, incarnation: u32, fresh: bool },
     /// A dial ends, one way or the other.
     Dialed { node: usize, incarnation: u32, peer: usize },
     /// An end of a connection learns that it stands.
@@ -105,7 +107,9 @@ pub struct Host {
     /// Its dirty maps.
     pub maps: Slot,
     /// Syncs of the maps in flight, by ticket.
-    pub map_syncs: BTreeMap<u64, u64>,
+    pub map_syncs: BTreeMap<u64, (Slot, u64)>,
+    /// What says which sectors are in the stage, if there is one.
+    pub stage: Option<Slot>,
     /// Its process, while it runs.
     pub node: Option<Node>,
     /// Counts processes.
@@ -289,6 +293,10 @@ impl World {
             Coming::Compared { node, incarnation, token, product } if self.lives(node, incarnation) => {
                 self.step(node, Event::Compared { token, product })
             }
+            Coming::Stage { node, incarnation, fresh } if self.lives(node, incarnation) => {
+                self.stage_opened(node, fresh)
+            }
+            Coming::Stage { .. } => Ok(()),
             Coming::Dialed { node, incarnation, peer } if self.lives(node, incarnation) => {
                 self.dialed(node, peer)
             }
@@ -411,6 +419,9 @@ impl World {
         if power {
             host.disk.power_loss(&mut self.rng);
             host.maps.power_loss(&mut self.rng);
+            if let Some(stage) = &host.stage {
+                stage.power_loss(&mut self.rng);
+            }
             host.ring.clear();
             host.config.boot = self.rng.bytes16();
             host.mono_base = self.rng.below(1 << 40);
@@ -444,6 +455,7 @@ fn host(plan: &Plan, n: usize, ids: &[NodeId], group: GroupId, key: [u8; 32], rn
         maps,
         config,
         map_syncs: BTreeMap::new(),
+        stage: None,
         node: None,
         incarnation: 0,
         mono_base: rng.below(1 << 40),
