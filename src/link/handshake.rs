@@ -46,7 +46,7 @@ pub struct Facts {
     pub lineage_known: bool,
     /// The candidate is not before what the dialler has applied.
     pub keeps_applied: bool,
-    /// The acceptor's journal holds every record after the candidate.
+    /// The acceptor's journal holds every record after the candidate, and can go on holding them.
     pub held: bool,
     /// The candidate is a record; or both images were all zeroes at LSN 0.
     pub common_start: bool,

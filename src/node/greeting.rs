@@ -35,7 +35,7 @@ impl Run {
             term: order(own.term, hello.term),
             lineage_known: found.is_some(),
             keeps_applied: at >= hello.applied,
-            held: own.oldest.lsn <= at,
+            held: own.oldest.lsn <= at && self.can_hold(at),
             common_start: at > Lsn(0) || (own.blank && hello.blank),
         };
         match decide(facts) {
@@ -64,6 +64,14 @@ impl Run {
                 self.drop_link(link, why);
             }
             Decision::Superseded => self.superseded(link, hello.term),
+        }
+    }
+
+    /// The journal has room to keep the records after `at` for somebody who reads them.
+    fn can_hold(&self, at: Lsn) -> bool {
+        match &self.part {
+            Part::Primary(p) => self.journal.can_hold(at, p.reserved()),
+            Part::Shadow(_) => true,
         }
     }
 

@@ -74,6 +74,37 @@ impl World {
                 let node = self.scenario.rng.below(self.hosts.len() as u64) as usize;
                 return self.step(node, Event::Wake);
             }
+            Fault::Away => {
+                if let Some(node) = self.some_shadow() {
+                    let share = self.plan.mix.requests / 2;
+                    let until = self.work.submitted + self.scenario.rng.within(share / 4 + 1, share + 1);
+                    let latest = self.now + 60 * SECONDS;
+                    let power = self.scenario.rng.permille(300);
+                    self.crash(node, power);
+                    self.hosts[node].away = Some((until, latest));
+                }
+            }
+            Fault::StageFull => {
+                if let Some(node) = self.some_shadow() {
+                    let rng = &mut self.scenario.rng;
+                    let (file, kind) = rng.pick(&[
+                        (File::Stage(0), 1),
+                        (File::Stage(0), 1),
+                        (File::Stage(0), 2),
+                        (File::Stage(0), 0),
+                        (File::StageMap, 1),
+                        (File::StageMap, 2),
+                    ]);
+                    let fault = DiskFault { errno: 28, drops: rng.permille(500) };
+                    let skip = rng.log(1, 20) - 1;
+                    self.hosts[node].armed.push(Armed { file, kind, skip, fault });
+                }
+            }
+            Fault::LostMaps => {
+                let node = self.scenario.rng.below(self.hosts.len() as u64) as usize;
+                self.crash(node, false);
+                self.hosts[node].maps.clear();
+            }
             Fault::SlowDisk => {
                 let node = self.scenario.rng.below(self.hosts.len() as u64) as usize;
                 self.hosts[node].slow = self.scenario.rng.pick(&[1, 10, 50]);

@@ -451,6 +451,7 @@ impl World {
         self.counts.met(&format!("{purpose:?} refused: {why:?}"));
         match purpose {
             Purpose::Promote => return self.promotion_refused(text),
+            Purpose::Refresh => return Ok(()),
             Purpose::Shutdown if self.hosts[node].watch.faulted => {
                 let incarnation = self.hosts[node].incarnation;
                 self.after(0, Coming::Granted { node, incarnation, purpose });

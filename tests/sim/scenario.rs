@@ -12,8 +12,7 @@ use crate::world::{Coming, Outcome, Purpose, World, broken};
 use bytes::Bytes;
 use std::collections::BTreeSet;
 use volrep::disk::File;
-use volrep::node::config::FullPolicy;
-use volrep::node::event::{AdminOp, Op};
+use volrep::node::event::{AdminOp, Op, Refresh};
 use volrep::node::status::Status;
 use volrep::units::{Address, Extent, Hash, MILLIS, SECONDS};
 
@@ -87,6 +86,10 @@ impl Scenario {
     pub fn over(&self) -> bool {
         self.phase == Phase::Over
     }
+    /// Requests are being submitted.
+    pub fn is_working(&self) -> bool {
+        self.phase == Phase::Work
+    }
     /// The primary is lost, and nobody was promoted yet.
     pub fn is_losing(&self, node: usize) -> bool {
         node == 0 && self.phase == Phase::Promote
@@ -119,6 +122,7 @@ impl World {
                 self.enter(Phase::Drain);
                 self.ask(self.scenario.primary, AdminOp::Drain, Purpose::Drain)?;
             }
+            Phase::Settle => self.resume_resyncs()?,
             Phase::Rest if self.all_at_rest() => {
                 self.last_look()?;
                 self.enter(Phase::Over);
@@ -128,6 +132,18 @@ impl World {
         self.impatient()?;
         let pause = if self.scenario.phase == Phase::Work { 5 * MILLIS } else { 20 * MILLIS };
         self.after(pause, Coming::Tick);
+        Ok(())
+    }
+
+    /// An administrator has mended what stopped a resync.
+    fn resume_resyncs(&mut self) -> Outcome {
+        for node in 0..self.hosts.len() {
+            let stopped = |s: &Status| s.reason.as_ref().is_some_and(|r| r.starts_with("the resync stopped"));
+            if self.hosts[node].status.as_ref().is_some_and(|s| stopped(s)) {
+                self.counts.met("a resync that stopped is resumed");
+                self.ask(node, AdminOp::Refresh(Refresh::default()), Purpose::Refresh)?;
+            }
+        }
         Ok(())
     }
 
@@ -208,7 +224,6 @@ impl World {
             "Diverged" if !self.scenario.demoted(0) => {
                 broken("I1", format!("diverged without a promotion: {}", self.describe(node)))
             }
-            "Inconsistent" => broken("I1", format!("inconsistent: {}", self.describe(node))),
             _ => Ok(()),
         }
     }
@@ -281,7 +296,7 @@ impl World {
                 self.restart(node, power, delay);
                 Ok(())
             }
-            Purpose::Open | Purpose::Status => Ok(()),
+            Purpose::Open | Purpose::Status | Purpose::Refresh => Ok(()),
         }
     }
 
@@ -289,6 +304,15 @@ impl World {
     pub fn promotion_refused(&mut self, text: &str) -> Outcome {
         self.scenario.asked = false;
         let target = self.plan.promotion.expect("in its phase").2;
+        if text.contains("half of a first full copy") {
+            // Only the lost primary has the data: it has to come back.
+            self.counts.met("promotion refused: the copy is not whole");
+            self.plan.promotion = None;
+            self.hosts[0].gone = false;
+            self.enter(Phase::Work);
+            self.after(MILLIS, Coming::Boot { node: 0 });
+            return Ok(());
+        }
         if text.contains("is the primary already") {
             // An earlier attempt was cut short after its term was durable.
             let incarnation = self.hosts[target].incarnation;
@@ -388,8 +412,7 @@ impl World {
 
     /// A follower that lawfully waits for a resync.
     fn excused(&self, s: &Status) -> bool {
-        let may = self.scenario.promoted || self.plan.full == FullPolicy::Behind;
-        may && matches!(s.state.as_str(), "Outdated" | "Diverged")
+        self.scenario.promoted && matches!(s.state.as_str(), "Outdated" | "Diverged")
     }
 
     fn all_current(&self, joining: bool) -> bool {

@@ -9,12 +9,11 @@ use std::collections::BTreeMap;
 use volrep::disk::File;
 use volrep::format::message::{Message, Role};
 use volrep::format::record::Record;
-use volrep::format::superblock::{SLOT, Superblock};
+use volrep::format::superblock::{ResyncStage, SLOT, Superblock};
 use volrep::journal::maps::{Maps, MapsId};
 use volrep::units::{Address, Extent, Hash, HistoryPoint, Term};
 
 /// What is known of a host.
-#[derive(Default)]
 pub struct Watch {
     /// The record that was last written at each LSN.
     pub journal: BTreeMap<u64, Hash>,
@@ -36,6 +35,33 @@ pub struct Watch {
     claimed: u64,
     term: Term,
     said_applied: u64,
+    base_segment: u64,
+    stage: Option<ResyncStage>,
+    consistent: bool,
+    /// The record at which its usable image stands.
+    shown: u64,
+}
+
+impl Default for Watch {
+    fn default() -> Watch {
+        Watch {
+            journal: BTreeMap::new(),
+            places: BTreeMap::new(),
+            faulted: false,
+            latched: false,
+            stopping: false,
+            heard_term: 0,
+            acting_term: 0,
+            applied: None,
+            claimed: 0,
+            term: Term::default(),
+            said_applied: 0,
+            base_segment: 1,
+            stage: None,
+            consistent: true,
+            shown: 0,
+        }
+    }
 }
 
 impl Watch {
@@ -46,6 +72,9 @@ impl Watch {
     }
     /// A disk fault was delivered.
     pub fn failed(&mut self, file: File, kind: u8) {
+        if matches!(file, File::Stage(_) | File::StageMap) && kind != 0 {
+            return; // only what was being made is lost
+        }
         self.faulted = true;
         self.latched |= kind != 0 && matches!(file, File::Journal | File::Superblock);
     }
@@ -127,6 +156,28 @@ impl World {
             return broken("I7", format!("the term falls from {:?} to {:?}", watch.term, s.term));
         }
         watch.term = s.term;
+        if s.base_segment != watch.base_segment {
+            // The journal begins anew: what it held before is nobody's past any more.
+            watch.base_segment = s.base_segment;
+            watch.places.clear();
+            watch.journal.insert(s.base.point.lsn.0, s.base.point.hash);
+            watch.claimed = s.base.point.lsn.0;
+            let stage = s.resync.as_ref().map(|r| r.stage);
+            self.counts.met(&format!("journal begun anew: {stage:?}"));
+        }
+        let stage = s.resync.as_ref().map(|r| r.stage);
+        if stage != watch.stage {
+            self.counts.met(&format!("resync: {:?} -> {stage:?}", watch.stage));
+            let lost = watch.stage == Some(ResyncStage::Merging) && stage == Some(ResyncStage::Copying);
+            let whole = watch.consistent && watch.shown > 0;
+            if whole && !s.consistent && !lost {
+                return broken("I1", "a usable image was given up for one that is not whole");
+            }
+            watch.stage = stage;
+        }
+        watch.consistent = s.consistent;
+        watch.shown =
+            s.resync.as_ref().and_then(|r| r.old.as_ref()).map_or(s.checkpoint.lsn.0, |o| o.at.point.lsn.0);
         if s.role == Role::Primary && s.generation.term.node == host.id {
             watch.acting_term = s.generation.term.counter;
         }
@@ -232,6 +283,9 @@ impl World {
         self.counts.check("I5");
         let host = &mut self.hosts[node];
         let watch = &mut host.watch;
+        if lsn == 0 && matches!(watch.stage, Some(ResyncStage::Copying | ResyncStage::Staging)) {
+            return Ok(()); // it shows nothing of this history yet
+        }
         if lsn < watch.said_applied {
             return broken("I1", format!("applied falls from {} to {lsn}", watch.said_applied));
         }

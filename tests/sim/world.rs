@@ -24,7 +24,7 @@ use volrep::node::config::{NodeConfig, PeerConfig, VolumeConfig};
 use volrep::node::event::{Actions, AdminId, AdminOp, Event};
 use volrep::node::status::Status;
 use volrep::resync::hash::Product;
-use volrep::units::{Extent, Generation, GroupId, HistoryPoint, Lsn, NodeId, Now, SECONDS, Term};
+use volrep::units::{Address, Extent, Generation, GroupId, HistoryPoint, Lsn, NodeId, Now, SECONDS, Term};
 
 /// A broken promise.
 #[derive(Clone, Debug)]
@@ -93,6 +93,8 @@ pub enum Purpose {
     Promote,
     /// `Status`.
     Status,
+    /// `Refresh`.
+    Refresh,
 }
 
 /// A machine.
@@ -129,6 +131,8 @@ pub struct Host {
     pub watch: crate::watch::Watch,
     /// Disk slowness, times.
     pub slow: u64,
+    /// It stays away until so many requests were submitted, or until that time.
+    pub away: Option<(u64, u64)>,
     /// Disk faults to come.
     pub armed: Vec<crate::perform::Armed>,
 }
@@ -227,7 +231,7 @@ impl World {
         let hosts = (0..plan.nodes).map(|n| host(&plan, n, &ids, group, key, &mut rng)).collect();
         let work = Workload::new(rng.fork());
         let scenario = Scenario::new(rng.fork());
-        World {
+        let mut world = World {
             plan,
             now: 0,
             sequence: 0,
@@ -244,6 +248,32 @@ impl World {
             compressors: BTreeMap::new(),
             next_admin: 0,
             sabotage: None,
+        };
+        world.fill_volumes();
+        world
+    }
+
+    /// What was on the volumes before volrep.
+    fn fill_volumes(&mut self) {
+        let before = self.plan.before.clone();
+        for (turn, (number, first, sectors)) in
+            before.iter().enumerate().flat_map(|(turn, list)| list.iter().map(move |e| (turn, *e)))
+        {
+            let volume = self.model.volume_index(number).expect("a volume of the plan");
+            let address = Address::new(number, first * 512).expect("a small volume");
+            let extent = Extent::new(address, sectors * 512).expect("whole sectors");
+            let id = self.model.begin_write(extent, false);
+            self.model.end_write(id, true, true);
+            self.history.begin_with(volume, first, sectors, id);
+            let mut bytes = vec![0; (sectors * 512) as usize];
+            for (out, sector) in bytes.chunks_exact_mut(512).zip(first..) {
+                crate::content::fill(out, id, number, sector, true);
+            }
+            for (n, host) in self.hosts.iter_mut().enumerate() {
+                if n == 0 || (turn == 0 && self.plan.blank & (1 << n) == 0) {
+                    host.disk.install(File::Backing(number), (first * 512) as usize, &bytes);
+                }
+            }
         }
     }
 
@@ -342,6 +372,13 @@ impl World {
             // Not before another was promoted.
             self.after(SECONDS, Coming::Boot { node });
             return Ok(());
+        }
+        if let Some((until, latest)) = self.hosts[node].away {
+            if self.work.submitted < until && at < latest && self.scenario.is_working() {
+                self.after(20_000_000, Coming::Boot { node });
+                return Ok(());
+            }
+            self.hosts[node].away = None;
         }
         self.check_maps(node)?;
         let host = &mut self.hosts[node];
@@ -466,6 +503,7 @@ fn host(plan: &Plan, n: usize, ids: &[NodeId], group: GroupId, key: [u8; 32], rn
         status: None,
         watch: crate::watch::Watch::default(),
         slow: 1,
+        away: None,
         armed: Vec::new(),
     }
 }
@@ -538,9 +576,9 @@ fn superblock(
         base_segment: 1,
         floor: Lsn(0),
         limit: Lsn(0),
-        blank: true,
+        blank: plan.blank & (1 << n) != 0,
         clean: true,
-        consistent: true,
+        consistent: n == 0 || plan.blank & (1 << n) != 0,
         cache_boot: [0; 16],
         geometry,
         volumes: plan.volumes.iter().map(volume).collect(),
