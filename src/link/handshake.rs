@@ -100,6 +100,13 @@ pub fn decide(f: Facts) -> Decision {
     Compare
 }
 
+/// Whether `generation` is a run that the primary of the oldest known opening had before, under the same
+/// term: one node's runs under one term are one history, however many of them are forgotten.
+pub fn is_earlier_run(openings: &[Opening], generation: Generation) -> bool {
+    let oldest = openings.first().map(|o| o.generation);
+    oldest.is_some_and(|o| o.term == generation.term && generation.start < o.start)
+}
+
 /// The last point that primary and shadow can share, judged by generations: the shadow's tail, or
 /// the end of its last generation in the primary's history if that comes first. `None`: the primary
 /// does not know that generation. The hash is known only at a generation's end.
@@ -209,5 +216,11 @@ mod tests {
         assert_eq!(find(3, 35), Some((Lsn(30), Some(point(30)))));
         assert_eq!(find(4, 35), None);
         assert_eq!(find(0, 0), Some((Lsn(0), None)));
+        let elder = |openings: &[Opening], start| is_earlier_run(openings, generation(start));
+        assert!(
+            elder(&openings[1..], 1) && !elder(&openings, 1) && !elder(&openings[1..], 4) && !elder(&[], 1)
+        );
+        let other = Term { counter: 1, node: NodeId(7) };
+        assert!(!is_earlier_run(&openings[1..], Generation { term: other, start: 1 }));
     }
 }

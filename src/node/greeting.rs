@@ -9,7 +9,7 @@ use super::feed::Fetched;
 use super::links::LinkState;
 use super::run::{Part, Run, fetch};
 use crate::format::message::{Cause, Identity, Message, Role, Verdict, proof, refuse};
-use crate::link::handshake::{Decision, Facts, TermOrder, candidate, decide, order};
+use crate::link::handshake::{Decision, Facts, TermOrder, candidate, decide, is_earlier_run, order};
 use crate::units::{Lsn, Term};
 
 impl Run {
@@ -46,7 +46,11 @@ impl Run {
                     self.set_state(link, state);
                 }
             },
-            Decision::Resync(cause) => self.offer_resync(link, nonce, cause),
+            Decision::Resync(cause) => {
+                let earlier = is_earlier_run(&own.openings, hello.tail_generation);
+                let cause = if cause == Cause::Lineage && earlier { Cause::Behind } else { cause };
+                self.offer_resync(link, nonce, cause);
+            }
             Decision::Diverged => {
                 let why = format!("its history differs from this node's, at LSN {at} at the latest");
                 self.set_peer(link, "Diverged", Some(why));

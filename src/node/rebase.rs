@@ -12,7 +12,7 @@ use super::event::{Level, LinkId};
 use super::links::LinkState;
 use super::meta::Ticket;
 use super::run::{Part, Run, fetch};
-use super::{JOURNAL, MAPS};
+use super::{JOURNAL, MAPS, STAGE};
 use crate::disk::{DiskOp, DiskRequest, File, Token};
 use crate::format::message::{Cause, Identity, Message, Opening};
 use crate::format::record::origin;
@@ -23,8 +23,8 @@ use crate::link::boundary::Search;
 use crate::node::feed::Fetched;
 use crate::units::{Extent, HistoryPoint, Lsn, NodeId};
 
-/// The token of the sync of the dirty maps before the change of journals.
-pub(super) const MARKED: u64 = 1;
+/// The token of the syncs before the change of journals.
+pub(super) const MARKED: u64 = 1 << 40;
 
 /// What the primary offered.
 struct Offer {
@@ -49,8 +49,8 @@ enum Step {
     Asked(Option<HistoryPoint>),
     /// The stage is being made.
     Offered(Box<Offer>),
-    /// The dirty maps are being synced; are they?
-    Marking(Box<Offer>, bool),
+    /// The dirty maps and the stage's map are being synced; so many are not yet.
+    Marking(Box<Offer>, u32),
     Saving(Ticket),
 }
 
@@ -109,7 +109,7 @@ impl Run {
             }
             Step::Searching(search) => self.search(link, search),
             Step::Offered(offer) => self.prepare(offer),
-            Step::Marking(offer, true) => (Step::Saving(self.save_rebase(*offer, &rebase.openings)), true),
+            Step::Marking(offer, 0) => (Step::Saving(self.save_rebase(*offer, &rebase.openings)), true),
             Step::Saving(ticket) if self.meta.is_saved(ticket) => {
                 self.adopt();
                 if linked {
@@ -216,7 +216,8 @@ impl Run {
     }
 
     fn prepare(&mut self, offer: Box<Offer>) -> (Step, bool) {
-        if !self.remakes_in_place() && !self.stage_ready() {
+        let in_place = self.remakes_in_place();
+        if !in_place && !self.stage_ready() {
             return (Step::Offered(offer), false);
         }
         if let Some(since) = offer.since
@@ -224,17 +225,25 @@ impl Run {
         {
             self.maps.rewind(since.lsn);
         }
-        let token = Token::new(MAPS, MARKED);
-        self.disk.push(DiskRequest { token, file: File::DirtyMaps, op: DiskOp::Sync });
-        (Step::Marking(offer, false), true)
+        let mut sync = |owner, file| {
+            let token = Token::new(owner, MARKED);
+            self.disk.push(DiskRequest { token, file, op: DiskOp::Sync });
+        };
+        sync(MAPS, File::DirtyMaps);
+        if in_place {
+            return (Step::Marking(offer, 1), true);
+        }
+        // The superblock is not to name a stage that a power cut can still undo.
+        sync(STAGE, File::StageMap);
+        (Step::Marking(offer, 2), true)
     }
 
-    /// The dirty maps are synced.
+    /// The dirty maps are synced, or the stage's map is.
     pub(super) fn marked(&mut self) {
         if let Part::Shadow(s) = &mut self.part
-            && let Some(Rebase { step: Step::Marking(_, synced), .. }) = &mut s.rebase
+            && let Some(Rebase { step: Step::Marking(_, left), .. }) = &mut s.rebase
         {
-            *synced = true;
+            *left -= 1;
         }
     }
 

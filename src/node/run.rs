@@ -177,15 +177,22 @@ impl Run {
                 Ok(())
             }
             APPLY => self.applied(token.id(), result).or_else(|e| self.stage_failed("writing it", e)),
+            MAPS | STAGE if token.id() == rebase::MARKED => match result {
+                Ok(_) => {
+                    self.marked();
+                    Ok(())
+                }
+                Err(e) if token.owner() == MAPS => Err(("writing the dirty maps", e)),
+                Err(e) => {
+                    self.retreat(Some(format!("the stage of the new image can't be used: {e}")));
+                    Ok(())
+                }
+            },
             STAGE if token.id() == remake::MAP => {
                 self.stage_synced(result).or_else(|e| self.stage_failed("syncing its map", e))
             }
             STAGE => {
                 self.stage_read(token.id(), result);
-                Ok(())
-            }
-            MAPS if token.id() == rebase::MARKED && result.is_ok() => {
-                self.marked();
                 Ok(())
             }
             MAPS => self.maps_synced(result).map_err(|e| ("writing the dirty maps", e)),

@@ -144,6 +144,9 @@ impl World {
             return broken("contract", format!("mapped memory: {}", disk::describe(&request)));
         }
         let file = request.file;
+        if matches!(file, File::Stage(_)) {
+            self.resync_step(node);
+        }
         let (write, sync) = (self.plan.disk_write, self.plan.disk_sync);
         let host = &mut self.hosts[node];
         let ticket = match host.disk.submit(request) {

@@ -158,6 +158,8 @@ pub struct Plan {
     pub before: [Vec<(u8, u64, u64)>; 2],
     /// Nodes whose volumes are all zeroes at the start, as bits.
     pub blank: u8,
+    /// How many of the steps of a resync are followed by a fault, in thousandths.
+    pub ambush: u64,
     /// The promotion, after this many requests, and the node promoted.
     pub promotion: Option<(u64, Loss, usize)>,
     /// Slowest disk write, ns.
@@ -222,6 +224,7 @@ impl Plan {
             volumes,
             before,
             blank,
+            ambush: if resyncs { rng.pick(&[0, 50, 300]) } else { 0 },
             segment: 2 << 20,
             segments: rng.pick(&[4, 4, 4, 5, 8]),
             cache: rng.pick(&[1, 2, 4, 8]) << 20,

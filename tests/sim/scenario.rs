@@ -51,6 +51,7 @@ pub struct Scenario {
     promoted: bool,
     asked: bool,
     next_fault: usize,
+    ambushes: u32,
     verify: Option<Verify>,
     /// To befall the next messages.
     pub message_faults: Vec<Fault>,
@@ -74,6 +75,7 @@ impl Scenario {
             promoted: false,
             asked: false,
             next_fault: 0,
+            ambushes: 0,
             verify: None,
             message_faults: Vec::new(),
             gaps: BTreeSet::new(),
@@ -89,6 +91,15 @@ impl Scenario {
     /// Requests are being submitted.
     pub fn is_working(&self) -> bool {
         self.phase == Phase::Work
+    }
+    /// Faults may strike now.
+    pub fn may_strike(&self) -> bool {
+        matches!(self.phase, Phase::Join | Phase::Work | Phase::Settle)
+    }
+    /// One more fault in the middle of a resync; whether that is not too many.
+    pub fn strikes(&mut self) -> bool {
+        self.ambushes += 1;
+        self.ambushes <= 12
     }
     /// The primary is lost, and nobody was promoted yet.
     pub fn is_losing(&self, node: usize) -> bool {
@@ -376,6 +387,17 @@ impl World {
         }
     }
 
+    /// The primary is lost in the middle of a shadow's resync, and that shadow is promoted.
+    pub fn lose_primary_to(&mut self, node: usize) -> Outcome {
+        if self.scenario.promoted || self.scenario.phase != Phase::Work || self.plan.promotion.is_none() {
+            return Ok(());
+        }
+        let loss = self.scenario.rng.pick(&[Loss::Forever, Loss::Kill, Loss::Power]);
+        self.plan.promotion = Some((0, loss, node));
+        self.counts.met("promotion in the middle of a resync");
+        self.lose_primary(loss, node)
+    }
+
     fn lose_primary(&mut self, loss: Loss, target: usize) -> Outcome {
         self.counts.met(&format!("primary lost: {loss:?}"));
         self.enter(Phase::Promote);
@@ -438,7 +460,8 @@ impl World {
         let Some(p) = &self.hosts[self.scenario.primary].status else {
             return false;
         };
-        let rests = |s: &Status| s.checkpoint_lsn == p.tail_lsn && s.applied_lsn == p.tail_lsn;
+        let whole = |s: &Status| !matches!(s.state.as_str(), "Resyncing" | "Inconsistent");
+        let rests = |s: &Status| whole(s) && s.checkpoint_lsn == p.tail_lsn && s.applied_lsn == p.tail_lsn;
         rests(p)
             && self
                 .followers()

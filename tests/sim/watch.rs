@@ -156,16 +156,19 @@ impl World {
             return broken("I7", format!("the term falls from {:?} to {:?}", watch.term, s.term));
         }
         watch.term = s.term;
+        let stage = s.resync.as_ref().map(|r| r.stage);
+        let mut step = false;
         if s.base_segment != watch.base_segment {
             // The journal begins anew: what it held before is nobody's past any more.
             watch.base_segment = s.base_segment;
             watch.places.clear();
             watch.journal.insert(s.base.point.lsn.0, s.base.point.hash);
             watch.claimed = s.base.point.lsn.0;
-            let stage = s.resync.as_ref().map(|r| r.stage);
             self.counts.met(&format!("journal begun anew: {stage:?}"));
+            step = true;
         }
-        let stage = s.resync.as_ref().map(|r| r.stage);
+        // A checkpoint in the middle of one is a step, too.
+        step |= matches!(stage, Some(ResyncStage::Staging | ResyncStage::Merging));
         if stage != watch.stage {
             self.counts.met(&format!("resync: {:?} -> {stage:?}", watch.stage));
             let lost = watch.stage == Some(ResyncStage::Merging) && stage == Some(ResyncStage::Copying);
@@ -174,12 +177,16 @@ impl World {
                 return broken("I1", "a usable image was given up for one that is not whole");
             }
             watch.stage = stage;
+            step = true;
         }
         watch.consistent = s.consistent;
         watch.shown =
             s.resync.as_ref().and_then(|r| r.old.as_ref()).map_or(s.checkpoint.lsn.0, |o| o.at.point.lsn.0);
         if s.role == Role::Primary && s.generation.term.node == host.id {
             watch.acting_term = s.generation.term.counter;
+        }
+        if step {
+            self.resync_step(node);
         }
         if s.checkpoint.lsn.0 > 0 && !self.history.knows(s.checkpoint.hash) {
             return broken("I1", format!("checkpoint at an unknown record {:?}", s.checkpoint));
@@ -195,6 +202,11 @@ impl World {
         let Ok((_, s)) = Superblock::choose([a, b]) else {
             return broken("I3", "neither superblock slot decodes");
         };
+        // What was being written when its last process ended may not be there.
+        let watch = &mut self.hosts[node].watch;
+        (watch.base_segment, watch.consistent) = (s.base_segment, s.consistent);
+        watch.stage = s.resync.as_ref().map(|r| r.stage);
+        let host = &self.hosts[node];
         let Some(first) = s.maps.first().copied() else {
             return Ok(());
         };

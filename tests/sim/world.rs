@@ -8,7 +8,7 @@ use crate::history::History;
 use crate::memory::Slot;
 use crate::model::Model;
 use crate::net::Network;
-use crate::plan::Plan;
+use crate::plan::{Fault, Plan};
 use crate::prng::Prng;
 use crate::scenario::Scenario;
 use crate::trace::Trace;
@@ -76,6 +76,8 @@ pub enum Coming {
     Ask { node: usize, incarnation: u32 },
     /// A part of the image came back.
     Verified { node: usize, incarnation: u32, extent: Extent, bytes: Bytes, tick: u64 },
+    /// Something befalls a shadow in the middle of its resync.
+    Ambush { node: usize, fault: Fault },
     /// A partition ends.
     Heal { pair: (usize, usize) },
 }
@@ -347,6 +349,7 @@ impl World {
             Coming::Up { connection, side } => self.link_up(connection, side),
             Coming::Arrive { connection, side } => self.arrive(connection, side),
             Coming::Down { connection, side } => self.link_down(connection, side),
+            Coming::Ambush { node, fault } => self.strike(node, fault),
             Coming::Boot { node } => self.boot(node),
             Coming::Heal { pair } => {
                 if self.net.partitions.get(&pair).is_some_and(|until| *until <= self.now) {
