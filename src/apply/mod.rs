@@ -101,14 +101,19 @@ impl Applier {
     pub fn has_failed(&self) -> bool {
         self.failed
     }
-    /// Later batches go into the stage, or into the backings. Only when quiet. What was begun and failed is
-    /// forgotten: the caller has given up what it was for.
-    pub fn aim(&mut self, staged: bool) {
+    /// Later batches go into the stage of these volumes, or into their backings. Only when quiet. What was
+    /// begun and failed is forgotten: the caller has given up what it was for. The next sync covers all of
+    /// them: an earlier process may have written what is found there and is not durable.
+    pub fn aim(&mut self, staged: bool, volumes: impl Iterator<Item = u8>) {
         debug_assert!(self.is_quiet());
         self.staged = staged;
         self.queue.clear();
-        self.written.clear();
+        self.written = volumes.map(|v| self.file(v)).collect();
         (self.busy, self.failed) = (false, false);
+    }
+
+    fn file(&self, volume: u8) -> File {
+        if self.staged { File::Stage(volume) } else { File::Backing(volume) }
     }
 
     /// Begins a batch: extents that do not overlap, in order. Not while one is busy.
@@ -123,8 +128,7 @@ impl Applier {
     pub fn pump<'a>(&mut self, ring: impl Fn(u64, u64) -> &'a [u8], out: &mut Vec<DiskRequest>) -> bool {
         while self.in_flight < DEPTH && !self.failed {
             let Some((extent, source)) = self.queue.pop_front() else { break };
-            let volume = extent.address().volume();
-            let file = if self.staged { File::Stage(volume) } else { File::Backing(volume) };
+            let file = self.file(extent.address().volume());
             let offset = extent.address().offset();
             let op = if matches!(source, Source::Zeroes) {
                 DiskOp::Zero { offset, len: extent.len() }
@@ -261,6 +265,15 @@ mod tests {
         assert_eq!(applier.complete(out[0].token.id(), Ok(Bytes::new())), Ok(Progress::More));
         assert_eq!(applier.complete(out[1].token.id(), Ok(Bytes::new())), Ok(Progress::Synced));
         assert!(!applier.sync(&mut out), "nothing was written since");
+    }
+
+    #[test]
+    fn the_first_sync_covers_what_an_earlier_process_wrote() {
+        let mut applier = Applier::new(1);
+        applier.aim(true, [0, 3].into_iter());
+        let mut out = Vec::new();
+        assert!(applier.sync(&mut out));
+        assert_eq!(out.iter().map(|r| r.file).collect::<Vec<_>>(), [File::Stage(0), File::Stage(3)]);
     }
 
     #[test]

@@ -77,8 +77,10 @@ impl Image {
             time: 0,
             durable: Lsn(0),
         };
+        let mut applier = Applier::new(owner);
+        applier.aim(false, sb.volumes.iter().map(|v| v.number));
         Image {
-            applier: Applier::new(owner),
+            applier,
             reader: Reader::default(),
             applied,
             upto: None,

@@ -531,7 +531,8 @@ impl Run {
         }
         let mut wake = silent_at;
         let mut due = false;
-        if l.peer.is_some() {
+        // Before its verdict the dialler does not know yet with whom it speaks.
+        if l.peer.is_some() && !matches!(l.state, LinkState::Locating { .. }) {
             due = now >= l.beat + timing.heartbeat;
             if due {
                 l.beat = now;

@@ -165,7 +165,8 @@ impl Run {
     /// Whatever is applied from now on goes where it belongs.
     pub(super) fn aim(&mut self) {
         let staging = self.is_staging();
-        self.image.applier.aim(staging);
+        let volumes = self.meta.sb.volumes.iter().map(|v| v.number);
+        self.image.applier.aim(staging, volumes);
     }
 
     /// The stage is not needed any more.

@@ -90,6 +90,12 @@ impl Watch {
     }
 }
 
+/// The record at which the usable image stands.
+fn shown(s: &Superblock) -> u64 {
+    let old = s.resync.as_ref().and_then(|r| r.old.as_ref());
+    old.map_or(s.checkpoint.lsn.0, |o| o.at.point.lsn.0)
+}
+
 impl World {
     /// A write to a journal.
     pub fn watch_journal(&mut self, node: usize, offset: u64, data: &Bytes) -> Outcome {
@@ -180,8 +186,7 @@ impl World {
             step = true;
         }
         watch.consistent = s.consistent;
-        watch.shown =
-            s.resync.as_ref().and_then(|r| r.old.as_ref()).map_or(s.checkpoint.lsn.0, |o| o.at.point.lsn.0);
+        watch.shown = shown(&s);
         if s.role == Role::Primary && s.generation.term.node == host.id {
             watch.acting_term = s.generation.term.counter;
         }
@@ -205,7 +210,7 @@ impl World {
         // What was being written when its last process ended may not be there.
         let watch = &mut self.hosts[node].watch;
         (watch.base_segment, watch.consistent) = (s.base_segment, s.consistent);
-        watch.stage = s.resync.as_ref().map(|r| r.stage);
+        (watch.stage, watch.shown) = (s.resync.as_ref().map(|r| r.stage), shown(&s));
         let host = &self.hosts[node];
         let Some(first) = s.maps.first().copied() else {
             return Ok(());
