@@ -44,7 +44,7 @@ impl Run {
 
     /// The shadow's image is that of its history again.
     pub(super) fn resynced(&mut self, link: LinkId) {
-        let Some(p) = self.links.peer_of(link) else { return };
+        let Some(p) = self.links.peer_of(link).filter(|p| p.resyncing) else { return };
         p.resyncing = false;
         let node = p.node;
         if let Some(known) = self.meta.sb.peers.iter_mut().find(|k| Some(k.node) == node) {

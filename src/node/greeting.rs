@@ -51,6 +51,12 @@ impl Run {
                 let cause = if cause == Cause::Lineage && earlier { Cause::Behind } else { cause };
                 self.offer_resync(link, nonce, cause);
             }
+            // It has shown nothing yet of what it holds.
+            Decision::Diverged
+                if hello.resyncing && hello.role == Role::Shadow && facts.term != TermOrder::Conflicting =>
+            {
+                self.offer_resync(link, nonce, Cause::Lineage);
+            }
             Decision::Diverged => {
                 let why = format!("its history differs from this node's, at LSN {at} at the latest");
                 self.set_peer(link, "Diverged", Some(why));
@@ -267,6 +273,10 @@ impl Run {
         self.set_state(link, LinkState::Receiving);
         self.set_peer(link, "UpToDate", None);
         self.send(link, Message::Begin { from });
+        if !self.is_remaking() {
+            // It may have become so since it said hello.
+            self.send(link, Message::Resynced);
+        }
         self.log(Level::Info, format!("following the primary from LSN {from}"));
         true
     }

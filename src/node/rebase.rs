@@ -78,14 +78,20 @@ impl Run {
         points: Vec<HistoryPoint>,
     ) {
         let blank = self.meta.sb.blank && primary.blank;
-        let Part::Shadow(s) = &mut self.part else { return };
+        let Part::Shadow(s) = &self.part else { return };
         let stopped = s.stopped.is_some();
-        if stopped || cause == Cause::Lineage {
+        if cause == Cause::Lineage && self.is_staging() {
+            // Nobody was shown anything of that lineage: the old image may be of this one.
+            return self.retreat(None);
+        }
+        if stopped || (cause == Cause::Lineage && self.meta.sb.consistent) {
             self.be_patient(link);
             return self.drop_link(link, "a resync is needed");
         }
-        let step = Step::Draining(points);
-        s.rebase = Some(Rebase { link, openings: primary.openings.clone(), blank, step });
+        let rebase = Rebase { link, openings: primary.openings.clone(), blank, step: Step::Draining(points) };
+        if let Part::Shadow(s) = &mut self.part {
+            s.rebase = Some(rebase);
+        }
         self.links.follow(primary.node);
         self.leave_others(link);
         self.set_state(link, LinkState::Rebasing);

@@ -389,7 +389,8 @@ impl World {
 
     /// The primary is lost in the middle of a shadow's resync, and that shadow is promoted.
     pub fn lose_primary_to(&mut self, node: usize) -> Outcome {
-        if self.scenario.promoted || self.scenario.phase != Phase::Work || self.plan.promotion.is_none() {
+        let early = self.scenario.phase == Phase::Join || self.scenario.verify.is_some();
+        if self.scenario.promoted || early {
             return Ok(());
         }
         let loss = self.scenario.rng.pick(&[Loss::Forever, Loss::Kill, Loss::Power]);
