@@ -9,6 +9,7 @@ use super::clients::{ClientTag, Clients};
 use super::encoders::{Encoders, Finished};
 use super::handle::{Command, Reply};
 use super::links::{LinkTag, Links};
+use super::stage::StageFiles;
 use crate::disk::IoError;
 use crate::node::Node;
 use crate::node::event::{Action, Actions, AdminId, Answer, Event, Level, RequestId};
@@ -71,6 +72,7 @@ pub(super) enum Origin {
 pub(super) struct Parts<M> {
     pub machine: M,
     pub disk: Disk,
+    pub stage: StageFiles,
     pub links: Links,
     pub workers: usize,
     pub waker: Arc<Waker>,
@@ -83,6 +85,7 @@ pub(super) struct Reactor<M> {
     ring: Ring<Tag>,
     machine: M,
     disk: Disk,
+    stage: StageFiles,
     links: Links,
     clients: Clients,
     encoders: Encoders,
@@ -102,7 +105,7 @@ pub(super) struct Reactor<M> {
 
 impl<M: Machine> Reactor<M> {
     pub fn new(parts: Parts<M>) -> Result<Reactor<M>, Error> {
-        let Parts { machine, disk, links, workers, waker, commands } = parts;
+        let Parts { machine, disk, stage, links, workers, waker, commands } = parts;
         let ring = Ring::new(ENTRIES).map_err(Error::Ring)?;
         let encoders = Encoders::start(workers, &waker).map_err(Error::Thread)?;
         let wake_fd = Rc::new(waker.descriptor().map_err(Error::Ring)?);
@@ -110,6 +113,7 @@ impl<M: Machine> Reactor<M> {
             ring,
             machine,
             disk,
+            stage,
             links,
             clients: Clients::default(),
             encoders,
@@ -283,6 +287,12 @@ impl<M: Machine> Reactor<M> {
                     self.now = clock::now();
                 }
             }
+            Action::OpenStage { fresh } => {
+                let result = self.stage.open(fresh, &mut self.disk);
+                self.events.push_back(Event::Stage { result });
+                self.now = clock::now();
+            }
+            Action::DropStage => self.stage.remove(),
             Action::Complete { id, result } => self.answer(id, result),
             Action::Dial { peer } => {
                 self.links.dial(peer, &mut self.ring, &self.encoders, self.now.mono, &mut self.events);

@@ -4,7 +4,7 @@
 //! function of its configuration, its files and the sequence of (now, event); so a simulator that
 //! repeats the sequence repeats the run.
 
-use crate::disk::{DiskRequest, DiskResult, IoError, Token};
+use crate::disk::{DiskRequest, DiskResult, IoError, Memory, Token};
 use crate::format::message::Message;
 use crate::format::record::{EncodeJob, Encoded};
 use crate::node::status::Status;
@@ -82,6 +82,11 @@ pub enum Event {
         token: Token,
         /// Its product.
         product: Product,
+    },
+    /// The answer to [`Action::OpenStage`].
+    Stage {
+        /// The mapped file that says what is in the stage; or why there is none.
+        result: Result<Box<dyn Memory>, String>,
     },
     /// A connection stands: one that [`Action::Dial`] asked for, or one from a peer.
     LinkUp {
@@ -208,6 +213,15 @@ pub enum Action {
         /// The work.
         job: Job,
     },
+    /// Open the files of the stage, next to the journal: per volume a file of its size, and the map of
+    /// `apply::stage::stage_len` bytes; answer with [`Event::Stage`]. Until it is dropped, the stage's names in
+    /// disk requests mean them.
+    OpenStage {
+        /// Make them anew, the volumes' files sparse, the map with all its blocks, all zeroes.
+        fresh: bool,
+    },
+    /// Remove the files of the stage, if there are any, and give their room back.
+    DropStage,
     /// A front end's request is finished: a read's bytes, nothing otherwise.
     Complete {
         /// Which.

@@ -19,8 +19,11 @@ mod greeting;
 mod image;
 mod links;
 mod meta;
+mod offer;
 mod primary;
+mod rebase;
 mod refresh;
+mod remake;
 mod report;
 mod run;
 mod sealing;
@@ -44,6 +47,7 @@ const FRONT: u8 = 5;
 const MAPS: u8 = 6;
 const ENCODE: u8 = 7;
 const COMPARE: u8 = 8;
+const STAGE: u8 = 9;
 
 /// A node. Feed it events; do what it asks.
 pub struct Node {

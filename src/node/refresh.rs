@@ -54,6 +54,8 @@ struct Job {
     /// Position before which everything is compared and durable; and as a sync under way will have it.
     durable: u64,
     syncing: u64,
+    /// What it makes equal is the new image of a resync.
+    remakes: bool,
 }
 
 /// See the module's documentation.
@@ -83,6 +85,11 @@ impl Refreshing {
         if !matches!(word, Compare::Report { .. }) {
             self.wire += word.wire_len();
         }
+    }
+
+    /// For a resync: the position before which everything is compared and, by the syncs that are done, durable.
+    pub(super) fn resync_progress(&self) -> u64 {
+        self.job.as_ref().filter(|j| j.remakes && j.phase == Phase::Comparing).map_or(0, |j| j.syncing)
     }
 
     /// The job, as it is told.
@@ -176,6 +183,12 @@ impl Run {
         wish: &Refresh,
         cause: &'static str,
     ) -> Result<String, (Refusal, String)> {
+        if self.resume_resync() {
+            return Ok("the resync begins again".into());
+        }
+        if self.is_remaking() {
+            return Err((Refusal::Busy, "a resync is under way: it ends with an equal image".into()));
+        }
         if self.links.receiving().is_none() {
             let text = "the primary is not connected: bring it or its link back, then try again";
             return Err((Refusal::Unreachable, text.into()));
@@ -189,6 +202,27 @@ impl Run {
         let plan = Plan::new(volumes, None, 0);
         self.begin_job(wish, cause, plan);
         Ok(format!("the {cause} has begun"))
+    }
+
+    /// Compares for a resync: what differs becomes the new image.
+    pub(super) fn begin_resync_job(
+        &mut self,
+        cause: &'static str,
+        candidates: Option<Vec<Extent>>,
+        from: u64,
+    ) {
+        self.job_failed("a resync takes its place");
+        let volumes: Vec<_> = self.meta.sb.volumes.iter().map(|v| (v.number, v.size)).collect();
+        self.begin_job(&Refresh::default(), cause, Plan::new(volumes, candidates, from));
+        if let Some(job) = &mut self.compare.job.job {
+            job.remakes = true;
+            (job.durable, job.syncing) = (from, from);
+        }
+    }
+
+    /// Whether a job of that cause runs, or waits for its link.
+    pub(super) fn is_comparing(&self, cause: &str) -> bool {
+        self.compare.job.job.as_ref().is_some_and(|j| j.is_running() && j.status.cause == cause)
     }
 
     fn begin_job(&mut self, wish: &Refresh, cause: &'static str, plan: Plan) {
@@ -220,6 +254,7 @@ impl Run {
             reported: 0,
             durable: 0,
             syncing: 0,
+            remakes: false,
         });
         self.log(Level::Info, format!("{cause}: comparing with the primary"));
         self.report_job();
@@ -461,7 +496,11 @@ impl Run {
             let at_time = rfc3339(wall).unwrap_or_default();
             self.compare.job.verified = Some(Verified { at: at_time, lsn: at.0, differences });
         }
+        let remakes = job.remakes;
         self.end_job("Done", None);
+        if remakes {
+            self.all_compared(at);
+        }
         true
     }
 
@@ -513,7 +552,7 @@ impl Run {
             None => Source::Zeroes,
         };
         self.image.repaired = true;
-        self.image.applier.begin(batch.into_iter().map(|(extent, bytes)| (extent, source(bytes))));
+        self.begin_batch(batch.into_iter().map(|(extent, bytes)| (extent, source(bytes))).collect(), None);
         true
     }
 

@@ -175,10 +175,31 @@ impl Run {
         (p.starved && self.journal.room() < ROOM).then(|| slowest.name.clone())
     }
 
+    fn resync_percent(&self) -> String {
+        let job = self.compare.job.status().filter(|j| j.total > 0 && self.is_remaking());
+        job.map_or_else(String::new, |j| {
+            format!(": {:.1} % compared", j.compared as f64 * 100.0 / j.total as f64)
+        })
+    }
+
     fn shadow_state(&self) -> (&'static str, Option<String>, String) {
         if !self.meta.sb.consistent {
-            let why = "a first full copy has not ended".to_owned();
+            let why = format!("a full copy has not ended{}", self.resync_percent());
             return ("Inconsistent", Some(why), "wait for the copy".into());
+        }
+        if self.meta.sb.resync.is_some() {
+            let old = self.old_image().map_or_else(
+                || "the new image is being put in place".to_owned(),
+                |lsn| format!("the image is the old one, of LSN {lsn}, until the new one is whole"),
+            );
+            let why = format!("{old}{}", self.resync_percent());
+            return ("Resyncing", Some(why), "none: wait".into());
+        }
+        if let Part::Shadow(s) = &self.part
+            && let Some(why) = &s.stopped
+        {
+            let action = format!("mend that, then: volrep refresh {}", self.cfg.group_name);
+            return ("Outdated", Some(format!("the resync stopped: {why}")), action);
         }
         if let Some(v) = self.links.peers.iter().find(|v| v.state == "Diverged") {
             let action = format!("choose which side to keep: this node or {}", v.name);

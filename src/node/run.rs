@@ -13,7 +13,8 @@ use super::links::Links;
 use super::meta::Meta;
 use super::primary::Primary;
 use super::shadow::Shadow;
-use super::{APPLY, COMPARE, ENCODE, FRONT, JOURNAL, JOURNAL_RECOVERY, MAPS, READER, SUPER};
+use super::{APPLY, COMPARE, ENCODE, FRONT, JOURNAL, JOURNAL_RECOVERY, MAPS, READER, STAGE, SUPER};
+use super::{rebase, remake};
 use crate::disk::{DiskRequest, DiskResult, IoError, Memory, Token};
 use crate::format::message::Role;
 use crate::journal::Journal;
@@ -87,6 +88,7 @@ impl Run {
         };
         run.update_keep();
         run.begin_timeline();
+        run.find_stage();
         run
     }
 
@@ -110,6 +112,7 @@ impl Run {
             Event::Request { id, op } => self.request(id, op),
             Event::Disk { token, result } => self.disk_done(token, result),
             Event::Encoded { token, encoded } => self.encoded(token.id(), encoded),
+            Event::Stage { result } => self.stage_opened(result),
             Event::Compared { token, product } => self.compared(token.id(), product),
             Event::LinkUp { link, dialed, nonce } => self.link_up(link, dialed, nonce),
             Event::Message { link, message } => self.message(link, message),
@@ -173,7 +176,25 @@ impl Run {
                 self.cut_done(token.id(), result);
                 Ok(())
             }
-            APPLY => self.applied(token.id(), result).map_err(|e| ("writing a backing", e)),
+            APPLY => self.applied(token.id(), result).or_else(|e| self.stage_failed("writing it", e)),
+            MAPS | STAGE if token.id() == rebase::MARKED => match result {
+                Ok(_) => {
+                    self.marked();
+                    Ok(())
+                }
+                Err(e) if token.owner() == MAPS => Err(("writing the dirty maps", e)),
+                Err(e) => {
+                    self.retreat(Some(format!("the stage of the new image can't be used: {e}")));
+                    Ok(())
+                }
+            },
+            STAGE if token.id() == remake::MAP => {
+                self.stage_synced(result).or_else(|e| self.stage_failed("syncing its map", e))
+            }
+            STAGE => {
+                self.stage_read(token.id(), result);
+                Ok(())
+            }
             MAPS => self.maps_synced(result).map_err(|e| ("writing the dirty maps", e)),
             FRONT => {
                 self.read_done(token.id(), result);
@@ -192,6 +213,15 @@ impl Run {
                  every acknowledged write is recovered from the journal and the write cache"
             ));
         }
+    }
+
+    /// A write into the image failed. While staging, only what is being made is lost.
+    fn stage_failed(&mut self, doing: &str, e: IoError) -> Result<(), (&'static str, IoError)> {
+        if !self.is_staging() {
+            return Err(("writing a backing", e));
+        }
+        self.retreat(Some(format!("the stage of the new image can't be used: {doing} failed: {e}")));
+        Ok(())
     }
 
     fn reader_done(&mut self, id: u64, result: &DiskResult) -> Result<(), IoError> {

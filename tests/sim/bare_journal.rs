@@ -9,7 +9,7 @@ use crate::prng::Prng;
 use volrep::disk::{DiskRequest, File, aligned};
 use volrep::format::message::Role;
 use volrep::format::record::{self, Compressor, Content, EncodeJob, Kind, Record, Stamp};
-use volrep::format::superblock::{Geometry, Superblock, Volume};
+use volrep::format::superblock::{Anchor, Geometry, Superblock, Volume};
 use volrep::journal::recovery::{Outcome, Recovered, Recovery};
 use volrep::journal::{Journal, Tail, tail_of};
 use volrep::units::{Address, Extent, Generation, GroupId, HistoryPoint, Lsn, NodeId, Now, Term};
@@ -29,6 +29,8 @@ fn superblock(group: GroupId) -> Superblock {
         checkpoint_write: 0,
         checkpoint_generation: Generation::default(),
         checkpoint_segment: 1,
+        base: Anchor::default(),
+        base_segment: 1,
         floor: Lsn(0),
         limit: Lsn(0),
         blank: true,
@@ -41,6 +43,9 @@ fn superblock(group: GroupId) -> Superblock {
         maps: vec![],
         sync_set: vec![],
         peers: vec![],
+        maps_id: 0,
+        resync: None,
+        verified: None,
     }
 }
 
