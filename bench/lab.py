@@ -60,7 +60,7 @@ class Volrep:
         self.run("join", token, "--config", f"{self.b}/c", "--volume", f"data={self.b}/vol", "--node", "db2",
                  "--listen", f"127.0.0.1:{free_port()}")
         self.serve()
-        self.uri = self.run("attach", "g", "--config", f"{self.a}/c", "--device", "nbd").strip()
+        self.uri = self.run("attach", "g", "--config", f"{self.a}/c", "--device", "nbd-socket").strip()
         wait_for("shadow", lambda: self.status(self.b)["state"] == "UpToDate")
 
     def serve(self):
