@@ -6,6 +6,8 @@
 //! `boot` finds the journal's end; `run` is the node afterwards: `primary` and `shadow` are its
 //! roles, `image` the backing and its checkpoint, `feed` the way of records to their readers,
 //! `links` the connections, `greeting` their handshake,
+//! `compare` and `refresh` the comparison of images, `offer`, `rebase` and `remake` the resync of a shadow
+//! that its primary's journal can't feed,
 //! `followers` what a primary owes its shadows, `admin` what administrators ask, `report` what they are told.
 
 mod admin;

@@ -343,6 +343,17 @@ impl Run {
         self.close_links("the resync stops");
     }
 
+    /// An administrator ends the comparison that a resync needs.
+    pub(super) fn stop_resync(&mut self) {
+        let why = "an administrator stopped it".to_owned();
+        if self.is_staging() {
+            return self.retreat(Some(why));
+        }
+        if let Part::Shadow(s) = &mut self.part {
+            s.stopped = Some(why);
+        }
+    }
+
     /// An administrator wants the resync that stopped; whether there was one.
     pub(super) fn resume_resync(&mut self) -> bool {
         let Part::Shadow(s) = &mut self.part else { return false };

@@ -515,6 +515,7 @@ impl Run {
         let (key, now, wire) = (self.compare.key, self.now.mono, self.compare.job.wire);
         let Some(job) = &mut self.compare.job.job else { return };
         job.phase = Phase::Over;
+        let stopped = job.remakes && state == "Stopped";
         let spent = job.spent + job.since.take().map_or(0, |since| now.saturating_sub(since));
         job.status.seconds = spent as f64 / SECONDS as f64;
         job.status.wire = wire;
@@ -541,6 +542,9 @@ impl Run {
             open.into_iter().for_each(|window| self.say(link, Compare::Close { window }));
         }
         self.report_job();
+        if stopped {
+            self.stop_resync();
+        }
     }
 
     /// A batch of repairs goes into the image.

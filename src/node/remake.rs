@@ -358,6 +358,9 @@ impl Run {
             return false;
         }
         let Part::Shadow(s) = &mut self.part else { return false };
+        if s.stopped.is_some() {
+            return false;
+        }
         if now < s.compare_at {
             let at = s.compare_at;
             self.wake_at(at);

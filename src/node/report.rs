@@ -185,7 +185,10 @@ impl Run {
     fn shadow_state(&self) -> (&'static str, Option<String>, String) {
         if !self.meta.sb.consistent {
             let why = format!("a full copy has not ended{}", self.resync_percent());
-            return ("Inconsistent", Some(why), "wait for the copy".into());
+            let stopped = matches!(&self.part, Part::Shadow(s) if s.stopped.is_some());
+            let resume = format!("the copy was stopped: volrep refresh {}", self.cfg.group_name);
+            let action = if stopped { resume } else { "wait for the copy".into() };
+            return ("Inconsistent", Some(why), action);
         }
         if self.meta.sb.resync.is_some() {
             let old = self.old_image().map_or_else(

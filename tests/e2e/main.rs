@@ -16,3 +16,4 @@ mod pair;
 #[path = "../place/mod.rs"]
 mod place;
 mod refresh;
+mod resync;

@@ -15,7 +15,7 @@ const MIB: u64 = 1 << 20;
 const SIZE: u64 = 80 * MIB;
 
 /// Asks on the control socket.
-fn ask(node: &Node, mut request: Value) -> Value {
+pub fn ask(node: &Node, mut request: Value) -> Value {
     request["version"] = json!(1);
     let mut stream = UnixStream::connect(node.place.config().join("run/g/control.sock")).unwrap();
     stream.write_all(format!("{request}\n").as_bytes()).unwrap();
