@@ -33,6 +33,10 @@ pub enum File {
     DirtyMaps,
     /// The backing of the volume with this number.
     Backing(u8),
+    /// What a resync makes of the volume with this number, until it is shown.
+    Stage(u8),
+    /// Which sectors those are. Written through [`Memory`]; only `Sync` is asked of it here.
+    StageMap,
 }
 
 /// One operation. Offsets and lengths are in bytes; those of `Read` and `Write` are multiples of
@@ -208,6 +212,12 @@ pub trait Memory: Send {
     fn bytes_mut(&mut self) -> &mut [u8];
     /// Stores `word` at byte `at` (8-aligned, little endian) after every earlier store.
     fn publish(&mut self, at: usize, word: u64);
+}
+
+impl fmt::Debug for dyn Memory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} bytes of memory", self.bytes().len())
+    }
 }
 
 /// Plain memory, for tests and the simulator.

@@ -8,7 +8,7 @@
 //! - layer 2, composition: [`node`], the sole owner of one group's machines: `Node::step(now, event)`
 //! - layer 1, machines (events in, actions out; they never import each other): [`cache`] the ring of
 //!   accepted writes, [`journal`] append, recovery, dirty maps, [`link`] handshake and bookkeeping,
-//!   [`apply`] into the backing, [`role`] terms and promotion
+//!   [`apply`] into the backing or the stage, [`resync`] comparing and repairing images, [`role`] terms and promotion
 //! - layer 0, vocabulary: [`units`], [`disk`], [`extents`], [`format`]
 //!
 //! # What is absent
@@ -37,6 +37,8 @@ pub mod front;
 pub mod journal;
 pub mod link;
 pub mod node;
+
+pub mod resync;
 pub mod role;
 pub mod sys;
 pub mod units;

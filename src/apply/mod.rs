@@ -3,7 +3,11 @@
 //! Owns: the requests to the backing that change it. Invariants: one batch at a time, so writes that
 //! overlap are never in flight together (I2); a batch counts as applied only when all of it is in the
 //! backing; a checkpoint counts only after the sync of every backing that was written (I3); a failed
-//! write or sync latches (I10).
+//! write or sync latches (I10), until another target is chosen.
+//!
+//! `stage` is the other target: what a resync makes, until it is shown.
+
+pub mod stage;
 
 use crate::disk::{DiskOp, DiskRequest, DiskResult, File, IoError, Token, aligned, freeze};
 use crate::extents::Piece;
@@ -54,7 +58,9 @@ pub struct Applier {
     queue: VecDeque<(Extent, Source)>,
     in_flight: usize,
     busy: bool,
-    written: BTreeSet<u8>,
+    /// Batches go into the stage.
+    staged: bool,
+    written: BTreeSet<File>,
     syncs: usize,
     failed: bool,
     next_id: u64,
@@ -70,6 +76,7 @@ impl Applier {
             queue: VecDeque::new(),
             in_flight: 0,
             busy: false,
+            staged: false,
             written: BTreeSet::new(),
             syncs: 0,
             failed: false,
@@ -86,6 +93,29 @@ impl Applier {
         self.syncs > 0
     }
 
+    /// No request is in flight.
+    pub fn is_quiet(&self) -> bool {
+        self.in_flight == 0 && self.syncs == 0
+    }
+    /// A write or a sync has failed.
+    pub fn has_failed(&self) -> bool {
+        self.failed
+    }
+    /// Later batches go into the stage of these volumes, or into their backings. Only when quiet. What was
+    /// begun and failed is forgotten: the caller has given up what it was for. The next sync covers all of
+    /// them: an earlier process may have written what is found there and is not durable.
+    pub fn aim(&mut self, staged: bool, volumes: impl Iterator<Item = u8>) {
+        debug_assert!(self.is_quiet());
+        self.staged = staged;
+        self.queue.clear();
+        self.written = volumes.map(|v| self.file(v)).collect();
+        (self.busy, self.failed) = (false, false);
+    }
+
+    fn file(&self, volume: u8) -> File {
+        if self.staged { File::Stage(volume) } else { File::Backing(volume) }
+    }
+
     /// Begins a batch: extents that do not overlap, in order. Not while one is busy.
     pub fn begin(&mut self, batch: impl Iterator<Item = (Extent, Source)>) {
         debug_assert!(!self.busy);
@@ -98,14 +128,14 @@ impl Applier {
     pub fn pump<'a>(&mut self, ring: impl Fn(u64, u64) -> &'a [u8], out: &mut Vec<DiskRequest>) -> bool {
         while self.in_flight < DEPTH && !self.failed {
             let Some((extent, source)) = self.queue.pop_front() else { break };
-            let file = File::Backing(extent.address().volume());
+            let file = self.file(extent.address().volume());
             let offset = extent.address().offset();
             let op = if matches!(source, Source::Zeroes) {
                 DiskOp::Zero { offset, len: extent.len() }
             } else {
                 DiskOp::Write { offset, data: self.join(extent, source, &ring), dsync: false }
             };
-            self.written.insert(extent.address().volume());
+            self.written.insert(file);
             self.in_flight += 1;
             self.next_id += 1;
             out.push(DiskRequest { token: Token::new(self.owner, self.next_id), file, op });
@@ -147,20 +177,26 @@ impl Applier {
     pub fn sync(&mut self, out: &mut Vec<DiskRequest>) -> bool {
         debug_assert!(self.syncs == 0);
         // A batch under way writes on: its volumes stay marked for the next sync.
-        let volumes: Vec<u8> = self.written.iter().copied().collect();
+        let files: Vec<File> = self.written.iter().copied().collect();
         if !self.busy {
             self.written.clear();
         }
-        for volume in &volumes {
+        for (i, file) in files.iter().enumerate() {
             self.syncs += 1;
-            let token = Token::new(self.owner, SYNC | u64::from(*volume));
-            out.push(DiskRequest { token, file: File::Backing(*volume), op: DiskOp::Sync });
+            let token = Token::new(self.owner, SYNC | i as u64);
+            out.push(DiskRequest { token, file: *file, op: DiskOp::Sync });
         }
-        !volumes.is_empty()
+        !files.is_empty()
     }
 
     /// The answer to one of its requests.
     pub fn complete(&mut self, id: u64, result: DiskResult) -> Result<Progress, IoError> {
+        let synced = id & SYNC != 0;
+        if synced {
+            self.syncs -= 1;
+        } else {
+            self.in_flight -= 1;
+        }
         if let Err(e) = result {
             self.failed = true;
             return Err(e);
@@ -168,11 +204,9 @@ impl Applier {
         if self.failed {
             return Err(IoError::EIO);
         }
-        if id & SYNC != 0 {
-            self.syncs -= 1;
+        if synced {
             return Ok(if self.syncs == 0 { Progress::Synced } else { Progress::More });
         }
-        self.in_flight -= 1;
         if self.in_flight > 0 || !self.queue.is_empty() {
             return Ok(Progress::More);
         }
@@ -231,6 +265,15 @@ mod tests {
         assert_eq!(applier.complete(out[0].token.id(), Ok(Bytes::new())), Ok(Progress::More));
         assert_eq!(applier.complete(out[1].token.id(), Ok(Bytes::new())), Ok(Progress::Synced));
         assert!(!applier.sync(&mut out), "nothing was written since");
+    }
+
+    #[test]
+    fn the_first_sync_covers_what_an_earlier_process_wrote() {
+        let mut applier = Applier::new(1);
+        applier.aim(true, [0, 3].into_iter());
+        let mut out = Vec::new();
+        assert!(applier.sync(&mut out));
+        assert_eq!(out.iter().map(|r| r.file).collect::<Vec<_>>(), [File::Stage(0), File::Stage(3)]);
     }
 
     #[test]

@@ -164,6 +164,11 @@ impl Cache {
         self.index.overlaps(extent).map(|(e, s)| (e, s.at.map(|at| self.ring.data(at, e.len()))))
     }
 
+    /// The parts of `extent` whose newest write is newer than `seq`.
+    pub fn newer_than(&self, seq: u64, extent: Extent) -> impl Iterator<Item = Extent> {
+        self.index.overlaps(extent).filter(move |(_, s)| s.seq > seq).map(|(e, _)| e)
+    }
+
     /// What write-back of everything up to write `seq` has to put into the backing: the newest
     /// versions that are not newer than `seq`, in order.
     pub fn dirty_up_to(&self, seq: u64) -> impl Iterator<Item = (Extent, Slot)> {

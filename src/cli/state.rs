@@ -8,7 +8,7 @@ use super::config::Config;
 use super::failure::{Exit, Failure};
 use crate::format::message::Role;
 use crate::format::record::origin;
-use crate::format::superblock::{SLOT, Superblock, Volume};
+use crate::format::superblock::{Anchor, SLOT, Superblock, Volume};
 use crate::units::{Generation, HistoryPoint, Lsn, Term};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -80,6 +80,8 @@ pub fn first(config: &Config, backings: &[Backing], role: Role, blank: bool) -> 
         checkpoint_write: 0,
         checkpoint_generation: Generation::default(),
         checkpoint_segment: 1,
+        base: Anchor::default(),
+        base_segment: 1,
         floor: Lsn(0),
         limit: Lsn(0),
         blank,
@@ -91,6 +93,9 @@ pub fn first(config: &Config, backings: &[Backing], role: Role, blank: bool) -> 
         openings: Vec::new(),
         sync_set: Vec::new(),
         peers: Vec::new(),
+        maps_id: 0,
+        resync: None,
+        verified: None,
         maps: Vec::new(),
     }
 }

@@ -158,6 +158,7 @@ fn stopped(group: &str, config: &config::Config, s: &Superblock) -> Status {
         peers: s.peers.iter().map(|p| stopped_peer(p, in_set(p.node))).collect(),
         lag: None,
         verified: None,
+        refresh: None,
         action: format!("start it: volrep serve {group}"),
     }
 }

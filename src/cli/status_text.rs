@@ -69,6 +69,9 @@ pub fn text(s: &Status, speeds: Option<&Speeds>) -> String {
             grouped(lag.count)
         ));
     }
+    if let Some(job) = s.refresh.as_ref().filter(|j| matches!(j.state.as_str(), "Running" | "Waiting")) {
+        lines.push(format!(" {} of {}: {}", job.cause, job.shadow, super::refresh::progress(job)));
+    }
     lines.push(verified(s.verified.as_ref(), Timestamp::now()));
     lines.push(format!("action: {}", s.action));
     lines.join("\n")
@@ -179,7 +182,7 @@ mod tests {
                 "applied_lsn": 1, "lag_records": 0, "lag_bytes": 0, "lag_seconds": 0.0004, "heard_seconds_ago": 0.2,
                 "round_trip_seconds": 0.0001, "sent_bytes": 10u64 << 20,
             }],
-            "lag": null, "verified": null, "action": "none",
+            "lag": null, "verified": null, "refresh": null, "action": "none",
         }))
         .unwrap()
     }

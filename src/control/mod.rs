@@ -50,6 +50,21 @@ pub enum Verb {
         /// Only say what would happen.
         dry_run: bool,
     },
+    /// Prove a shadow equal; its progress is in the state.
+    Refresh {
+        /// Which shadow, on a primary with several.
+        peer: Option<String>,
+        /// Trust the hash index.
+        quick: bool,
+        /// Only compare.
+        verify: bool,
+        /// Bytes a second; 0: no limit.
+        rate: u64,
+        /// Don't go on where an interrupted one ended.
+        restart: bool,
+    },
+    /// End it.
+    RefreshStop,
 }
 
 /// How volumes are offered.

@@ -6,7 +6,7 @@
 use super::fronts::Fronts;
 use super::{Kind, MAX_REQUEST, Reply, Verb, parse_request};
 use crate::daemon::Handle;
-use crate::node::event::{AdminOp, Answer};
+use crate::node::event::{AdminOp, Answer, Refresh};
 use std::cell::Cell;
 use std::future::{Future, poll_fn};
 use std::io;
@@ -206,5 +206,10 @@ async fn answer(verb: Verb, handle: &Handle, fronts: &Arc<Fronts>) -> Reply {
             }
         }
         Verb::Promote { fenced, dry_run } => reply(admin(handle, AdminOp::Promote { fenced, dry_run }).await),
+        Verb::Refresh { peer, quick, verify, rate, restart } => {
+            let refresh = Refresh { peer, quick, verify, rate, restart };
+            reply(admin(handle, AdminOp::Refresh(refresh)).await)
+        }
+        Verb::RefreshStop => reply(admin(handle, AdminOp::RefreshStop).await),
     }
 }

@@ -5,6 +5,7 @@
 
 use crate::disk::Token;
 use crate::format::record::{Compressor, EncodeJob, Encoded, encode, room};
+use crate::resync::hash::{self as compare, Product};
 use crate::sys::wake::Waker;
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use std::io;
@@ -17,6 +18,7 @@ const INLINE: usize = 64 << 10;
 
 enum Job {
     Encode(Token, EncodeJob),
+    Compare(Token, compare::Job),
     Resolve(usize, String),
 }
 
@@ -24,6 +26,7 @@ enum Job {
 #[derive(Debug)]
 pub(super) enum Finished {
     Encoded(Token, Encoded),
+    Compared(Token, Product),
     /// The addresses of the peer with this index, in the order to try them.
     Resolved(usize, io::Result<Vec<SocketAddr>>),
 }
@@ -75,6 +78,19 @@ impl Encoders {
         Some(encode(job, &mut self.compressor))
     }
 
+    /// Likewise for a comparison, whose jobs are large: these threads come after the records' work only
+    /// as far as the queue is fair.
+    pub fn compare(&mut self, token: Token, job: compare::Job) -> Option<Product> {
+        if job.len() > INLINE
+            && let Some(jobs) = &self.jobs
+        {
+            let sent = jobs.send(Job::Compare(token, job));
+            debug_assert!(sent.is_ok());
+            return None;
+        }
+        Some(job.run())
+    }
+
     /// Looks a peer's name up.
     pub fn resolve(&self, peer: usize, name: String) {
         if let Some(names) = &self.names {
@@ -112,6 +128,7 @@ fn work(jobs: &Receiver<Job>, back: &Sender<Finished>, waker: &Waker) {
     for job in jobs {
         let finished = match job {
             Job::Encode(token, job) => Finished::Encoded(token, encode(job, &mut compressor)),
+            Job::Compare(token, job) => Finished::Compared(token, job.run()),
             Job::Resolve(peer, name) => {
                 Finished::Resolved(peer, name.to_socket_addrs().map(|addresses| addresses.collect()))
             }

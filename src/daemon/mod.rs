@@ -12,6 +12,7 @@ mod frames;
 mod handle;
 mod links;
 mod reactor;
+mod stage;
 mod ublk;
 
 pub use handle::{Handle, ListenId};
@@ -28,6 +29,7 @@ use crate::sys::wake::Waker;
 use crate::sys::{net, process};
 use links::Links;
 use reactor::{Parts, Reactor};
+use stage::{StageFiles, Staged};
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -57,7 +59,7 @@ pub struct DaemonOptions {
     pub superblock: PathBuf,
     /// Journal file.
     pub journal: PathBuf,
-    /// Dirty maps file; made when the group is set up.
+    /// Dirty maps file; made here if it is not there.
     pub dirty_maps: PathBuf,
     /// Bytes of the dirty maps file: `journal::maps::maps_len` of the volumes.
     pub dirty_maps_bytes: u64,
@@ -129,7 +131,8 @@ pub fn run(options: DaemonOptions, ready: impl FnOnce(Handle)) -> Result<(), Err
         paths.into_iter().chain(options.backings.iter().map(|b| &b.path)).map(PathBuf::as_path).collect();
     check_distinct(&paths)?;
     let files = open_files(&options)?;
-    let maps = Mapping::open(&options.dirty_maps, options.dirty_maps_bytes, PATIENCE)?;
+    // Lost ones are made anew: they prove nothing then, and whoever needs them compares everything.
+    let maps = Mapping::open_or_create(&options.dirty_maps, options.dirty_maps_bytes, PATIENCE)?;
     let cache = Mapping::open_or_create(&options.cache, options.cache_bytes, PATIENCE)?;
     if !cache.lock_in_memory() {
         tracing::info!(
@@ -149,9 +152,11 @@ pub fn run(options: DaemonOptions, ready: impl FnOnce(Handle)) -> Result<(), Err
     let waker = Arc::new(Waker::new().map_err(Error::Ring)?);
     let (queue, commands) = crossbeam_channel::unbounded();
     let handle = Handle::new(queue, waker.clone(), link_address);
+    let stage = stage_files(&options);
     let machine = Node::new(options.config, Some(Box::new(cache)), Box::new(maps));
     let links = Links::new(listener, options.dial);
-    let reactor = Reactor::new(Parts { machine, disk, links, workers: options.workers, waker, commands })?;
+    let workers = options.workers;
+    let reactor = Reactor::new(Parts { machine, disk, stage, links, workers, waker, commands })?;
     ready(handle);
     reactor.run()
 }
@@ -174,6 +179,15 @@ fn open_files(options: &DaemonOptions) -> Result<Vec<(File, OpenFile)>, Error> {
         files.push((File::Backing(volume.number), file));
     }
     Ok(files)
+}
+
+fn stage_files(options: &DaemonOptions) -> StageFiles {
+    let direct = |number| options.backings.iter().any(|b| b.number == number && b.direct);
+    let volumes = options.config.volumes.iter().map(|v| {
+        let (number, size, block) = (v.number, v.size, v.block);
+        Staged { number, size, block, direct: direct(number) }
+    });
+    StageFiles::new(options.journal.clone(), volumes.collect())
 }
 
 fn maps_as_file(maps: &Mapping, options: &DaemonOptions) -> Result<OpenFile, Error> {

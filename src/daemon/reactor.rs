@@ -9,6 +9,7 @@ use super::clients::{ClientTag, Clients};
 use super::encoders::{Encoders, Finished};
 use super::handle::{Command, Reply};
 use super::links::{LinkTag, Links};
+use super::stage::StageFiles;
 use super::ublk::{Queues, UblkTag};
 use crate::disk::IoError;
 use crate::node::Node;
@@ -75,6 +76,7 @@ pub(super) enum Origin {
 pub(super) struct Parts<M> {
     pub machine: M,
     pub disk: Disk,
+    pub stage: StageFiles,
     pub links: Links,
     pub workers: usize,
     pub waker: Arc<Waker>,
@@ -87,6 +89,7 @@ pub(super) struct Reactor<M> {
     ring: Ring<Tag>,
     machine: M,
     disk: Disk,
+    stage: StageFiles,
     links: Links,
     clients: Clients,
     queues: Queues,
@@ -107,7 +110,7 @@ pub(super) struct Reactor<M> {
 
 impl<M: Machine> Reactor<M> {
     pub fn new(parts: Parts<M>) -> Result<Reactor<M>, Error> {
-        let Parts { machine, disk, links, workers, waker, commands } = parts;
+        let Parts { machine, disk, stage, links, workers, waker, commands } = parts;
         let ring = Ring::new(ENTRIES).map_err(Error::Ring)?;
         let encoders = Encoders::start(workers, &waker).map_err(Error::Thread)?;
         let wake_fd = Rc::new(waker.descriptor().map_err(Error::Ring)?);
@@ -115,6 +118,7 @@ impl<M: Machine> Reactor<M> {
             ring,
             machine,
             disk,
+            stage,
             links,
             clients: Clients::default(),
             queues: Queues::default(),
@@ -202,6 +206,9 @@ impl<M: Machine> Reactor<M> {
         while let Some(finished) = self.encoders.finished() {
             match finished {
                 Finished::Encoded(token, encoded) => self.events.push_back(Event::Encoded { token, encoded }),
+                Finished::Compared(token, product) => {
+                    self.events.push_back(Event::Compared { token, product });
+                }
                 Finished::Resolved(peer, addresses) => {
                     self.links.resolved(peer, addresses, &mut self.ring, self.now.mono, &mut self.events);
                 }
@@ -288,6 +295,18 @@ impl<M: Machine> Reactor<M> {
                     self.now = clock::now();
                 }
             }
+            Action::Compare { token, job } => {
+                if let Some(product) = self.encoders.compare(token, job) {
+                    self.events.push_back(Event::Compared { token, product });
+                    self.now = clock::now();
+                }
+            }
+            Action::OpenStage { fresh } => {
+                let result = self.stage.open(fresh, &mut self.disk);
+                self.events.push_back(Event::Stage { result });
+                self.now = clock::now();
+            }
+            Action::DropStage => self.stage.remove(),
             Action::Complete { id, result } => self.answer(id, result),
             Action::Dial { peer } => {
                 self.links.dial(peer, &mut self.ring, &self.encoders, self.now.mono, &mut self.events);

@@ -66,7 +66,9 @@ where
         };
         let disk = Disk::new(outside.files.into_iter().map(open));
         let links = Links::new(listener.map(|(fd, _)| fd), outside.dial);
-        Reactor::new(Parts { machine: Script(script), disk, links, workers: 1, waker, commands })?.run()
+        let stage = StageFiles::new("/nonexistent/journal".into(), Vec::new());
+        Reactor::new(Parts { machine: Script(script), disk, stage, links, workers: 1, waker, commands })?
+            .run()
     });
     Running { handle: told.recv().unwrap(), thread: Some(thread) }
 }

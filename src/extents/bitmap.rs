@@ -8,6 +8,23 @@ impl<B: AsRef<[u8]>> Bitmap<B> {
     pub fn get(&self, granule: u64) -> bool {
         self.0.as_ref().get((granule / 8) as usize).is_some_and(|b| b & (1 << (granule % 8)) != 0)
     }
+    /// How many granules from `first` on, before `end`, are as the first one is.
+    pub fn same(&self, first: u64, end: u64) -> u64 {
+        let bytes = self.0.as_ref();
+        let whole = if self.get(first) { 0xff } else { 0 };
+        let is = self.get(first);
+        let mut at = first;
+        while at < end {
+            if at.is_multiple_of(8) && bytes.get((at / 8) as usize) == Some(&whole) {
+                at += 8;
+            } else if self.get(at) == is {
+                at += 1;
+            } else {
+                break;
+            }
+        }
+        at.min(end) - first
+    }
     /// Marked granules.
     pub fn count(&self) -> u64 {
         self.0.as_ref().iter().map(|b| u64::from(b.count_ones())).sum()
@@ -34,9 +51,19 @@ impl<B: AsMut<[u8]>> Bitmap<B> {
     /// Marks granules `first..=last`; those past the end are ignored.
     pub fn set(&mut self, first: u64, last: u64) {
         let bytes = self.0.as_mut();
-        for granule in first..=last.min((bytes.len() as u64 * 8).saturating_sub(1)) {
-            bytes[(granule / 8) as usize] |= 1 << (granule % 8);
+        let end = last.saturating_add(1).min(bytes.len() as u64 * 8);
+        if first >= end {
+            return;
         }
+        let (from, to) = ((first / 8) as usize, ((end - 1) / 8) as usize);
+        let (head, tail) = (0xffu8 << (first % 8), 0xffu8 >> (7 - (end - 1) % 8));
+        if from == to {
+            bytes[from] |= head & tail;
+            return;
+        }
+        bytes[from] |= head;
+        bytes[from + 1..to].fill(0xff);
+        bytes[to] |= tail;
     }
     /// Marks what is marked in `other`.
     pub fn union(&mut self, other: &[u8]) {
@@ -49,6 +76,18 @@ impl<B: AsMut<[u8]>> Bitmap<B> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_range_of_any_shape_is_set_and_nothing_else() {
+        for first in 0..40 {
+            for last in 0..45u64 {
+                let mut bits = Bitmap(vec![0u8; 5]);
+                bits.set(first, last);
+                let set: Vec<u64> = (0..40).filter(|i| bits.get(*i)).collect();
+                assert_eq!(set, (first..=last.min(39)).collect::<Vec<_>>(), "{first} {last}");
+            }
+        }
+    }
 
     #[test]
     fn runs_are_what_was_set() {

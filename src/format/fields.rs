@@ -93,6 +93,14 @@ impl<'a> Reader<'a> {
         }
         (0..count).map(|_| item(self)).collect()
     }
+    /// 0 for nothing, or 1 and the value.
+    pub fn option<T>(
+        &mut self,
+        field: &'static str,
+        value: impl FnOnce(&mut Self) -> Result<T, FormatError>,
+    ) -> Result<Option<T>, FormatError> {
+        if self.flag(field)? { value(self).map(Some) } else { Ok(None) }
+    }
     /// Refuses bytes that nothing has read.
     pub fn end(&self) -> Result<(), FormatError> {
         if self.0.is_empty() { Ok(()) } else { Err(FormatError::Field("length")) }
@@ -166,6 +174,14 @@ impl Writer {
         self.u16(u16::try_from(items.len()).expect("a list is bounded"));
         for i in items {
             item(self, i);
+        }
+        self
+    }
+    /// 0 for nothing, or 1 and the value.
+    pub fn option<T>(&mut self, value: Option<&T>, write: impl FnOnce(&mut Self, &T)) -> &mut Self {
+        self.flag(value.is_some());
+        if let Some(value) = value {
+            write(self, value);
         }
         self
     }

@@ -12,13 +12,15 @@
 //! Owns: this layout. Invariant: no length is believed before it is within [`MAX_BODY`].
 
 use super::FormatError;
+use super::compare::Compare;
 use super::fields::{Reader, Writer};
 use super::record::{MAX_RECORD, Record};
-use crate::units::{Generation, GroupId, HistoryPoint, Lsn, NodeId, Term};
+use super::superblock::{Anchor, MAX_MAPS, MAX_PEERS};
+use crate::units::{Address, Extent, Generation, GroupId, HistoryPoint, Lsn, NodeId, Term};
 use bytes::Bytes;
 
 /// The link protocol's version; both ends must speak the same one.
-pub const VERSION: u8 = 1;
+pub const VERSION: u8 = 2;
 /// Bytes of a frame's header.
 pub const FRAME: usize = 16;
 /// Most bytes of a body.
@@ -29,6 +31,10 @@ pub const MAX_VOLUMES: usize = 256;
 pub const MAX_NAME: usize = 64;
 /// Most generations kept and told.
 pub const MAX_GENERATIONS: usize = 128;
+/// Most points of its history that a primary offers for comparison.
+pub const MAX_POINTS: usize = MAX_GENERATIONS + MAX_MAPS + 2;
+/// Most extents in one [`Message::Candidates`].
+pub const MAX_CANDIDATES: usize = 8192;
 /// Longest text of a refusal, bytes.
 pub const MAX_TEXT: usize = 250;
 
@@ -77,15 +83,47 @@ pub struct Identity {
     pub applied: Lsn,
     /// The newest openings it knows, oldest first.
     pub openings: Vec<Opening>,
+    /// On a shadow: its journal is ahead of its image, which is being made anew. It holds nothing yet.
+    pub resyncing: bool,
+}
+
+/// Why a shadow can't go on from where it is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Cause {
+    /// Its last generation is not in the primary's history.
+    Lineage,
+    /// The primary's journal no longer holds what it lacks.
+    Behind,
+    /// It has never had a full copy.
+    NeverCopied,
+}
+
+impl Cause {
+    /// In words.
+    pub fn text(self) -> &'static str {
+        match self {
+            Cause::Lineage => "its last generation is not in the primary's history",
+            Cause::Behind => "the primary's journal no longer holds what it lacks",
+            Cause::NeverCopied => "it has never had a full copy",
+        }
+    }
 }
 
 /// The acceptor's verdict on the dialling shadow.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Verdict {
     /// Compare your chain hash at this point; if equal, cut what lies beyond, then `Begin`.
     Compare(HistoryPoint),
-    /// The journal no longer holds what you lack: a resync is needed. Why, and the journal's oldest point.
-    Resync(HistoryPoint),
+    /// The journal does not lead from where you are to where this one is: a resync is needed.
+    Resync {
+        /// Why.
+        cause: Cause,
+        /// Where the journal begins.
+        oldest: Lsn,
+        /// Points of this history. The newest that is in yours too, and in your image, bounds what may
+        /// differ: name it in [`Message::Resync`].
+        points: Vec<HistoryPoint>,
+    },
     /// The histories differ; both sides stop. The last LSN that may be common.
     Diverged(Lsn),
 }
@@ -156,6 +194,29 @@ pub enum Message {
         /// On a primary: journal bytes that the receiver has not told to be applied; 0 on a shadow.
         bytes: u64,
     },
+    /// The shadow, after [`Verdict::Resync`]: I take up your history at your journal's end.
+    Resync {
+        /// The newest of your points that is in my history and my image; `None`: none is.
+        since: Option<HistoryPoint>,
+    },
+    /// The primary, before [`Message::Rebase`]: what has changed here since that point.
+    Candidates {
+        /// Where, in whole granules of the dirty maps; at most [`MAX_CANDIDATES`].
+        extents: Vec<Extent>,
+    },
+    /// The primary: the records after this one are held for you. Begin your journal anew there.
+    Rebase {
+        /// It is durable here.
+        at: Anchor,
+        /// All that may differ was told, as of this point; `None`: everything may differ.
+        since: Option<HistoryPoint>,
+        /// The sync set there.
+        members: Vec<NodeId>,
+    },
+    /// The shadow: my image is that of my history again.
+    Resynced,
+    /// Either: a word of the comparison of their images.
+    Compare(Box<Compare>),
 }
 
 /// A frame's header: what follows.
@@ -169,6 +230,8 @@ pub struct FrameHeader {
 }
 
 const RECORD: u8 = 6;
+const COMPARE: u8 = 20;
+const LAST: u8 = COMPARE;
 
 impl FrameHeader {
     /// Reads and bounds a header; nothing is allocated.
@@ -178,7 +241,7 @@ impl FrameHeader {
         if version != VERSION {
             return Err(FormatError::Version(u16::from(version)));
         }
-        if r.u16()? != 0 || kind > 9 {
+        if r.u16()? != 0 || kind > LAST {
             return Err(FormatError::Magic);
         }
         if len > MAX_BODY {
@@ -269,6 +332,33 @@ impl Message {
                 w.u64(*wall).u64(*echo).lsn(*tail).u64(*time).u64(*bytes);
                 9
             }
+            Message::Resync { since } => {
+                w.option(since.as_ref(), |w, p| {
+                    w.point(*p);
+                });
+                10
+            }
+            Message::Candidates { extents } => {
+                w.list(extents, |w, e| {
+                    w.u64(e.start()).u64(e.len());
+                });
+                11
+            }
+            Message::Rebase { at, since, members } => {
+                at.write(w);
+                w.option(since.as_ref(), |w, p| {
+                    w.point(*p);
+                });
+                w.list(members, |w, n| {
+                    w.node(*n);
+                });
+                12
+            }
+            Message::Resynced => 13,
+            Message::Compare(word) => {
+                word.write(w);
+                COMPARE
+            }
         }
     }
 
@@ -302,6 +392,20 @@ impl Message {
                 time: r.u64()?,
                 bytes: r.u64()?,
             },
+            10 => Message::Resync { since: r.option("since", Reader::point)? },
+            11 => Message::Candidates {
+                extents: r.list(MAX_CANDIDATES, "candidates", |r| {
+                    let (start, len) = (r.u64()?, r.u64()?);
+                    Extent::new(Address(start), len).ok_or(FormatError::Field("candidate"))
+                })?,
+            },
+            12 => Message::Rebase {
+                at: Anchor::read(&mut r)?,
+                since: r.option("since", Reader::point)?,
+                members: r.list(MAX_PEERS, "members", Reader::node)?,
+            },
+            13 => Message::Resynced,
+            COMPARE => Message::Compare(Box::new(Compare::read(&mut r)?)),
             _ => return Err(FormatError::Magic),
         };
         r.end()?;
@@ -331,16 +435,34 @@ pub fn proof(key: &[u8; 32], nonce: &[u8; 32], identity: &Identity, verdict: Opt
 
 impl Verdict {
     fn write(&self, w: &mut Writer) {
-        match *self {
-            Verdict::Compare(at) => w.u8(0).point(at),
-            Verdict::Resync(oldest) => w.u8(1).point(oldest),
-            Verdict::Diverged(lsn) => w.u8(2).lsn(lsn),
+        match self {
+            Verdict::Compare(at) => w.u8(0).point(*at),
+            Verdict::Resync { cause, oldest, points } => {
+                let cause = match cause {
+                    Cause::Lineage => 0,
+                    Cause::Behind => 1,
+                    Cause::NeverCopied => 2,
+                };
+                w.u8(1).u8(cause).lsn(*oldest).list(points, |w, p| {
+                    w.point(*p);
+                })
+            }
+            Verdict::Diverged(lsn) => w.u8(2).lsn(*lsn),
         };
     }
     fn read(r: &mut Reader) -> Result<Verdict, FormatError> {
         Ok(match r.u8()? {
             0 => Verdict::Compare(r.point()?),
-            1 => Verdict::Resync(r.point()?),
+            1 => Verdict::Resync {
+                cause: match r.u8()? {
+                    0 => Cause::Lineage,
+                    1 => Cause::Behind,
+                    2 => Cause::NeverCopied,
+                    _ => return Err(FormatError::Field("cause")),
+                },
+                oldest: r.lsn()?,
+                points: r.list(MAX_POINTS, "points", Reader::point)?,
+            },
             2 => Verdict::Diverged(r.lsn()?),
             _ => return Err(FormatError::Field("verdict")),
         })
@@ -376,6 +498,7 @@ impl Identity {
         w.flag(self.blank);
         w.point(self.tail).generation(self.tail_generation).point(self.oldest).lsn(self.applied);
         w.list(&self.openings, |w, o| o.write(w));
+        w.flag(self.resyncing);
     }
     fn read(r: &mut Reader) -> Result<Identity, FormatError> {
         Ok(Identity {
@@ -391,6 +514,7 @@ impl Identity {
             oldest: r.point()?,
             applied: r.lsn()?,
             openings: r.list(MAX_GENERATIONS, "openings", Opening::read)?,
+            resyncing: r.flag("resyncing")?,
         })
     }
 }

@@ -21,7 +21,7 @@ pub const SLOT: usize = 64 << 10;
 pub const MAX_PEERS: usize = 64;
 const _: () = assert!(super::record::MAX_MEMBERS <= MAX_PEERS, "a sync set fits in the list");
 const MAGIC: &[u8; 8] = b"VSUPERBK";
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 const HEAD: usize = 14;
 
 /// A volume as the superblock knows it.
@@ -55,6 +55,70 @@ impl Geometry {
     }
 }
 
+/// A record, as whatever follows it needs to know it.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Anchor {
+    /// Its place in the history.
+    pub point: HistoryPoint,
+    /// Its generation.
+    pub generation: Generation,
+    /// Its last write sequence, in the numbering of its generation.
+    pub last_write: u64,
+    /// Its time, ns since 1970.
+    pub time: u64,
+}
+
+/// How far a resync is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ResyncStage {
+    /// In place: the image in the backings is part old, part new.
+    Copying,
+    /// The backings hold the old image; what is new goes into the stage.
+    Staging,
+    /// The image is the stage over the backings; the one is being put into the others.
+    Merging,
+}
+
+/// The image that the backings hold while a new one is staged.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct OldImage {
+    /// Its newest record.
+    pub at: Anchor,
+    /// The openings that led there.
+    pub openings: Vec<Opening>,
+    /// The sync set there.
+    pub sync_set: Vec<NodeId>,
+}
+
+/// A shadow on its way to an image that its journal can't lead to.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Resync {
+    /// Its number, of its own on this node: the stage belongs to it.
+    pub job: u64,
+    /// How far it is.
+    pub stage: ResyncStage,
+    /// The dirty maps since this point hold whatever may differ from the primary's image at the journal's
+    /// base; `None`: everything may.
+    pub since: Option<HistoryPoint>,
+    /// Everything at a lower position has been compared, and what differed is in the new image, durably.
+    pub progress: u64,
+    /// All of it has; the new image needs the records up to here.
+    pub compared: Option<Lsn>,
+    /// While staging.
+    pub old: Option<OldImage>,
+}
+
+/// When the image was last proved equal to the primary's.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Verified {
+    /// Wall clock, ns since 1970.
+    pub time: u64,
+    /// At this record.
+    pub lsn: Lsn,
+    /// Bytes that differed then, and were repaired.
+    pub differences: u64,
+}
+
 /// What was last known of a peer.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Peer {
@@ -66,6 +130,8 @@ pub struct Peer {
     pub durable: Lsn,
     /// The journal is no longer held for it: it needs a resync.
     pub behind: bool,
+    /// It is in the middle of one: what it holds is not an image yet.
+    pub resyncing: bool,
 }
 
 /// A dirty map: which slot of the map file holds it, and after which record it begins.
@@ -103,6 +169,10 @@ pub struct Superblock {
     pub checkpoint_generation: Generation,
     /// Segment (by sequence) that holds the record after the checkpoint, or will.
     pub checkpoint_segment: u64,
+    /// The journal begins after this record; what older segments hold is of another history, or was given up.
+    pub base: Anchor,
+    /// Segment (by sequence) that holds the record after the base, or will.
+    pub base_segment: u64,
     /// A journal that ends before this LSN is damaged: it was durable here once.
     pub floor: Lsn,
     /// On a shadow: highest LSN known to be durable on the primary; nothing above may be applied.
@@ -121,12 +191,73 @@ pub struct Superblock {
     pub volumes: Vec<Volume>,
     /// Openings known, oldest first; the newest [`MAX_GENERATIONS`].
     pub openings: Vec<Opening>,
+    /// The number that the dirty maps' file must bear: another file proves nothing.
+    pub maps_id: u64,
     /// Dirty maps, oldest first; never empty once the node has started.
     pub maps: Vec<MapRange>,
     /// Members of the sync set.
     pub sync_set: Vec<NodeId>,
     /// Peers.
     pub peers: Vec<Peer>,
+    /// On a shadow: the resync under way.
+    pub resync: Option<Resync>,
+    /// On a shadow: its last proof.
+    pub verified: Option<Verified>,
+}
+
+impl Anchor {
+    pub(super) fn write(&self, w: &mut Writer) {
+        w.point(self.point).generation(self.generation).u64(self.last_write).u64(self.time);
+    }
+    pub(super) fn read(r: &mut Reader) -> Result<Anchor, FormatError> {
+        Ok(Anchor { point: r.point()?, generation: r.generation()?, last_write: r.u64()?, time: r.u64()? })
+    }
+}
+
+impl Resync {
+    fn write(&self, w: &mut Writer) {
+        w.u64(self.job).u8(match self.stage {
+            ResyncStage::Copying => 0,
+            ResyncStage::Staging => 1,
+            ResyncStage::Merging => 2,
+        });
+        w.option(self.since.as_ref(), |w, p| {
+            w.point(*p);
+        });
+        w.u64(self.progress).option(self.compared.as_ref(), |w, lsn| {
+            w.lsn(*lsn);
+        });
+        w.option(self.old.as_ref(), |w, old| {
+            old.at.write(w);
+            w.list(&old.openings, |w, o| o.write(w));
+            w.list(&old.sync_set, |w, n| {
+                w.node(*n);
+            });
+        });
+    }
+    fn read(r: &mut Reader) -> Result<Resync, FormatError> {
+        let resync = Resync {
+            job: r.u64()?,
+            stage: match r.u8()? {
+                0 => ResyncStage::Copying,
+                1 => ResyncStage::Staging,
+                2 => ResyncStage::Merging,
+                _ => return Err(FormatError::Field("resync stage")),
+            },
+            since: r.option("resync since", Reader::point)?,
+            progress: r.u64()?,
+            compared: r.option("resync compared", Reader::lsn)?,
+            old: r.option("old image", |r| {
+                Ok(OldImage {
+                    at: Anchor::read(r)?,
+                    openings: r.list(MAX_GENERATIONS, "old openings", Opening::read)?,
+                    sync_set: r.list(MAX_PEERS, "old sync set", Reader::node)?,
+                })
+            })?,
+        };
+        let kept = resync.old.is_some() == (resync.stage == ResyncStage::Staging);
+        if kept { Ok(resync) } else { Err(FormatError::Field("old image")) }
+    }
 }
 
 impl Superblock {
@@ -138,6 +269,8 @@ impl Superblock {
         w.term(self.term).generation(self.generation);
         w.point(self.checkpoint).u64(self.checkpoint_write);
         w.generation(self.checkpoint_generation).u64(self.checkpoint_segment);
+        self.base.write(&mut w);
+        w.u64(self.base_segment);
         w.lsn(self.floor).lsn(self.limit);
         w.flag(self.blank).flag(self.clean).flag(self.consistent).bytes(&self.cache_boot);
         w.u64(self.geometry.segment).u32(self.geometry.segments);
@@ -145,14 +278,18 @@ impl Superblock {
             w.u8(v.number).u64(v.size).name(&v.name);
         });
         w.list(&self.openings, |w, o| o.write(w));
-        w.list(&self.maps, |w, m| {
+        w.u64(self.maps_id).list(&self.maps, |w, m| {
             w.u8(m.slot).point(m.from);
         });
         w.list(&self.sync_set, |w, n| {
             w.node(*n);
         });
         w.list(&self.peers, |w, p| {
-            w.node(p.node).name(&p.name).lsn(p.durable).flag(p.behind);
+            w.node(p.node).name(&p.name).lsn(p.durable).flag(p.behind).flag(p.resyncing);
+        });
+        w.option(self.resync.as_ref(), |w, r| r.write(w));
+        w.option(self.verified.as_ref(), |w, v| {
+            w.u64(v.time).lsn(v.lsn).u64(v.differences);
         });
         let body = (w.0.len() - HEAD) as u32;
         w.0[..8].copy_from_slice(MAGIC);
@@ -204,6 +341,8 @@ impl Superblock {
             checkpoint_write: r.u64()?,
             checkpoint_generation: r.generation()?,
             checkpoint_segment: r.u64()?,
+            base: Anchor::read(r)?,
+            base_segment: r.u64()?,
             floor: r.lsn()?,
             limit: r.lsn()?,
             blank: r.flag("blank")?,
@@ -215,6 +354,7 @@ impl Superblock {
                 Ok(Volume { number: r.u8()?, size: r.u64()?, name: r.name(MAX_NAME, "volume name")? })
             })?,
             openings: r.list(MAX_GENERATIONS, "openings", Opening::read)?,
+            maps_id: r.u64()?,
             maps: r.list(MAX_MAPS, "maps", |r| Ok(MapRange { slot: r.u8()?, from: r.point()? }))?,
             sync_set: r.list(MAX_PEERS, "sync set", Reader::node)?,
             peers: r.list(MAX_PEERS, "peers", |r| {
@@ -223,7 +363,12 @@ impl Superblock {
                     name: r.name(MAX_NAME, "peer name")?,
                     durable: r.lsn()?,
                     behind: r.flag("behind")?,
+                    resyncing: r.flag("resyncing")?,
                 })
+            })?,
+            resync: r.option("resync", Resync::read)?,
+            verified: r.option("verified", |r| {
+                Ok(Verified { time: r.u64()?, lsn: r.lsn()?, differences: r.u64()? })
             })?,
         })
     }
@@ -234,6 +379,7 @@ impl Superblock {
         let g = self.geometry;
         bound((2 << 20..=1 << 40).contains(&g.segment) && g.segment.is_multiple_of(4096), "segment size")?;
         bound((4..=1 << 20).contains(&g.segments), "segments")?;
+        bound(self.base_segment > 0 && self.checkpoint_segment >= self.base_segment, "base segment")?;
         bound(!self.volumes.is_empty(), "volumes")?;
         bound(self.volumes.windows(2).all(|w| w[0].number < w[1].number), "volume numbers")?;
         let size = |v: &Volume| v.size > 0 && v.size <= MAX_VOLUME && v.size.is_multiple_of(SECTOR);

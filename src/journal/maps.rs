@@ -6,22 +6,55 @@
 //! marks the records after the checkpoint again. So a record that may be trimmed (it is at or below
 //! the checkpoint) always has its bits durable.
 //!
-//! Owns: the map file. Invariant (I9): the union of the maps from the one in force at LSN n on
-//! contains every extent of every record after n. Bits too many are harmless.
+//! The file begins with a block that names group, node and the number that the superblock gave it. A file
+//! without that (lost, another node's, of an earlier life) proves nothing: the maps begin anew, and before
+//! their first boundary everything may differ.
+//!
+//! Owns: the map file. Invariant (I9): where the image was at boundary b, the union of the maps from that
+//! boundary on contains every extent in which the image may differ now, by whatever way it went from there
+//! to here. Bits too many are harmless.
 
 use crate::disk::Memory;
 use crate::extents::Bitmap;
 use crate::format::superblock::MapRange;
-use crate::units::{Address, BLOCK, Extent, HistoryPoint, Lsn, round_up};
+use crate::units::{Address, BLOCK, Extent, GroupId, HistoryPoint, Lsn, NodeId, round_up};
 
 /// Bytes per bit.
 pub const GRANULE: u64 = 64 << 10;
 /// Slots in the file.
 const SLOTS: u8 = 8;
 
+/// Bytes before the first slot.
+const HEAD: u64 = BLOCK;
+const MAGIC: &[u8; 8] = b"VMAPFILE";
+
 /// Bytes of the map file for volumes of these (number, bytes).
 pub fn maps_len(volumes: &[(u8, u64)]) -> u64 {
-    volumes.iter().map(|(_, size)| volume_len(*size)).sum::<u64>() * u64::from(SLOTS)
+    HEAD + volumes.iter().map(|(_, size)| volume_len(*size)).sum::<u64>() * u64::from(SLOTS)
+}
+
+/// Whose a map file is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct MapsId {
+    /// Group.
+    pub group: GroupId,
+    /// Node.
+    pub node: NodeId,
+    /// The superblock's number for it; another one for each new beginning.
+    pub number: u64,
+}
+
+impl MapsId {
+    fn head(self) -> [u8; 64] {
+        let mut head = [0; 64];
+        head[..8].copy_from_slice(MAGIC);
+        head[8..24].copy_from_slice(&self.group.0);
+        head[24..32].copy_from_slice(&self.node.0.to_le_bytes());
+        head[32..40].copy_from_slice(&self.number.to_le_bytes());
+        let sum = *blake3::hash(&head[..40]).as_bytes();
+        head[40..].copy_from_slice(&sum[..24]);
+        head
+    }
 }
 
 fn volume_len(size: u64) -> u64 {
@@ -38,15 +71,18 @@ pub struct Maps {
     ranges: Vec<MapRange>,
     /// Slots that the superblock on disk may still list.
     cooling: Vec<u8>,
+    id: MapsId,
 }
 
 impl Maps {
-    /// Takes up a map file with the ranges that the superblock lists; with none, begins at `tail`.
+    /// Takes up a map file with the ranges that the superblock lists. With none, or with a file that is
+    /// not `id`'s, the maps begin at `tail`, and the file is `renewed`'s.
     pub fn new(
         memory: Box<dyn Memory>,
         volumes: &[(u8, u64)],
         ranges: Vec<MapRange>,
         tail: HistoryPoint,
+        (id, renewed): (MapsId, MapsId),
     ) -> Result<Maps, String> {
         if (memory.bytes().len() as u64) < maps_len(volumes) {
             return Err("the dirty map file is too short for the volumes".into());
@@ -61,21 +97,29 @@ impl Maps {
             (*number, *size, offset)
         };
         let volumes = volumes.iter().map(place).collect();
-        let mut maps = Maps { memory, volumes, slot_len: at, ranges, cooling: Vec::new() };
-        if maps.ranges.is_empty() {
+        let ours = memory.bytes()[..64] == id.head() && !ranges.is_empty();
+        let mut maps = Maps { memory, volumes, slot_len: at, ranges, cooling: Vec::new(), id };
+        if !ours {
+            maps.id = renewed;
             maps.bits_mut(0).fill(0);
-            maps.ranges.push(MapRange { slot: 0, from: tail });
+            maps.ranges = vec![MapRange { slot: 0, from: tail }];
+            maps.memory.bytes_mut()[..64].copy_from_slice(&renewed.head());
         }
         Ok(maps)
     }
 
+    /// The number of the file, for the superblock.
+    pub fn number(&self) -> u64 {
+        self.id.number
+    }
+
     fn bits(&self, slot: u8) -> &[u8] {
-        let at = u64::from(slot) * self.slot_len;
+        let at = HEAD + u64::from(slot) * self.slot_len;
         &self.memory.bytes()[at as usize..(at + self.slot_len) as usize]
     }
 
     fn bits_mut(&mut self, slot: u8) -> &mut [u8] {
-        let at = u64::from(slot) * self.slot_len;
+        let at = HEAD + u64::from(slot) * self.slot_len;
         &mut self.memory.bytes_mut()[at as usize..(at + self.slot_len) as usize]
     }
 
@@ -112,6 +156,32 @@ impl Maps {
         }
     }
 
+    /// The history after `point` was given up, or another one is taken up there: no later boundary is
+    /// anybody's past. As with [`Maps::rotate`], the caller syncs and saves.
+    pub fn rewind(&mut self, point: Lsn) {
+        while self.ranges.len() > 1
+            && let Some(later) = self.ranges.pop_if(|r| r.from.lsn > point)
+        {
+            let bits = self.bits(later.slot).to_vec();
+            let before = self.ranges.last().expect("one is left").slot;
+            Bitmap(self.bits_mut(before)).union(&bits);
+            self.cooling.push(later.slot);
+        }
+    }
+
+    /// What may differ is unknown: the maps begin anew at `from`, and before it everything may differ. As
+    /// with [`Maps::rotate`], the caller syncs and saves.
+    pub fn restart(&mut self, from: HistoryPoint) {
+        self.rotate(from);
+        let newest = self.ranges.pop().expect("there is always one");
+        self.cooling.extend(self.ranges.drain(..).map(|r| r.slot));
+        if newest.from != from {
+            // No slot was free, and its bits may be needed yet. Bits too many are harmless.
+            self.bits_mut(newest.slot).fill(0xff);
+        }
+        self.ranges.push(MapRange { slot: newest.slot, from });
+    }
+
     /// A superblock with [`Maps::ranges`] is durable: merged slots can be used again.
     pub fn settled(&mut self) {
         self.cooling.clear();
@@ -141,9 +211,40 @@ impl Maps {
     }
 }
 
+/// At most `most` extents that cover all of `extents`, which are in order: the nearest neighbours within a
+/// volume are joined.
+pub fn joined(extents: Vec<Extent>, most: usize) -> Vec<Extent> {
+    let (mut list, mut gap) = (extents, GRANULE);
+    let volumes = list.chunk_by(|a, b| a.address().volume() == b.address().volume()).count();
+    while list.len() > most.max(volumes) {
+        let mut fewer: Vec<Extent> = Vec::new();
+        for e in list {
+            if let Some(last) = fewer.last_mut()
+                && last.address().volume() == e.address().volume()
+                && e.start() - (last.start() + last.len()) <= gap
+            {
+                let len = e.start() + e.len() - last.start();
+                *last = Extent::new(last.address(), len).expect("within one volume");
+            } else {
+                fewer.push(e);
+            }
+        }
+        (list, gap) = (fewer, gap * 2);
+    }
+    list
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn id(number: u64) -> MapsId {
+        MapsId { group: GroupId([3; 16]), node: NodeId(4), number }
+    }
+
+    fn open(memory: Vec<u8>, volumes: &[(u8, u64)], ranges: Vec<MapRange>, at: HistoryPoint) -> Maps {
+        Maps::new(Box::new(memory), volumes, ranges, at, (id(1), id(1))).unwrap()
+    }
 
     fn extent(volume: u8, at: u64, len: u64) -> Extent {
         Extent::new(Address::new(volume, at).unwrap(), len).unwrap()
@@ -155,8 +256,7 @@ mod tests {
     #[test]
     fn the_maps_since_a_point_contain_everything_later() {
         let volumes = [(0u8, 100 * GRANULE + 512), (3, 10 * GRANULE)];
-        let memory = Box::new(vec![0xaa; maps_len(&volumes) as usize]);
-        let mut maps = Maps::new(memory, &volumes, vec![], point(0)).unwrap();
+        let mut maps = open(vec![0xaa; maps_len(&volumes) as usize], &volumes, vec![], point(0));
         for lsn in 1..=90u64 {
             maps.mark(extent(0, (lsn % 100) * GRANULE + 512, 512));
             if lsn % 5 == 0 {
@@ -179,8 +279,7 @@ mod tests {
     #[test]
     fn before_the_oldest_boundary_everything_may_differ() {
         let volumes = [(0u8, 3 * GRANULE + 512)];
-        let memory = Box::new(vec![0; maps_len(&volumes) as usize]);
-        let maps = Maps::new(memory, &volumes, vec![], point(50)).unwrap();
+        let maps = open(vec![0; maps_len(&volumes) as usize], &volumes, vec![], point(50));
         assert_eq!(maps.since(Lsn(49)), [extent(0, 0, 3 * GRANULE + 512)]);
         assert_eq!(maps.since(Lsn(50)), []);
     }
@@ -188,11 +287,120 @@ mod tests {
     #[test]
     fn the_tail_of_a_volume_and_a_second_volume_are_marked() {
         let volumes = [(0u8, 3 * GRANULE + 512), (7, GRANULE)];
-        let memory = Box::new(vec![0; maps_len(&volumes) as usize]);
-        let mut maps = Maps::new(memory, &volumes, vec![], point(0)).unwrap();
+        let mut maps = open(vec![0; maps_len(&volumes) as usize], &volumes, vec![], point(0));
         maps.mark(extent(0, 3 * GRANULE, 512));
         maps.mark(extent(7, 512, 512));
         maps.mark(extent(9, 0, 512));
         assert_eq!(maps.since(Lsn(0)), [extent(0, 3 * GRANULE, 512), extent(7, 0, GRANULE)]);
+    }
+
+    /// Plain memory that a test can still look at when the maps are gone.
+    #[derive(Clone)]
+    struct Shared(std::sync::Arc<std::sync::Mutex<Vec<u8>>>, Vec<u8>);
+
+    impl Memory for Shared {
+        fn bytes(&self) -> &[u8] {
+            &self.1
+        }
+        fn bytes_mut(&mut self) -> &mut [u8] {
+            &mut self.1
+        }
+        fn publish(&mut self, _: usize, _: u64) {}
+    }
+
+    impl Drop for Shared {
+        fn drop(&mut self) {
+            *self.0.lock().unwrap() = std::mem::take(&mut self.1);
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_not_the_nodes_own_proves_nothing() {
+        let volumes = [(0u8, 8 * GRANULE)];
+        let kept = std::sync::Arc::default();
+        let memory = Shared(std::sync::Arc::clone(&kept), vec![0; maps_len(&volumes) as usize]);
+        let mut maps = Maps::new(Box::new(memory), &volumes, vec![], point(0), (id(0), id(1))).unwrap();
+        assert_eq!(maps.number(), 1);
+        maps.mark(extent(0, GRANULE, 512));
+        let ranges = maps.ranges().to_vec();
+        drop(maps);
+        let file = kept.lock().unwrap().clone();
+        let since = |file: &Vec<u8>, id| {
+            let memory = Box::new(file.clone());
+            let maps = Maps::new(memory, &volumes, ranges.clone(), point(7), (id, self::id(9))).unwrap();
+            (maps.number(), maps.since(Lsn(0)), maps.since(Lsn(7)))
+        };
+        let (everything, one) = (vec![extent(0, 0, 8 * GRANULE)], vec![extent(0, GRANULE, GRANULE)]);
+        assert_eq!(since(&file, id(1)), (1, one.clone(), one), "its own file");
+        let lost = (9, everything, vec![]);
+        assert_eq!(since(&vec![0; file.len()], id(1)), lost, "lost, and made anew");
+        assert_eq!(since(&file, id(2)), lost, "of an earlier life");
+        assert_eq!(since(&file, MapsId { node: NodeId(5), ..id(1) }), lost, "another node's");
+        assert_eq!(since(&file, MapsId { group: GroupId([4; 16]), ..id(1) }), lost, "another group's");
+        let mut torn = file.clone();
+        torn[40] ^= 1;
+        assert_eq!(since(&torn, id(1)), lost, "damaged");
+    }
+
+    #[test]
+    fn joining_covers_all_and_crosses_no_volume() {
+        let list: Vec<_> = (0..100u64)
+            .map(|i| extent((i / 60) as u8 * 3, (i * i % 60 * 60 + i % 60) * GRANULE, GRANULE))
+            .collect();
+        let mut list: Vec<_> = list.into_iter().collect();
+        list.sort_unstable();
+        list.dedup();
+        for most in [0, 1, 2, 5, 30, 1000] {
+            let few = joined(list.clone(), most);
+            assert!(few.len() <= most.max(2), "{} of {most}", few.len());
+            for e in &list {
+                assert!(few.iter().any(|f| f.start() <= e.start() && e.end() <= f.end()));
+            }
+        }
+        assert_eq!(joined(list.clone(), list.len()), list);
+    }
+
+    #[test]
+    fn a_rewind_forgets_boundaries_and_never_bits() {
+        let volumes = [(0u8, 32 * GRANULE)];
+        let mut maps = open(vec![0; maps_len(&volumes) as usize], &volumes, vec![], point(0));
+        for i in 0..5 {
+            maps.mark(extent(0, i * GRANULE, 512));
+            maps.rotate(point(10 * (i + 1)));
+        }
+        maps.rewind(Lsn(20));
+        assert_eq!(maps.ranges().iter().map(|r| r.from.lsn.0).collect::<Vec<_>>(), [0, 10, 20]);
+        maps.mark(extent(0, 9 * GRANULE, 512));
+        let granules = |maps: &Maps, lsn| {
+            let list = maps.since(Lsn(lsn)).into_iter();
+            list.flat_map(|e| e.start() / GRANULE..e.end() / GRANULE).collect::<Vec<_>>()
+        };
+        assert_eq!(granules(&maps, 20), [2, 3, 4, 9]);
+        assert_eq!(granules(&maps, 10), [1, 2, 3, 4, 9]);
+        maps.rewind(Lsn(0));
+        assert_eq!(granules(&maps, 5), [0, 1, 2, 3, 4, 9]);
+    }
+
+    #[test]
+    fn after_a_restart_everything_before_it_may_differ() {
+        let volumes = [(0u8, 32 * GRANULE)];
+        for rotations in 0..10 {
+            let mut maps = open(vec![0; maps_len(&volumes) as usize], &volumes, vec![], point(0));
+            for i in 0..rotations {
+                maps.mark(extent(0, i * GRANULE, 512));
+                maps.rotate(point(10 * (i + 1)));
+            }
+            let listed: Vec<_> = maps.ranges().iter().map(|r| r.slot).collect();
+            maps.restart(point(500));
+            assert_eq!(maps.since(Lsn(499)), [extent(0, 0, 32 * GRANULE)]);
+            maps.mark(extent(0, 3 * GRANULE, 512));
+            assert!(maps.since(Lsn(500)).iter().any(|e| e.start() <= 3 * GRANULE && e.end() >= 4 * GRANULE));
+            let slot = maps.ranges()[0].slot;
+            // What the superblock on disk lists has only gained bits.
+            assert!(!listed.contains(&slot) || maps.since(Lsn(500)).len() == 1);
+            maps.settled();
+            maps.restart(point(600));
+            assert_eq!(maps.since(Lsn(600)), [], "a free slot once nothing else is listed");
+        }
     }
 }

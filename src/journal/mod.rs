@@ -199,9 +199,20 @@ impl Journal {
         enough
     }
 
+    /// Whether [`Journal::hold_after`] would succeed now.
+    pub fn can_hold(&self, lsn: Lsn, room: u64) -> bool {
+        let after = self.segments.partition_point(|s| s.before.lsn <= lsn && s.before.lsn < self.durable);
+        let first = self.segments.get(after.saturating_sub(1)).map_or(self.head.segment, |s| s.sequence);
+        lsn >= self.keep || self.room_from(first.min(self.head.segment)) >= room
+    }
+
     /// Bytes of records that certainly find room without overwriting anything kept.
     pub fn room(&self) -> u64 {
-        let busy = self.head.segment - self.busy_from + 1;
+        self.room_from(self.busy_from)
+    }
+
+    fn room_from(&self, busy_from: u64) -> u64 {
+        let busy = self.head.segment - busy_from + 1;
         let free = u64::from(self.geometry.segments).saturating_sub(busy);
         let fits = |space: u64| space.saturating_sub(MAX_PADDED);
         free * fits(self.geometry.segment - BLOCK) + fits(self.geometry.segment - self.head.offset)

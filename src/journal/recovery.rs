@@ -26,7 +26,7 @@ pub const SURVIVORS: u64 = 128 << 20;
 pub struct Facts {
     /// The walk found the segment that the superblock names, continuing into it.
     pub start_found: bool,
-    /// Nothing was ever written: checkpoint and floor are 0.
+    /// Nothing in it was ever promised: checkpoint and floor are its base.
     pub fresh: bool,
     /// The record at the checkpoint, if the walk met it, is the one that the superblock names.
     pub checkpoint_matches: bool,
@@ -38,6 +38,8 @@ pub struct Facts {
     pub survivors: bool,
     /// The journal was closed cleanly at its end.
     pub clean: bool,
+    /// It began anew and has not gone round since: what lies behind its end may be of the one before.
+    pub reused: bool,
 }
 
 /// What to do about it.
@@ -67,7 +69,7 @@ pub fn decide(f: Facts) -> Decision {
         Facts { denied_by_watermark: true, .. } => {
             Damaged("a record is unreadable that a later one names as durable")
         }
-        Facts { survivors: true, clean: true, .. } => {
+        Facts { survivors: true, clean: true, reused: false, .. } => {
             Damaged("records lie behind the end of a journal that was closed cleanly")
         }
         Facts { survivors: true, .. } => Cut,
@@ -137,13 +139,17 @@ impl Recovery {
         if point.lsn == Lsn(0) {
             point.hash = origin;
         }
-        let tail = Tail {
+        let mut tail = Tail {
             point,
             generation: sb.checkpoint_generation,
             last_write: sb.checkpoint_write,
             time: 0,
             durable: Lsn(0),
         };
+        if sb.checkpoint.lsn == sb.base.point.lsn {
+            // There may be no segment yet that tells.
+            tail.time = sb.base.time;
+        }
         Recovery {
             owner,
             sb: sb.clone(),
@@ -278,7 +284,7 @@ impl Recovery {
             named
         } else if header(named + 1).is_some_and(|h| h.before == checkpoint) {
             named + 1
-        } else if named > 1 && leads(named - 1) {
+        } else if named > self.sb.base_segment && leads(named - 1) {
             named - 1
         } else {
             named
@@ -369,15 +375,17 @@ impl Recovery {
     }
 
     fn judge(&mut self, out: &mut Vec<DiskRequest>) -> Option<Outcome> {
-        let end = self.tail.point.lsn;
+        let (end, base) = (self.tail.point.lsn, self.sb.base.point.lsn);
+        let lap = self.sb.base_segment + u64::from(self.sb.geometry.segments);
         let facts = Facts {
             start_found: self.start_found,
-            fresh: self.sb.checkpoint.lsn == Lsn(0) && self.sb.floor == Lsn(0),
+            fresh: self.sb.checkpoint.lsn == base && self.sb.floor <= base,
             checkpoint_matches: self.checkpoint_matches,
             reaches_floor: end >= self.sb.floor && end >= self.sb.checkpoint.lsn,
             denied_by_watermark: self.watermark > end,
             survivors: !self.behind.is_empty(),
             clean: self.sb.clean,
+            reused: self.sb.base_segment > 1 && self.end.segment < lap,
         };
         let decision = if self.target.is_some() { Decision::Cut } else { decide(facts) };
         match decision {
@@ -436,7 +444,10 @@ impl Recovery {
         let end = self.end;
         let mut segments = Vec::new();
         let mut sequence = if end.offset == 0 { end.segment - 1 } else { end.segment };
-        while let Some(header) = self.headers.get(&sequence) {
+        // What lies before the base is of another history.
+        while sequence >= self.sb.base_segment
+            && let Some(header) = self.headers.get(&sequence)
+        {
             segments.push(Segment { sequence, before: header.before, time: header.time });
             sequence -= 1;
         }
@@ -458,7 +469,7 @@ mod tests {
     #[test]
     fn the_table_answers_every_combination() {
         let mut answers = [0; 3];
-        for bits in 0..128u32 {
+        for bits in 0..256u32 {
             let bit = |i: u32| bits >> i & 1 == 1;
             let f = Facts {
                 start_found: bit(0),
@@ -468,16 +479,17 @@ mod tests {
                 survivors: bit(4),
                 clean: bit(5),
                 checkpoint_matches: bit(6),
+                reused: bit(7),
             };
             let lost_start = !f.start_found && !f.fresh;
             let safe = !lost_start && f.checkpoint_matches && f.reaches_floor && !f.denied_by_watermark;
             match decide(f) {
                 Decision::Damaged(_) => {
-                    assert!(!safe || (f.survivors && f.clean), "{f:?}");
+                    assert!(!safe || (f.survivors && f.clean && !f.reused), "{f:?}");
                     answers[0] += 1;
                 }
                 Decision::Cut => {
-                    assert!(safe && f.survivors && !f.clean, "{f:?}");
+                    assert!(safe && f.survivors && (!f.clean || f.reused), "{f:?}");
                     answers[1] += 1;
                 }
                 Decision::Continue => {
@@ -486,7 +498,7 @@ mod tests {
                 }
             }
         }
-        assert_eq!(answers.iter().sum::<i32>(), 128);
+        assert_eq!(answers.iter().sum::<i32>(), 256);
         assert!(answers.iter().all(|n| *n > 0));
     }
 }

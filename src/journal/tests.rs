@@ -5,7 +5,7 @@ use super::*;
 use crate::disk::aligned;
 use crate::format::message::Role;
 use crate::format::record::{self, Compressor, Content, EncodeJob, Kind, Stamp};
-use crate::format::superblock::{Superblock, Volume};
+use crate::format::superblock::{Anchor, Superblock, Volume};
 use crate::units::{Address, Extent, Hash, NodeId, Term};
 use bytes::Bytes;
 
@@ -24,6 +24,8 @@ fn superblock() -> Superblock {
         checkpoint_write: 0,
         checkpoint_generation: Generation::default(),
         checkpoint_segment: 1,
+        base: Anchor::default(),
+        base_segment: 1,
         floor: Lsn(0),
         limit: Lsn(0),
         blank: true,
@@ -36,6 +38,9 @@ fn superblock() -> Superblock {
         maps: vec![],
         sync_set: vec![],
         peers: vec![],
+        maps_id: 0,
+        resync: None,
+        verified: None,
     }
 }
 

@@ -3,7 +3,7 @@
 //! Owns: the table. Invariant (I9): "nothing to resync" is never concluded from labels: the outcome
 //! [`Decision::Compare`] still makes both sides compare a chain hash.
 
-use crate::format::message::{Identity, Opening, Role};
+use crate::format::message::{Cause, Identity, Opening, Role};
 use crate::units::{Generation, HistoryPoint, Lsn, Term};
 
 /// A peer's highest term against the own one.
@@ -46,7 +46,7 @@ pub struct Facts {
     pub lineage_known: bool,
     /// The candidate is not before what the dialler has applied.
     pub keeps_applied: bool,
-    /// The acceptor's journal holds every record after the candidate.
+    /// The acceptor's journal holds every record after the candidate, and can go on holding them.
     pub held: bool,
     /// The candidate is a record; or both images were all zeroes at LSN 0.
     pub common_start: bool,
@@ -58,7 +58,7 @@ pub enum Decision {
     /// Compare chain hashes at the candidate; continue from there if they are equal.
     Compare,
     /// A resync is needed; why.
-    Resync(&'static str),
+    Resync(Cause),
     /// The histories differ; nothing is merged.
     Diverged,
     /// No; why.
@@ -86,18 +86,25 @@ pub fn decide(f: Facts) -> Decision {
         (Role::Primary, Role::Shadow, TermOrder::Lower | TermOrder::Equal) => {}
     }
     if !f.lineage_known {
-        return Resync("its last generation is not in this node's history");
+        return Resync(Cause::Lineage);
     }
     if !f.keeps_applied {
         return Diverged;
     }
     if !f.held {
-        return Resync("the journal no longer holds what it lacks");
+        return Resync(Cause::Behind);
     }
     if !f.common_start {
-        return Resync("it has never had a full copy");
+        return Resync(Cause::NeverCopied);
     }
     Compare
+}
+
+/// Whether `generation` is a run that the primary of the oldest known opening had before, under the same
+/// term: one node's runs under one term are one history, however many of them are forgotten.
+pub fn is_earlier_run(openings: &[Opening], generation: Generation) -> bool {
+    let oldest = openings.first().map(|o| o.generation);
+    oldest.is_some_and(|o| o.term == generation.term && generation.start < o.start)
 }
 
 /// The last point that primary and shadow can share, judged by generations: the shadow's tail, or
@@ -198,6 +205,7 @@ mod tests {
             oldest: point(0),
             applied: Lsn(0),
             openings: vec![],
+            resyncing: false,
         };
         let find = |start, lsn| candidate(&openings, point(30), &shadow(start, lsn));
         assert_eq!(find(1, 8), Some((Lsn(8), None)));
@@ -208,5 +216,11 @@ mod tests {
         assert_eq!(find(3, 35), Some((Lsn(30), Some(point(30)))));
         assert_eq!(find(4, 35), None);
         assert_eq!(find(0, 0), Some((Lsn(0), None)));
+        let elder = |openings: &[Opening], start| is_earlier_run(openings, generation(start));
+        assert!(
+            elder(&openings[1..], 1) && !elder(&openings, 1) && !elder(&openings[1..], 4) && !elder(&[], 1)
+        );
+        let other = Term { counter: 1, node: NodeId(7) };
+        assert!(!is_earlier_run(&openings[1..], Generation { term: other, start: 1 }));
     }
 }

@@ -66,10 +66,12 @@ impl Run {
             AdminOp::Drain => self.drain(id, false),
             AdminOp::Shutdown => self.drain(id, true),
             AdminOp::Promote { fenced, dry_run } => self.promote(id, fenced, dry_run),
+            AdminOp::Refresh(wish) => self.refresh(id, wish),
+            AdminOp::RefreshStop => self.refresh_stop(id),
         }
     }
 
-    fn answer(&mut self, id: AdminId, outcome: Result<String, (Refusal, String)>) {
+    pub(super) fn answer(&mut self, id: AdminId, outcome: Result<String, (Refusal, String)>) {
         let answer = match outcome {
             Ok(text) => Answer::Done(text),
             Err((refusal, text)) => Answer::Refused(refusal, text),
@@ -179,7 +181,10 @@ impl Run {
                     && (!shutdown || (applied == tail && p.is_empty()))
             }
             Part::Shadow(s) => {
-                !s.is_cutting() && self.journal.is_quiet() && applied >= self.meta.sb.limit.min(tail)
+                !s.is_cutting()
+                    && !self.image_waits()
+                    && self.journal.is_quiet()
+                    && applied >= self.meta.sb.limit.min(tail)
             }
         };
         if !done || !self.image.is_idle() {
@@ -263,13 +268,32 @@ impl Run {
             }
         };
         let pending = tail.point.lsn.0 - self.image.applied.point.lsn.0;
+        if let Some(old) = self.old_image() {
+            return format!(
+                "a resync is under way and would be given up: the image here is the old one, of LSN {old}; {known}"
+            );
+        }
         format!("the shadow ends at LSN {} ({pending} records to be applied first); {known}", tail.point.lsn)
+    }
+
+    /// Before a promotion: the old image, if a new one is not whole yet; or the new one, once it is in
+    /// place. Whether that takes more time.
+    fn leave_resync(&mut self) -> bool {
+        if self.is_staging() {
+            self.retreat(None);
+            return true;
+        }
+        let turning = matches!(&self.part, Part::Shadow(s) if s.is_turning());
+        turning || self.image_waits()
     }
 
     fn pump_promotion(&mut self) -> bool {
         let Some((id, ticket)) = self.admin.promotion else { return false };
         match ticket {
             None => {
+                if self.leave_resync() {
+                    return false;
+                }
                 // First the journal: the term says that everything up to its end is history.
                 if !self.journal.is_quiet() {
                     let lsn = self.journal.tail().point.lsn;

@@ -9,7 +9,7 @@ use crate::disk::{DiskOp, DiskRequest, DiskResult, File, Memory, Token};
 use crate::format::message::Role;
 use crate::format::record::{Kind, Record, flags, origin};
 use crate::format::superblock::{SLOT, Superblock};
-use crate::journal::maps::Maps;
+use crate::journal::maps::{Maps, MapsId};
 use crate::journal::recovery::{Outcome, Recovered, Recovery};
 use crate::role;
 use crate::units::{HistoryPoint, Lsn};
@@ -98,8 +98,11 @@ impl Boot {
         }
         let volumes: Vec<_> = sb.volumes.iter().map(|v| (v.number, v.size)).collect();
         let memory = self.memory.take().expect("slots are read once");
-        let maps = Maps::new(memory, &volumes, sb.maps.clone(), sb.checkpoint)?;
-        sb.maps = maps.ranges().to_vec();
+        let id = MapsId { group: sb.group, node: sb.node, number: sb.maps_id };
+        // No superblock that was ever written had this sequence.
+        let renewed = MapsId { number: sb.sequence + 1, ..id };
+        let maps = Maps::new(memory, &volumes, sb.maps.clone(), sb.checkpoint, (id, renewed))?;
+        (sb.maps, sb.maps_id) = (maps.ranges().to_vec(), maps.number());
         let mut recovery = Recovery::new(JOURNAL_RECOVERY, &sb, origin);
         recovery.start(out);
         self.found = Some((slot, sb, recovery, maps));

@@ -4,10 +4,11 @@
 //! function of its configuration, its files and the sequence of (now, event); so a simulator that
 //! repeats the sequence repeats the run.
 
-use crate::disk::{DiskRequest, DiskResult, IoError, Payload, Token};
+use crate::disk::{DiskRequest, DiskResult, IoError, Memory, Payload, Token};
 use crate::format::message::Message;
 use crate::format::record::{EncodeJob, Encoded};
 use crate::node::status::Status;
+use crate::resync::hash::{Job, Product};
 use crate::units::{Extent, Lsn};
 use bytes::Bytes;
 
@@ -75,6 +76,18 @@ pub enum Event {
         /// Its product.
         encoded: Encoded,
     },
+    /// The answer to [`Action::Compare`].
+    Compared {
+        /// Of the job.
+        token: Token,
+        /// Its product.
+        product: Product,
+    },
+    /// The answer to [`Action::OpenStage`].
+    Stage {
+        /// The mapped file that says what is in the stage; or why there is none.
+        result: Result<Box<dyn Memory>, String>,
+    },
     /// A connection stands: one that [`Action::Dial`] asked for, or one from a peer.
     LinkUp {
         /// Its number.
@@ -130,6 +143,27 @@ pub enum AdminOp {
         /// Only say what would happen.
         dry_run: bool,
     },
+    /// Prove a shadow equal, and repair it. On the primary it is handed to the connected shadow. Answered
+    /// once the comparison has begun (or goes on where an earlier one was interrupted); its progress and
+    /// its outcome are in [`Status::refresh`].
+    Refresh(Refresh),
+    /// End the comparison that is under way; what was repaired stays.
+    RefreshStop,
+}
+
+/// What a refresh is to do.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct Refresh {
+    /// On a primary with several shadows: the name of the one that is meant.
+    pub peer: Option<String>,
+    /// Trust what the hash index knows; read only the rest.
+    pub quick: bool,
+    /// Only compare: a shadow with differences stays as it is.
+    pub verify: bool,
+    /// Bytes of the volumes that each side may read in a second; 0: as fast as it goes.
+    pub rate: u64,
+    /// Don't go on where an interrupted one ended: begin anew.
+    pub restart: bool,
 }
 
 /// Why an administrator's request was not done. Each maps to one exit code of the CLI.
@@ -172,6 +206,22 @@ pub enum Action {
         /// The work.
         job: EncodeJob,
     },
+    /// Hash, pack or unpack for a comparison; answer with [`Event::Compared`]. Any order, any thread.
+    Compare {
+        /// Comes back with the answer.
+        token: Token,
+        /// The work.
+        job: Job,
+    },
+    /// Open the files of the stage, next to the journal: per volume a file of its size, and the map of
+    /// `apply::stage::stage_len` bytes; answer with [`Event::Stage`]. Until it is dropped, the stage's names in
+    /// disk requests mean them.
+    OpenStage {
+        /// Make them anew, the volumes' files sparse, the map with all its blocks, all zeroes.
+        fresh: bool,
+    },
+    /// Remove the files of the stage, if there are any, and give their room back.
+    DropStage,
     /// A front end's request is finished: a read's bytes, nothing otherwise.
     Complete {
         /// Which.

@@ -20,9 +20,10 @@ impl Run {
         let window = self.cfg.window_bytes;
         let Some(l) = self.links.by_id.get_mut(&link) else { return };
         l.state = LinkState::Sending(Sender::new(from, window));
+        l.held = None;
         let Some(p) = self.links.peer_of(link) else { return };
         (p.received, p.durable, p.applied) = (from.prev(), from.prev(), Lsn(0));
-        let (Some(node), name) = (p.node, p.name.clone()) else { return };
+        let (Some(node), name, resyncing) = (p.node, p.name.clone(), p.resyncing) else { return };
         // What it still has to read must not be overwritten from here on.
         let Part::Primary(primary) = &self.part else { return };
         if !self.journal.hold_after(from.prev(), primary.reserved()) {
@@ -30,15 +31,27 @@ impl Run {
             return self.drop_link(link, "the journal is too full for it to catch up");
         }
         let known = &mut self.meta.sb.peers;
-        let peer = Peer { node, name, durable: from.prev(), behind: false };
+        let peer = Peer { node, name, durable: from.prev(), behind: false, resyncing };
         match known.iter().position(|k| k.node == node) {
             Some(i) => known[i] = peer,
             None if known.len() < MAX_PEERS => known.push(peer),
             None => return self.drop_link(link, "this group has too many peers"),
         }
         self.meta.save(false);
-        self.set_peer(link, "CatchingUp", None);
+        self.set_peer(link, if resyncing { "Resyncing" } else { "CatchingUp" }, None);
         self.update_keep();
+    }
+
+    /// The shadow's image is that of its history again.
+    pub(super) fn resynced(&mut self, link: LinkId) {
+        let Some(p) = self.links.peer_of(link).filter(|p| p.resyncing) else { return };
+        p.resyncing = false;
+        let node = p.node;
+        if let Some(known) = self.meta.sb.peers.iter_mut().find(|k| Some(k.node) == node) {
+            known.resyncing = false;
+        }
+        self.meta.save(false);
+        self.set_peer(link, "CatchingUp", None);
     }
 
     /// Records that the checkpoint or a shadow still needs are kept.
@@ -49,6 +62,7 @@ impl Run {
                 keep = keep.min(peer.durable);
             }
         }
+        keep = self.links.by_id.values().filter_map(|l| l.held).fold(keep, Lsn::min);
         self.journal.keep_after(keep);
     }
 
@@ -68,6 +82,12 @@ impl Run {
         let done = applied == self.journal.tail().point.lsn && self.checkpoint_idle();
         if !journal_full || !done || self.cfg.full != FullPolicy::Behind {
             return false;
+        }
+        if let Some((id, _)) = self.links.by_id.iter().find(|(_, l)| l.held.is_some()) {
+            // It was about to begin, and takes too long for that.
+            self.drop_link(*id, "the journal is full, and it does not begin");
+            self.update_keep();
+            return true;
         }
         let set = self.meta.sb.sync_set.clone();
         let slow = |p: &&mut Peer| !p.behind && p.durable < checkpoint && !set.contains(&p.node);

@@ -8,8 +8,8 @@ use super::event::{Level, LinkId};
 use super::feed::Fetched;
 use super::links::LinkState;
 use super::run::{Part, Run, fetch};
-use crate::format::message::{Identity, Message, Role, Verdict, proof, refuse};
-use crate::link::handshake::{Decision, Facts, TermOrder, candidate, decide, order};
+use crate::format::message::{Cause, Identity, Message, Role, Verdict, proof, refuse};
+use crate::link::handshake::{Decision, Facts, TermOrder, candidate, decide, is_earlier_run, order};
 use crate::units::{Lsn, Term};
 
 impl Run {
@@ -20,6 +20,10 @@ impl Run {
             return self.drop_link(link, "it is this very node");
         }
         self.meet(link, hello);
+        if let Some(peer) = self.links.peer_of(link) {
+            peer.resyncing = hello.resyncing;
+            peer.blank = hello.blank;
+        }
         let own = self.identity();
         let found = candidate(&own.openings, own.tail, hello);
         let at = found.map_or(Lsn(0), |(lsn, _)| lsn);
@@ -31,7 +35,7 @@ impl Run {
             term: order(own.term, hello.term),
             lineage_known: found.is_some(),
             keeps_applied: at >= hello.applied,
-            held: own.oldest.lsn <= at,
+            held: own.oldest.lsn <= at && self.can_hold(at),
             common_start: at > Lsn(0) || (own.blank && hello.blank),
         };
         match decide(facts) {
@@ -42,9 +46,16 @@ impl Run {
                     self.set_state(link, state);
                 }
             },
-            Decision::Resync(why) => {
-                self.set_peer(link, "Resync", Some(why.into()));
-                self.welcome(link, nonce, Verdict::Resync(own.oldest));
+            Decision::Resync(cause) => {
+                let earlier = is_earlier_run(&own.openings, hello.tail_generation);
+                let cause = if cause == Cause::Lineage && earlier { Cause::Behind } else { cause };
+                self.offer_resync(link, nonce, cause);
+            }
+            // It has shown nothing yet of what it holds.
+            Decision::Diverged
+                if hello.resyncing && hello.role == Role::Shadow && facts.term != TermOrder::Conflicting =>
+            {
+                self.offer_resync(link, nonce, Cause::Lineage);
             }
             Decision::Diverged => {
                 let why = format!("its history differs from this node's, at LSN {at} at the latest");
@@ -66,6 +77,14 @@ impl Run {
         }
     }
 
+    /// The journal has room to keep the records after `at` for somebody who reads them.
+    fn can_hold(&self, at: Lsn) -> bool {
+        match &self.part {
+            Part::Primary(p) => self.journal.can_hold(at, p.reserved()),
+            Part::Shadow(_) => true,
+        }
+    }
+
     /// Records which node a link leads to; an older link to the same node is given up.
     fn meet(&mut self, link: LinkId, peer: &Identity) {
         let older: Vec<_> = self
@@ -81,19 +100,24 @@ impl Run {
         self.links.meet(link, peer.node, &peer.name, self.now.mono);
     }
 
-    fn set_state(&mut self, link: LinkId, state: LinkState) {
+    pub(super) fn set_state(&mut self, link: LinkId, state: LinkState) {
         if let Some(l) = self.links.by_id.get_mut(&link) {
             l.state = state;
         }
     }
 
-    fn welcome(&mut self, link: LinkId, nonce: [u8; 32], verdict: Verdict) {
+    pub(super) fn welcome(&mut self, link: LinkId, nonce: [u8; 32], verdict: Verdict) {
         let identity = Box::new(self.identity());
         let proof = proof(&self.cfg.key, &nonce, &identity, Some(&verdict));
+        let state = match &verdict {
+            Verdict::Compare(point) => Some(LinkState::Welcomed { at: point.lsn }),
+            Verdict::Resync { .. } => Some(LinkState::Offered),
+            Verdict::Diverged(_) => None,
+        };
         self.send(link, Message::Welcome { identity, verdict, proof });
-        match verdict {
-            Verdict::Compare(point) => self.set_state(link, LinkState::Welcomed { at: point.lsn }),
-            Verdict::Resync(_) | Verdict::Diverged(_) => self.drop_link(link, "it can't follow as it is"),
+        match state {
+            Some(state) => self.set_state(link, state),
+            None => self.drop_link(link, "it can't follow as it is"),
         }
     }
 
@@ -106,9 +130,7 @@ impl Run {
             Fetched::Pending => return false,
             Fetched::Ready(record) => self.welcome(id, nonce, Verdict::Compare(record.point())),
             Fetched::Lost => {
-                self.set_peer(id, "Resync", Some("the journal no longer holds what it lacks".into()));
-                let oldest = self.journal.oldest();
-                self.welcome(id, nonce, Verdict::Resync(oldest));
+                self.offer_resync(id, nonce, Cause::Behind);
             }
         }
         true
@@ -134,6 +156,9 @@ impl Run {
             Part::Shadow(s) if s.is_cutting() => {
                 return self.drop_link(link, "the journal is being cut back");
             }
+            Part::Shadow(s) if s.is_turning() => {
+                return self.drop_link(link, "the journal is being begun anew");
+            }
             Part::Shadow(_) if self.admin.is_promoting() => {
                 return self.drop_link(link, "this node is being promoted");
             }
@@ -145,6 +170,9 @@ impl Run {
             return self.drop_link(link, "it is not a primary of this group with these volumes");
         }
         let rank = order(own.term, primary.term);
+        if let Some(peer) = self.links.peer_of(link) {
+            peer.blank = primary.blank;
+        }
         match rank {
             TermOrder::Lower => return self.drop_link(link, "it is a primary of a term that has ended"),
             TermOrder::Conflicting => {
@@ -172,14 +200,14 @@ impl Run {
             }
             Verdict::Compare(at) if at == own.tail => self.histories_agree(link),
             Verdict::Compare(at) => self.histories_differ(link, at.lsn),
-            Verdict::Resync(oldest) => {
+            Verdict::Resync { cause, oldest, points } => {
                 let why = format!(
-                    "the primary's journal begins after LSN {}, this shadow ends at LSN {}",
-                    oldest.lsn, own.tail.lsn
+                    "{}: its journal begins after LSN {oldest}, this shadow ends at LSN {}",
+                    cause.text(),
+                    own.tail.lsn
                 );
                 self.set_peer(link, "Resync", Some(why));
-                self.be_patient(link);
-                self.drop_link(link, "a resync is needed");
+                self.begin_rebase(link, cause, primary, points);
             }
             Verdict::Diverged(lsn) => self.histories_differ(link, lsn),
         }
@@ -198,9 +226,12 @@ impl Run {
     }
 
     /// One primary at a time: under a term that may have ended, nothing is acknowledged any more (I8).
-    fn leave_others(&mut self, link: LinkId) {
+    pub(super) fn leave_others(&mut self, link: LinkId) {
         let following = |state: &LinkState| {
-            matches!(state, LinkState::Cutting | LinkState::Settling(_) | LinkState::Receiving)
+            matches!(
+                state,
+                LinkState::Cutting | LinkState::Rebasing | LinkState::Settling(_) | LinkState::Receiving
+            )
         };
         let others = self.links.by_id.iter().filter(|(id, l)| **id != link && following(&l.state));
         for id in others.map(|(id, _)| *id).collect::<Vec<_>>() {
@@ -242,6 +273,10 @@ impl Run {
         self.set_state(link, LinkState::Receiving);
         self.set_peer(link, "UpToDate", None);
         self.send(link, Message::Begin { from });
+        if !self.is_remaking() {
+            // It may have become so since it said hello.
+            self.send(link, Message::Resynced);
+        }
         self.log(Level::Info, format!("following the primary from LSN {from}"));
         true
     }

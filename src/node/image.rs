@@ -7,15 +7,16 @@
 
 use super::feed::{Fetched, Reader};
 use super::meta::Ticket;
+use super::remake::{self, Finish, Staged};
 use super::run::{Part, Run, fetch};
-use super::{APPLY, MAPS};
+use super::{APPLY, MAPS, STAGE};
 use crate::apply::{Applier, Progress, Source};
 use crate::disk::{DiskOp, DiskRequest, DiskResult, File, IoError, Token};
 use crate::extents::ExtentMap;
 use crate::format::record::{Content, Record};
 use crate::format::superblock::Superblock;
 use crate::journal::{Tail, tail_of};
-use crate::units::{Lsn, Now};
+use crate::units::{Extent, Lsn, Now};
 
 /// Payload bytes of one batch of records.
 const BATCH: u64 = 4 << 20;
@@ -29,6 +30,7 @@ enum Check {
         tail: Tail,
         fence: u64,
         maps: bool,
+        stage: bool,
     },
     /// Synced; what overwrote it is not durable yet.
     Fenced {
@@ -54,6 +56,14 @@ pub struct Image {
     /// A checkpoint is wanted now, whatever its time.
     pub(super) hurry: bool,
     rotated_at: u64,
+    /// Repairs have their turn before the next records.
+    repair_next: bool,
+    /// Repairs were written that no sync covers.
+    pub(super) repaired: bool,
+    pub(super) staged: Staged,
+    pub(super) finish: Finish,
+    /// What the batch under way puts into the stage.
+    staging: Vec<Extent>,
 }
 
 impl Image {
@@ -67,8 +77,10 @@ impl Image {
             time: 0,
             durable: Lsn(0),
         };
+        let mut applier = Applier::new(owner);
+        applier.aim(false, sb.volumes.iter().map(|v| v.number));
         Image {
-            applier: Applier::new(owner),
+            applier,
             reader: Reader::default(),
             applied,
             upto: None,
@@ -76,6 +88,35 @@ impl Image {
             checked_at: now.mono,
             hurry: false,
             rotated_at: 0,
+            repair_next: false,
+            repaired: false,
+            staged: Staged::default(),
+            finish: Finish::default(),
+            staging: Vec::new(),
+        }
+    }
+
+    /// Where the parts of `extent` of this image lie.
+    pub fn image_reads(&self, extent: Extent) -> Vec<(Extent, File)> {
+        let number = extent.address().volume();
+        match &self.staged {
+            Staged::Open { stage, .. } => {
+                let file = |staged| if staged { File::Stage(number) } else { File::Backing(number) };
+                stage.parts(extent).into_iter().map(|(part, staged)| (part, file(staged))).collect()
+            }
+            Staged::Absent | Staged::Opening { .. } => vec![(extent, File::Backing(number))],
+        }
+    }
+
+    /// No request that changes the image is in flight, whatever became of the last ones.
+    pub fn is_quiet(&self) -> bool {
+        self.applier.is_quiet() && self.reader.is_idle()
+    }
+
+    /// The sync of the stage's map was answered.
+    pub fn stage_map_synced(&mut self) {
+        if let Check::Syncing { stage, .. } = &mut self.check {
+            *stage = true;
         }
     }
 
@@ -88,6 +129,8 @@ impl Image {
     pub fn journal_cut(&mut self) {
         self.reader.reset();
         self.rotated_at = 0;
+        (self.upto, self.repaired) = (None, false);
+        self.staging.clear();
     }
 
     /// The batch that write-back begins ends with this record.
@@ -110,8 +153,16 @@ impl Run {
     /// Batches of records, submissions, checkpoints; whether anything moved.
     pub(super) fn pump_image(&mut self) -> bool {
         let mut moved = false;
-        if !self.image.applier.is_busy() && self.image.applied.point.lsn < self.apply_limit() {
-            moved |= self.begin_records();
+        if !self.image.applier.is_busy() && !self.image_waits() {
+            let due = self.image.applied.point.lsn < self.apply_limit();
+            // In turn, so that neither waits for the end of the other.
+            let repair = self.compare.job.has_repairs() && (!due || self.image.repair_next);
+            self.image.repair_next = !repair;
+            moved |= match (repair, due) {
+                (true, _) => self.begin_repairs(),
+                (false, true) => self.begin_records(),
+                (false, false) => false,
+            };
         }
         let cache = match &self.part {
             Part::Primary(p) => p.cache.as_ref(),
@@ -158,9 +209,18 @@ impl Run {
             }
         }
         let Some(upto) = upto else { return false };
-        self.image.upto = Some(upto);
-        self.image.applier.begin(batch.iter().map(|(e, s)| (e, s.clone())));
+        self.begin_batch(batch.iter().map(|(e, s)| (e, s.clone())).collect(), Some(upto));
         true
+    }
+
+    /// Begins a batch of writes into the image: extents that do not overlap, in order. Not while one is
+    /// busy. `upto`: it is the records up to there; `None`: the image stays at its record.
+    pub(super) fn begin_batch(&mut self, batch: Vec<(Extent, Source)>, upto: Option<Tail>) {
+        self.image.upto = upto;
+        if self.is_staging() {
+            self.image.staging = batch.iter().map(|(e, _)| *e).collect();
+        }
+        self.image.applier.begin(batch.into_iter());
     }
 
     /// The answer to a request of the applier.
@@ -174,7 +234,13 @@ impl Run {
     }
 
     fn batch_done(&mut self) {
-        let Some(upto) = self.image.upto.take() else { return };
+        if let Staged::Open { stage, .. } = &mut self.image.staged {
+            self.image.staging.drain(..).for_each(|e| stage.mark(e));
+        }
+        if self.merged() {
+            return;
+        }
+        let Some(upto) = self.image.upto.take() else { return self.repairs_written() };
         self.image.applied = upto;
         match &mut self.part {
             Part::Primary(p) => p.written_back(&upto),
@@ -219,6 +285,7 @@ impl Run {
                     return false;
                 }
                 self.image.check = Check::Idle;
+                self.job_synced();
                 self.maps.settled();
                 self.links.checkpoint = tail.point.lsn;
                 self.update_keep();
@@ -228,11 +295,15 @@ impl Run {
     }
 
     fn begin_checkpoint(&mut self) -> bool {
-        if matches!(&self.part, Part::Shadow(s) if s.is_cutting()) {
+        if matches!(&self.part, Part::Shadow(s) if s.is_cutting() || s.is_turning()) {
             return false; // the superblock would name as durable what is being cut off
         }
+        if !matches!(self.image.finish, Finish::Idle) {
+            return false; // the image is being moved, and stays the one that it is
+        }
         let tail = self.image.applied;
-        if tail.point.lsn <= self.meta.sb.checkpoint.lsn || self.image.applier.is_syncing() {
+        let news = tail.point.lsn > self.meta.sb.checkpoint.lsn || self.image.repaired;
+        if !news || self.image.applier.is_syncing() {
             self.image.hurry = false;
             return false;
         }
@@ -244,14 +315,22 @@ impl Run {
         }
         self.image.hurry = false;
         self.image.checked_at = self.now.mono;
-        if self.journal.bytes() - self.image.rotated_at >= size / 2 {
+        // What a resync compares is told by boundaries from before it.
+        if self.journal.bytes() - self.image.rotated_at >= size / 2 && self.meta.sb.resync.is_none() {
             self.image.rotated_at = self.journal.bytes();
             self.maps.rotate(self.journal.tail().point);
         }
         let fence = self.fence();
+        self.image.repaired = self.image.applier.is_busy() && self.image.repaired;
+        self.job_syncing();
         self.disk.push(DiskRequest { token: Token::new(MAPS, 0), file: File::DirtyMaps, op: DiskOp::Sync });
         self.image.applier.sync(&mut self.disk);
-        self.image.check = Check::Syncing { tail, fence, maps: false };
+        let staged = self.is_staging();
+        if staged {
+            let token = Token::new(STAGE, remake::MAP);
+            self.disk.push(DiskRequest { token, file: File::StageMap, op: DiskOp::Sync });
+        }
+        self.image.check = Check::Syncing { tail, fence, maps: false, stage: !staged };
         true
     }
 
@@ -265,9 +344,10 @@ impl Run {
         Ok(())
     }
 
-    fn check_synced(&mut self) {
-        if let Check::Syncing { tail, fence, maps: true } = self.image.check
+    pub(super) fn check_synced(&mut self) {
+        if let Check::Syncing { tail, fence, maps: true, stage: true } = self.image.check
             && !self.image.applier.is_syncing()
+            && !self.image.applier.has_failed()
         {
             self.image.check = Check::Fenced { tail, fence };
         }
@@ -283,8 +363,19 @@ impl Run {
         sb.checkpoint_segment = segment;
         sb.floor = sb.floor.max(durable);
         sb.maps = self.maps.ranges().to_vec();
+        if let Some(resync) = &mut sb.resync {
+            resync.progress = resync.progress.max(self.compare.job.resync_progress());
+        }
         let ticket = self.meta.save(false);
         self.image.check = Check::Saving { tail, ticket };
+    }
+
+    /// Ends a checkpoint that can't succeed; whether none is under way.
+    pub(super) fn abandon_checkpoint(&mut self) -> bool {
+        if matches!(self.image.check, Check::Syncing { maps: true, stage: true, .. } | Check::Fenced { .. }) {
+            self.image.check = Check::Idle;
+        }
+        self.checkpoint_idle()
     }
 
     /// No checkpoint is under way.

@@ -11,6 +11,7 @@ use super::meta::Ticket;
 use super::run::{Part, Run, fetch};
 use crate::format::message::{Identity, Message, proof, refuse};
 use crate::format::superblock::{Peer, Superblock};
+use crate::journal::Tail;
 use crate::link::lag::{ClockEstimate, Timeline};
 use crate::link::sender::Sender;
 use crate::units::{HistoryPoint, Lsn, NodeId};
@@ -25,6 +26,10 @@ pub enum LinkState {
     Locating { nonce: [u8; 32], at: Lsn },
     /// Accepted: the shadow compares at this LSN.
     Welcomed { at: Lsn },
+    /// Accepted: the shadow can't go on by the journal, and was told so.
+    Offered,
+    /// Accepted: it takes up the history here; what may differ since this point is being gathered.
+    Offering { since: Option<HistoryPoint>, at: Option<Tail> },
     /// Accepted: the shadow is fed.
     Sending(Sender),
     /// Dialled: the challenge is awaited.
@@ -33,6 +38,8 @@ pub enum LinkState {
     Greeted,
     /// Dialled: the journal is being cut back.
     Cutting,
+    /// Dialled: the journal is being begun anew where the primary's ends.
+    Rebasing,
     /// Dialled: histories agree; the superblock and the journal are being made durable.
     Settling(Ticket),
     /// Dialled: records come.
@@ -51,6 +58,8 @@ pub struct Link {
     begun: u64,
     heard: u64,
     beat: u64,
+    /// The records after this one are kept for it, until it begins.
+    pub(super) held: Option<Lsn>,
 }
 
 /// What is known of a peer, connected or not.
@@ -65,6 +74,10 @@ pub struct PeerView {
     pub(super) heard: Option<u64>,
     pub(super) clock: ClockEstimate,
     pub(super) sent_bytes: u64,
+    /// What it holds is not an image yet: it is durable for nobody.
+    pub(super) resyncing: bool,
+    /// As it says, its image was all zeroes at LSN 0.
+    pub(super) blank: bool,
 }
 
 impl PeerView {
@@ -80,6 +93,8 @@ impl PeerView {
             heard: None,
             clock: ClockEstimate::default(),
             sent_bytes: 0,
+            resyncing: known.is_some_and(|p| p.resyncing),
+            blank: false,
         }
     }
 }
@@ -174,7 +189,8 @@ impl Links {
 
     /// The least that every member of the sync set has durable.
     pub fn sync_durable(&self, members: &[NodeId]) -> Lsn {
-        let durable = |m: &NodeId| self.view(*m).map_or(Lsn(0), |p| p.durable);
+        let image = |m: &NodeId| self.view(*m).filter(|p| !p.resyncing);
+        let durable = |m: &NodeId| image(m).map_or(Lsn(0), |p| p.durable);
         members.iter().map(durable).min().unwrap_or(Lsn(u64::MAX))
     }
 
@@ -230,6 +246,11 @@ impl Links {
         self.by_id.values().any(|l| l.peer == Some(node) && live(l))
     }
 
+    /// Nobody is waited for any longer before he is dialled.
+    pub fn dial_now(&mut self) {
+        self.dials.iter_mut().for_each(|d| d.at = 0);
+    }
+
     /// Every reader of the journal that a link has.
     pub fn readers(&mut self) -> impl Iterator<Item = &mut Reader> {
         self.by_id.values_mut().map(|l| &mut l.reader)
@@ -246,7 +267,8 @@ impl Run {
         let state = if dialed.is_some() { LinkState::Dialled } else { LinkState::Challenged };
         let (begun, heard, beat) = (self.now.mono, self.now.mono, self.now.mono);
         let reader = Reader::default();
-        self.links.by_id.insert(link, Link { state, reader, dialed, nonce, peer: None, begun, heard, beat });
+        let fresh = Link { state, reader, dialed, nonce, peer: None, begun, heard, beat, held: None };
+        self.links.by_id.insert(link, fresh);
         if self.fault.is_some() {
             return self.drop_link(link, "this node has failed");
         }
@@ -265,10 +287,11 @@ impl Run {
         let given_up = self.links.by_id.get(&link).is_none_or(|l| matches!(l.state, LinkState::Closing));
         if !given_up
             && let Some(peer) = self.links.peer_of(link)
-            && matches!(peer.state, "UpToDate" | "CatchingUp")
+            && matches!(peer.state, "UpToDate" | "CatchingUp" | "Resyncing")
         {
             peer.state = "Disconnected";
         }
+        self.compare.forget(link);
         let gone = self.links.by_id.remove(&link);
         if gone.is_some_and(|l| matches!(l.state, LinkState::Receiving)) {
             self.forget_held();
@@ -296,12 +319,14 @@ impl Run {
         }
         let was_fed = matches!(l.state, LinkState::Receiving);
         l.state = LinkState::Closing;
+        l.held = None;
+        self.compare.forget(link);
         if was_fed {
             self.forget_held();
         }
         self.out.push(Action::Close { link });
         let name = self.links.peer_of(link).map(|p| {
-            if matches!(p.state, "UpToDate" | "CatchingUp") {
+            if matches!(p.state, "UpToDate" | "CatchingUp" | "Resyncing") {
                 p.state = "Disconnected";
             }
             p.name.clone()
@@ -355,6 +380,7 @@ impl Run {
             oldest: self.journal.oldest(),
             applied: sb.limit.min(tail.point.lsn),
             openings: sb.openings.clone(),
+            resyncing: self.is_remaking(),
         }
     }
 
@@ -405,6 +431,14 @@ impl Run {
             (LinkState::Welcomed { at }, Message::Begin { from }) if from == at.next() => {
                 self.begin_sending(link, from);
             }
+            (LinkState::Offered, Message::Resync { since }) => {
+                l.state = LinkState::Offering { since, at: None };
+            }
+            (LinkState::Sending(_), Message::Resynced) => self.resynced(link),
+            (LinkState::Rebasing, Message::Candidates { extents }) => self.candidates(&extents),
+            (LinkState::Rebasing, Message::Rebase { at, since, members }) => {
+                self.rebase_offered(link, at, since, members);
+            }
             (LinkState::Sending(sender), Message::Positions { received, durable, applied }) => {
                 match sender.acknowledged(received, durable, applied) {
                     Ok(()) => self.acknowledged(link, received, durable, applied),
@@ -413,6 +447,8 @@ impl Run {
             }
             (LinkState::Receiving, Message::Record(record)) => self.received(link, record),
             (LinkState::Receiving, Message::Durable { lsn }) => self.announced(lsn),
+            (LinkState::Receiving, Message::Compare(word)) => self.heard_as_shadow(link, *word),
+            (LinkState::Sending(_), Message::Compare(word)) => self.heard_as_primary(link, *word),
             (_, Message::Heartbeat { wall, echo, tail, time, bytes }) if l.peer.is_some() => {
                 if matches!(l.state, LinkState::Receiving) {
                     self.links.heard = Heard { tail, time, bytes };
@@ -495,7 +531,8 @@ impl Run {
         }
         let mut wake = silent_at;
         let mut due = false;
-        if l.peer.is_some() {
+        // Before its verdict the dialler does not know yet with whom it speaks.
+        if l.peer.is_some() && !matches!(l.state, LinkState::Locating { .. }) {
             due = now >= l.beat + timing.heartbeat;
             if due {
                 l.beat = now;
@@ -506,6 +543,7 @@ impl Run {
             LinkState::Locating { .. } => 1,
             LinkState::Settling(_) => 2,
             LinkState::Sending(_) => 3,
+            LinkState::Offering { .. } => 4,
             _ => 0,
         };
         self.wake_at(wake);
@@ -516,6 +554,7 @@ impl Run {
             1 => self.locate(id),
             2 => self.settle(id),
             3 => self.feed_shadow(id),
+            4 => self.offer(id),
             _ => false,
         }
     }
@@ -566,7 +605,7 @@ impl Run {
             return;
         }
         let patience = match &self.part {
-            Part::Shadow(s) if s.closing || self.links.receiving().is_some() => return,
+            Part::Shadow(s) if s.closing || s.is_turning() || self.links.receiving().is_some() => return,
             Part::Shadow(_) if !self.journal.is_quiet() => {
                 let lsn = self.journal.tail().point.lsn;
                 return self.journal.want(lsn);
@@ -607,6 +646,7 @@ fn name_of(state: &LinkState) -> &'static str {
     match state {
         LinkState::Challenged | LinkState::Locating { .. } | LinkState::Dialled => "shaking hands",
         LinkState::Welcomed { .. } | LinkState::Greeted | LinkState::Cutting => "comparing histories",
+        LinkState::Offered | LinkState::Offering { .. } | LinkState::Rebasing => "beginning a resync",
         LinkState::Settling(_) => "settling",
         LinkState::Sending(_) => "sending",
         LinkState::Receiving => "receiving",

@@ -6,10 +6,13 @@
 //! `boot` finds the journal's end; `run` is the node afterwards: `primary` and `shadow` are its
 //! roles, `image` the backing and its checkpoint, `feed` the way of records to their readers,
 //! `links` the connections, `greeting` their handshake,
+//! `compare` and `refresh` the comparison of images, `offer`, `rebase` and `remake` the resync of a shadow
+//! that its primary's journal can't feed,
 //! `followers` what a primary owes its shadows, `admin` what administrators ask, `report` what they are told.
 
 mod admin;
 mod boot;
+mod compare;
 pub mod config;
 pub mod event;
 mod feed;
@@ -18,7 +21,11 @@ mod greeting;
 mod image;
 mod links;
 mod meta;
+mod offer;
 mod primary;
+mod rebase;
+mod refresh;
+mod remake;
 mod report;
 mod run;
 mod sealing;
@@ -41,6 +48,8 @@ const READER: u8 = 4;
 const FRONT: u8 = 5;
 const MAPS: u8 = 6;
 const ENCODE: u8 = 7;
+const COMPARE: u8 = 8;
+const STAGE: u8 = 9;
 
 /// A node. Feed it events; do what it asks.
 pub struct Node {

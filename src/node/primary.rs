@@ -41,8 +41,15 @@ struct Waiter {
     id: RequestId,
 }
 
+/// For whom a volume is read as the application sees it.
+enum ReadFor {
+    Front(RequestId),
+    /// A comparison; the number of its call.
+    Compare(usize),
+}
+
 struct PendingRead {
-    id: RequestId,
+    whose: ReadFor,
     extent: Extent,
     /// What the cache held when the read was submitted.
     newer: Vec<(Extent, Option<Bytes>)>,
@@ -183,7 +190,10 @@ impl Primary {
     pub(super) fn take_all(&mut self) -> Vec<RequestId> {
         let mut ids = self.take_waiting();
         ids.extend(self.waiters.drain(..).map(|w| w.id));
-        ids.extend(self.reads.drain().map(|r| r.id));
+        ids.extend(self.reads.drain().filter_map(|r| match r.whose {
+            ReadFor::Front(id) => Some(id),
+            ReadFor::Compare(_) => None,
+        }));
         ids
     }
 }
@@ -203,7 +213,7 @@ impl Run {
         let Part::Primary(p) = &mut self.part else { return };
         match op {
             _ if !p.is_serving() => p.waiting.push_back((id, op)),
-            Op::Read(extent) => self.read(id, extent),
+            Op::Read(extent) => self.read(ReadFor::Front(id), extent),
             Op::Flush => {
                 let seq = p.cache.as_ref().map_or(0, |c| c.last_seq());
                 self.wait_for(seq, id);
@@ -268,6 +278,7 @@ impl Run {
                     return None;
                 }
             };
+            self.compare.touch(piece);
             p.written_bytes += payload;
             p.pipeline.opened(self.now.mono);
             if let Some(data) = &mut data {
@@ -299,7 +310,7 @@ impl Run {
             p.journal_full = false;
             let Some((id, op)) = p.waiting.pop_front() else { return moved };
             match op {
-                Op::Read(extent) => self.read(id, extent),
+                Op::Read(extent) => self.read(ReadFor::Front(id), extent),
                 Op::Flush => {
                     let seq = p.cache.as_ref().map_or(0, |c| c.last_seq());
                     self.wait_for(seq, id);
@@ -317,7 +328,19 @@ impl Run {
         }
     }
 
-    fn read(&mut self, id: RequestId, extent: Extent) {
+    /// Reads a volume for a comparison.
+    pub(super) fn read_served(&mut self, call: usize, extent: Extent) {
+        self.read(ReadFor::Compare(call), extent);
+    }
+
+    fn read_answer(&mut self, whose: ReadFor, result: DiskResult) {
+        match whose {
+            ReadFor::Front(id) => self.complete(id, result),
+            ReadFor::Compare(call) => self.compared_read(call, result),
+        }
+    }
+
+    fn read(&mut self, whose: ReadFor, extent: Extent) {
         let Part::Primary(p) = &mut self.part else { return };
         let Some(cache) = &p.cache else { return };
         let mut covered = 0;
@@ -330,11 +353,11 @@ impl Run {
                     None => buf.resize(buf.len() + part.len() as usize, 0),
                 }
             }
-            return self.complete(id, Ok(freeze(buf)));
+            return self.read_answer(whose, Ok(freeze(buf)));
         }
         // Write-back may finish before the read does: keep now what the backing lacks now.
         let newer = parts.into_iter().map(|(e, d)| (e, d.map(Bytes::copy_from_slice))).collect();
-        let key = p.reads.insert(PendingRead { id, extent, newer });
+        let key = p.reads.insert(PendingRead { whose, extent, newer });
         let file = File::Backing(extent.address().volume());
         let op = DiskOp::Read { offset: extent.address().offset(), len: extent.len() as usize };
         self.disk.push(DiskRequest { token: Token::new(FRONT, key as u64), file, op });
@@ -360,7 +383,7 @@ impl Run {
             }
             freeze(buf)
         });
-        self.complete(read.id, result);
+        self.read_answer(read.whose, result);
     }
 
     /// Moves the primary on; whether anything moved.

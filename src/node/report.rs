@@ -48,11 +48,12 @@ pub fn bare(cfg: &NodeConfig, state: &str, reason: Option<String>) -> Status {
         peers: vec![],
         lag: None,
         verified: None,
+        refresh: None,
     }
 }
 
 /// Nanoseconds since 1970 as RFC 3339, to the millisecond; `None` for 0.
-fn rfc3339(time: u64) -> Option<String> {
+pub(super) fn rfc3339(time: u64) -> Option<String> {
     let time = jiff::Timestamp::from_millisecond((time / MILLIS) as i64).ok().filter(|_| time > 0)?;
     Some(format!("{time:.3}"))
 }
@@ -92,6 +93,8 @@ impl Run {
             record_bytes: self.links.record_bytes,
             peers: self.links.peers.iter().map(|p| self.peer(p)).collect(),
             lag: self.lag(),
+            verified: self.compare.job.verified.clone(),
+            refresh: self.compare.job.status().or(self.compare.told.as_ref()).cloned(),
             ..bare(&self.cfg, "", None)
         }
     }
@@ -172,10 +175,34 @@ impl Run {
         (p.starved && self.journal.room() < ROOM).then(|| slowest.name.clone())
     }
 
+    fn resync_percent(&self) -> String {
+        let job = self.compare.job.status().filter(|j| j.total > 0 && self.is_remaking());
+        job.map_or_else(String::new, |j| {
+            format!(": {:.1} % compared", j.compared as f64 * 100.0 / j.total as f64)
+        })
+    }
+
     fn shadow_state(&self) -> (&'static str, Option<String>, String) {
         if !self.meta.sb.consistent {
-            let why = "a first full copy has not ended".to_owned();
-            return ("Inconsistent", Some(why), "wait for the copy".into());
+            let why = format!("a full copy has not ended{}", self.resync_percent());
+            let stopped = matches!(&self.part, Part::Shadow(s) if s.stopped.is_some());
+            let resume = format!("the copy was stopped: volrep refresh {}", self.cfg.group_name);
+            let action = if stopped { resume } else { "wait for the copy".into() };
+            return ("Inconsistent", Some(why), action);
+        }
+        if self.meta.sb.resync.is_some() {
+            let old = self.old_image().map_or_else(
+                || "the new image is being put in place".to_owned(),
+                |lsn| format!("the image is the old one, of LSN {lsn}, until the new one is whole"),
+            );
+            let why = format!("{old}{}", self.resync_percent());
+            return ("Resyncing", Some(why), "none: wait".into());
+        }
+        if let Part::Shadow(s) = &self.part
+            && let Some(why) = &s.stopped
+        {
+            let action = format!("mend that, then: volrep refresh {}", self.cfg.group_name);
+            return ("Outdated", Some(format!("the resync stopped: {why}")), action);
         }
         if let Some(v) = self.links.peers.iter().find(|v| v.state == "Diverged") {
             let action = format!("choose which side to keep: this node or {}", v.name);

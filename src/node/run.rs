@@ -4,6 +4,7 @@
 //! had anything more to do; a fault latches, and after it nothing is acknowledged (I10).
 
 use super::boot::Booted;
+use super::compare::Comparing;
 use super::config::NodeConfig;
 use super::event::{Action, Actions, Event, Level};
 use super::feed::Feed;
@@ -12,12 +13,14 @@ use super::links::Links;
 use super::meta::Meta;
 use super::primary::Primary;
 use super::shadow::Shadow;
-use super::{APPLY, ENCODE, FRONT, JOURNAL, JOURNAL_RECOVERY, MAPS, READER, SUPER};
+use super::{APPLY, COMPARE, ENCODE, FRONT, JOURNAL, JOURNAL_RECOVERY, MAPS, READER, STAGE, SUPER};
+use super::{rebase, remake};
 use crate::disk::{DiskRequest, DiskResult, IoError, Memory, Token};
 use crate::format::message::Role;
 use crate::journal::Journal;
 use crate::journal::maps::Maps;
 use crate::link::lag::Sample;
+use crate::resync::hash::HashKey;
 use crate::units::Now;
 
 /// What a node is.
@@ -48,6 +51,7 @@ pub struct Run {
     pub(super) read_ids: u64,
     pub(super) fault: Option<String>,
     pub(super) admin: super::admin::Admin,
+    pub(super) compare: Comparing,
 }
 
 impl Run {
@@ -79,10 +83,12 @@ impl Run {
             read_ids: 0,
             fault: None,
             admin: super::admin::Admin::default(),
+            compare: Comparing::new(HashKey::of(cfg.group)),
             cfg,
         };
         run.update_keep();
         run.begin_timeline();
+        run.find_stage();
         run
     }
 
@@ -106,6 +112,8 @@ impl Run {
             Event::Request { id, op } => self.request(id, op),
             Event::Disk { token, result } => self.disk_done(token, result),
             Event::Encoded { token, encoded } => self.encoded(token.id(), encoded),
+            Event::Stage { result } => self.stage_opened(result),
+            Event::Compared { token, product } => self.compared(token.id(), product),
             Event::LinkUp { link, dialed, nonce } => self.link_up(link, dialed, nonce),
             Event::Message { link, message } => self.message(link, message),
             Event::LinkDown { link } => self.link_down(link),
@@ -148,6 +156,7 @@ impl Run {
             self.wake_at(at);
         }
         moved |= self.pump_links();
+        moved |= self.pump_refresh();
         moved | self.pump_admin()
     }
 
@@ -167,10 +176,32 @@ impl Run {
                 self.cut_done(token.id(), result);
                 Ok(())
             }
-            APPLY => self.applied(token.id(), result).map_err(|e| ("writing a backing", e)),
+            APPLY => self.applied(token.id(), result).or_else(|e| self.stage_failed("writing it", e)),
+            MAPS | STAGE if token.id() == rebase::MARKED => match result {
+                Ok(_) => {
+                    self.marked();
+                    Ok(())
+                }
+                Err(e) if token.owner() == MAPS => Err(("writing the dirty maps", e)),
+                Err(e) => {
+                    self.retreat(Some(format!("the stage of the new image can't be used: {e}")));
+                    Ok(())
+                }
+            },
+            STAGE if token.id() == remake::MAP => {
+                self.stage_synced(result).or_else(|e| self.stage_failed("syncing its map", e))
+            }
+            STAGE => {
+                self.stage_read(token.id(), result);
+                Ok(())
+            }
             MAPS => self.maps_synced(result).map_err(|e| ("writing the dirty maps", e)),
             FRONT => {
                 self.read_done(token.id(), result);
+                Ok(())
+            }
+            COMPARE => {
+                self.image_read(token.id(), result);
                 Ok(())
             }
             READER => self.reader_done(token.id(), &result).map_err(|e| ("reading the journal", e)),
@@ -182,6 +213,15 @@ impl Run {
                  every acknowledged write is recovered from the journal and the write cache"
             ));
         }
+    }
+
+    /// A write into the image failed. While staging, only what is being made is lost.
+    fn stage_failed(&mut self, doing: &str, e: IoError) -> Result<(), (&'static str, IoError)> {
+        if !self.is_staging() {
+            return Err(("writing a backing", e));
+        }
+        self.retreat(Some(format!("the stage of the new image can't be used: {doing} failed: {e}")));
+        Ok(())
     }
 
     fn reader_done(&mut self, id: u64, result: &DiskResult) -> Result<(), IoError> {

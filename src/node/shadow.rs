@@ -6,6 +6,7 @@
 
 use super::event::{Action, Level, LinkId, Positions};
 use super::meta::Ticket;
+use super::rebase::{Rebase, Retreat};
 use super::run::{Part, Run};
 use super::status::{Lag, Quantiles};
 use super::{JOURNAL, JOURNAL_RECOVERY};
@@ -39,6 +40,14 @@ pub struct Shadow {
     vouching: Option<(Ticket, Lsn)>,
     /// No more dialling: the node is shutting down.
     pub(super) closing: bool,
+    /// The journal is to begin anew, in another history.
+    pub(super) rebase: Option<Rebase>,
+    /// That is being undone.
+    pub(super) retreat: Option<Retreat>,
+    /// Why the last resync stopped: the next one is for an administrator to begin.
+    pub(super) stopped: Option<String>,
+    /// No comparison of a resync begins before.
+    pub(super) compare_at: u64,
 }
 
 /// Bytes of records that may wait for room in the journal; the primary's window is far smaller.
@@ -75,7 +84,25 @@ impl Shadow {
             vouched: limit,
             vouching: None,
             closing: false,
+            rebase: None,
+            retreat: None,
+            stopped: None,
+            compare_at: 0,
         }
+    }
+
+    /// The journal has begun anew after `at`.
+    pub fn begin_anew(&mut self, at: Lsn) {
+        self.undurable.clear();
+        self.unapplied.clear();
+        (self.vouched, self.vouching, self.told) = (at, None, None);
+        self.compare_at = 0;
+    }
+
+    /// The journal's end is about to be another one: nothing is written to it, or goes from it into the
+    /// image, and the superblock says already what will be.
+    pub fn is_turning(&self) -> bool {
+        self.retreat.is_some() || self.rebase.as_ref().is_some_and(Rebase::is_turning)
     }
 
     /// Nothing above it may be applied.
@@ -98,7 +125,11 @@ impl Shadow {
 impl Run {
     /// Moves the shadow on; whether anything moved.
     pub(super) fn pump_shadow(&mut self) -> bool {
-        let moved = self.append_held();
+        let mut moved = self.append_held();
+        moved |= self.pump_rebase();
+        moved |= self.pump_retreat();
+        moved |= self.pump_finish();
+        moved |= self.pump_resync_job();
         self.begin_cut();
         self.note_durable();
         self.vouch();
@@ -168,6 +199,7 @@ impl Run {
             let wanted = record.stamp.flags & flags::SYNC != 0;
             self.journal.append(self.now, &record, wanted, &mut self.disk);
             super::boot::note(&mut self.meta.sb, &mut self.maps, &record);
+            self.job_touched(&record);
             self.links.record_bytes += record.wire_len();
             self.feed.push(record, self.journal.written());
             moved = true;
@@ -184,7 +216,7 @@ impl Run {
     fn vouch(&mut self) {
         let (limit, durable) = (self.meta.sb.limit, self.journal.durable());
         let Part::Shadow(s) = &mut self.part else { return };
-        if s.is_cutting() {
+        if s.is_cutting() || s.is_turning() {
             return; // what is durable now may be gone in a moment
         }
         match s.vouching {
@@ -227,7 +259,8 @@ impl Run {
         let now = Positions {
             received: self.journal.tail().point.lsn,
             durable: self.journal.durable(),
-            applied: self.image.applied.point.lsn,
+            // Nothing of this history can be seen before all of it can.
+            applied: if self.is_remaking() { Lsn(0) } else { self.image.applied.point.lsn },
         };
         let Some(link) = self.links.receiving() else { return };
         let Part::Shadow(s) = &mut self.part else { return };
@@ -288,6 +321,7 @@ impl Run {
                 let sb = &mut self.meta.sb;
                 self.journal = Journal::new(JOURNAL, sb.group, sb.geometry, r.head, r.segments, r.tail);
                 sb.openings.retain(|o| o.at.lsn < at.lsn);
+                self.maps.rewind(at.lsn);
                 s.undurable.clear();
                 s.unapplied.retain(|(lsn, _)| *lsn <= at.lsn);
                 self.forget_held();

@@ -60,6 +60,8 @@ pub struct Status {
     pub lag: Option<Lag>,
     /// When the shadow was last proved identical, RFC 3339, and at which LSN; not yet: null.
     pub verified: Option<Verified>,
+    /// The comparison that is under way, or the last one since the start.
+    pub refresh: Option<RefreshStatus>,
     /// What the administrator should do now; "none" most of the time.
     pub action: String,
 }
@@ -73,6 +75,67 @@ pub struct Verified {
     pub lsn: u64,
     /// Differences found (and repaired, if it was a refresh).
     pub differences: u64,
+}
+
+/// A comparison of a shadow with its primary. On the primary it is as its shadow last told.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+pub struct RefreshStatus {
+    /// Number of the job, drawn at random; another number is another job.
+    pub job: u64,
+    /// The shadow's name.
+    pub shadow: String,
+    /// "refresh", "verify", "first copy" or "resync".
+    pub cause: String,
+    /// With the hash index.
+    pub quick: bool,
+    /// "Running", "Waiting" (for its peer; it goes on by itself), "Done", "Stopped" or "Failed".
+    pub state: String,
+    /// Why it waits or failed.
+    pub reason: Option<String>,
+    /// When it began, RFC 3339.
+    pub started: String,
+    /// Seconds that it has run; without the time that it waited for a connection.
+    pub seconds: f64,
+    /// Bytes to compare altogether.
+    pub total: u64,
+    /// Bytes compared (and repaired where that was needed).
+    pub compared: u64,
+    /// Bytes compared without being read, from the hash index.
+    pub skipped: u64,
+    /// Bytes in 4 KiB leaves that differed.
+    pub differ: u64,
+    /// Bytes repaired.
+    pub repaired: u64,
+    /// Bytes of messages about it, both directions.
+    pub wire: u64,
+    /// Bytes a second over the last seconds.
+    pub rate: f64,
+    /// Seconds until the end at that rate; null when nobody can tell.
+    pub eta: Option<f64>,
+    /// What it waits for most of the time: "the primary's disk", "the shadow's disk", "the link", "the
+    /// processor", "the rate limit", "writes to be applied".
+    pub limited_by: Option<String>,
+    /// Once done: the LSN at which the shadow was identical.
+    pub lsn: Option<u64>,
+    /// Ranges that differed, the first thousand.
+    pub ranges: Vec<DifferentRange>,
+    /// Ranges in which a node's disk returned other bytes than were written, as the hash index knows.
+    pub rotten: Vec<DifferentRange>,
+}
+
+/// A range that differed.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct DifferentRange {
+    /// The volume's name.
+    pub volume: String,
+    /// Bytes from its start.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+    /// When it was found, RFC 3339.
+    pub found: String,
+    /// The name of the node whose bytes were wrong, if that is known.
+    pub node: Option<String>,
 }
 
 /// A volume.

@@ -70,7 +70,9 @@ pub struct Disk {
     superblock: Option<u16>,
     journal: Option<u16>,
     maps: Option<u16>,
+    stage_map: Option<u16>,
     backings: [Option<u16>; 256],
+    stages: [Option<u16>; 256],
     zeroes: Bytes,
 }
 
@@ -84,16 +86,30 @@ impl Disk {
             superblock: None,
             journal: None,
             maps: None,
+            stage_map: None,
             backings: [None; 256],
+            stages: [None; 256],
             zeroes: freeze(zeroes),
         };
         for (name, file) in files {
-            *disk.index(name) = Some(disk.slots.len() as u16);
-            // A journal's blocks are written once so that later writes need no metadata: never punched.
-            let means = if matches!(name, File::Backing(_)) { Means::Punch } else { Means::Write };
-            disk.slots.push(Slot { file, latched: false, syncing: Vec::new(), waiting: Vec::new(), means });
+            disk.put(name, file);
         }
         disk
+    }
+
+    /// One more file, or another one under a name of which no change is in flight.
+    pub fn put(&mut self, name: File, file: OpenFile) {
+        // A journal's blocks are written once so that later writes need no metadata: never punched.
+        let means =
+            if matches!(name, File::Backing(_) | File::Stage(_)) { Means::Punch } else { Means::Write };
+        let slot = Slot { file, latched: false, syncing: Vec::new(), waiting: Vec::new(), means };
+        match *self.index(name) {
+            Some(at) => self.slots[usize::from(at)] = slot,
+            None => {
+                *self.index(name) = Some(self.slots.len() as u16);
+                self.slots.push(slot);
+            }
+        }
     }
 
     fn index(&mut self, file: File) -> &mut Option<u16> {
@@ -102,6 +118,8 @@ impl Disk {
             File::Journal => &mut self.journal,
             File::DirtyMaps => &mut self.maps,
             File::Backing(number) => &mut self.backings[usize::from(number)],
+            File::Stage(number) => &mut self.stages[usize::from(number)],
+            File::StageMap => &mut self.stage_map,
         }
     }
 

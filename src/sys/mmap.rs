@@ -28,7 +28,7 @@ impl Mapping {
     pub fn open_or_create(path: &Path, len: u64, patience: Duration) -> Result<Mapping, OpenError> {
         match Mapping::open(path, len, patience) {
             Err(OpenError::Missing { .. }) => {
-                create(path, len).map_err(|source| OpenError::io("create", path, source))?;
+                Mapping::create(path, len).map_err(|source| OpenError::io("create", path, source))?;
                 Mapping::open(path, len, patience)
             }
             other => other,
@@ -38,6 +38,16 @@ impl Mapping {
     /// Maps the file at `path`, which must exist with exactly `len` bytes. Waits for its lock at most
     /// `patience` (see [`lock`]).
     pub fn open(path: &Path, len: u64, patience: Duration) -> Result<Mapping, OpenError> {
+        Mapping::map(path, len, patience, true)
+    }
+
+    /// As [`Mapping::open`], but of a file that may be large and mostly unused: nothing is read before it
+    /// is looked at.
+    pub fn open_unread(path: &Path, len: u64, patience: Duration) -> Result<Mapping, OpenError> {
+        Mapping::map(path, len, patience, false)
+    }
+
+    fn map(path: &Path, len: u64, patience: Duration, read: bool) -> Result<Mapping, OpenError> {
         let fail = |doing| move |source| OpenError::io(doing, path, source);
         let file = OpenOptions::new()
             .read(true)
@@ -58,10 +68,40 @@ impl Mapping {
         fallocate(&file, FallocateFlags::empty(), 0, len as i64)
             .map_err(io::Error::from)
             .map_err(fail("preallocate"))?;
+        let mut options = MmapOptions::new();
+        if read {
+            options.populate();
+        }
         // SAFETY: the file is locked by us, is ours alone (0600 when we made it) and is never
-        // truncated by this program, so the mapping stays valid and nobody else writes through it.
-        let map = unsafe { MmapOptions::new().populate().map_mut(&file) }.map_err(fail("map"))?;
+        // truncated by this program while it is mapped, so the mapping stays valid and nobody else
+        // writes through it.
+        let map = unsafe { options.map_mut(&file) }.map_err(fail("map"))?;
         Ok(Mapping { map, file })
+    }
+
+    /// Makes a file of `len` zeroes that has all its blocks. Under another name first, so that a crash leaves
+    /// no half-made one under `path`.
+    pub fn create(path: &Path, len: u64) -> io::Result<()> {
+        let directory = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
+        let mut name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
+        name.push(".new");
+        let temporary = path.with_file_name(name);
+        match fs::remove_file(&temporary) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
+        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&temporary)?;
+        let made = fallocate(&file, FallocateFlags::empty(), 0, len as i64)
+            .map_err(io::Error::from)
+            .and_then(|()| file.sync_all())
+            .and_then(|()| fs::rename(&temporary, path))
+            .and_then(|()| fs::File::open(directory)?.sync_all());
+        if made.is_err() {
+            // What was not finished must not hold space in a full file system.
+            let _ = fs::remove_file(&temporary);
+        }
+        made
     }
 
     /// Keeps the memory from being swapped out; false where the limits do not allow it.
@@ -74,30 +114,6 @@ impl Mapping {
     pub fn file(&self) -> io::Result<fs::File> {
         self.file.try_clone()
     }
-}
-
-/// Makes the file under another name first, so that a crash leaves no half-made one under `path`.
-fn create(path: &Path, len: u64) -> io::Result<()> {
-    let directory = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
-    let mut name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
-    name.push(".new");
-    let temporary = path.with_file_name(name);
-    match fs::remove_file(&temporary) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-        _ => {}
-    }
-    let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&temporary)?;
-    let made = fallocate(&file, FallocateFlags::empty(), 0, len as i64)
-        .map_err(io::Error::from)
-        .and_then(|()| file.sync_all())
-        .and_then(|()| fs::rename(&temporary, path))
-        .and_then(|()| fs::File::open(directory)?.sync_all());
-    if made.is_err() {
-        // What was not finished must not hold space in a full file system.
-        let _ = fs::remove_file(&temporary);
-    }
-    made
 }
 
 impl Memory for Mapping {

@@ -15,3 +15,5 @@ mod outage;
 mod pair;
 #[path = "../place/mod.rs"]
 mod place;
+mod refresh;
+mod resync;

@@ -33,6 +33,8 @@ pub struct Setup {
     pub sync: bool,
     /// Lines for the primary's configuration, put before its first table.
     pub config: &'static str,
+    /// Bytes that do not compress at the front of each of the primary's volumes before it is set up.
+    pub filled: u64,
     /// No other test runs meanwhile.
     pub alone: bool,
 }
@@ -45,6 +47,7 @@ impl Default for Setup {
             cache: "16M",
             sync: false,
             config: "",
+            filled: 0,
             alone: false,
         }
     }
@@ -198,7 +201,14 @@ impl Pair {
         };
         let (primary, shadow) = (Node::new(), Node::new());
         let listen = format!("127.0.0.1:{}", free_port());
-        let volumes: Vec<_> = setup.volumes.iter().map(|(n, size)| format!("{n}={n}:{size}")).collect();
+        if setup.filled > 0 {
+            setup.volumes.iter().for_each(|(n, size)| fill(&primary.backing(n), *size, setup.filled));
+        }
+        let spec = |(n, size): &(&str, u64)| match setup.filled {
+            0 => format!("{n}={n}:{size}"),
+            _ => format!("{n}={n}"),
+        };
+        let volumes: Vec<_> = setup.volumes.iter().map(spec).collect();
         let mut args =
             vec!["init", "g", "--node", "db1", "--listen", &listen, "--journal-size", setup.journal];
         args.extend(["--cache-size", setup.cache]);
@@ -268,6 +278,13 @@ impl Pair {
         let args = ["promote", "g", "--i-fenced-the-old-primary", "--yes"];
         self.shadow.place.run(&args).expect(0, &[]);
     }
+}
+
+fn fill(path: &Path, size: u64, filled: u64) {
+    let mut noise = vec![0; filled as usize];
+    blake3::Hasher::new().update(&size.to_le_bytes()).finalize_xof().fill(&mut noise);
+    std::fs::write(path, noise).unwrap();
+    std::fs::OpenOptions::new().write(true).open(path).unwrap().set_len(size).unwrap();
 }
 
 /// Whether the long forms were asked for.

@@ -215,8 +215,16 @@ fn the_fullest_superblock_fits_in_its_slot() {
     s.maps = (0..MAX_MAPS).map(|i| MapRange { slot: i as u8, from: point(i as u64) }).collect();
     s.sync_set = (1..=MAX_PEERS as u64).map(NodeId).collect();
     s.peers = (0..MAX_PEERS)
-        .map(|i| Peer { node: NodeId(i as u64), name: name(i), durable: Lsn(u64::MAX), behind: true })
+        .map(|i| Peer {
+            node: NodeId(i as u64),
+            name: name(i),
+            durable: Lsn(u64::MAX),
+            behind: true,
+            resyncing: true,
+        })
         .collect();
+    let old = s.resync.as_mut().and_then(|r| r.old.as_mut()).unwrap();
+    old.openings = s.openings.clone();
     let slot = s.encode();
     assert!(slot.len() <= SLOT, "{}", slot.len());
     let (decoded, allocated) = counted(|| Superblock::decode(&slot));

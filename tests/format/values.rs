@@ -4,10 +4,12 @@
 
 use bytes::Bytes;
 use volrep::disk::aligned;
-use volrep::format::message::{Identity, Message, Opening, Role, Verdict};
+use volrep::format::message::{Cause, Identity, Message, Opening, Role, Verdict};
 use volrep::format::record::{self, Compressor, Content, EncodeJob, Kind, Record, Stamp};
 use volrep::format::segment::SegmentHeader;
-use volrep::format::superblock::{Geometry, MapRange, Peer, Superblock, Volume};
+use volrep::format::superblock::{
+    Anchor, Geometry, MapRange, OldImage, Peer, Resync, ResyncStage, Superblock, Verified, Volume,
+};
 use volrep::units::{Address, Extent, Generation, GroupId, Hash, HistoryPoint, Lsn, NodeId, Term};
 
 pub fn group() -> GroupId {
@@ -89,6 +91,10 @@ pub fn segment() -> SegmentHeader {
     }
 }
 
+pub fn anchor(lsn: u64) -> Anchor {
+    Anchor { point: point(lsn), generation: generation(lsn as u32), last_write: lsn << 8, time: lsn << 16 }
+}
+
 pub fn superblock() -> Superblock {
     Superblock {
         sequence: 0x0202,
@@ -101,6 +107,8 @@ pub fn superblock() -> Superblock {
         checkpoint_write: 0x0404,
         checkpoint_generation: generation(5),
         checkpoint_segment: 0x0505,
+        base: anchor(33),
+        base_segment: 0x0504,
         floor: Lsn(0x0606),
         limit: Lsn(0x0707),
         blank: true,
@@ -116,12 +124,38 @@ pub fn superblock() -> Superblock {
             Opening { generation: generation(1), at: point(0) },
             Opening { generation: generation(2), at: point(12) },
         ],
+        maps_id: 0x0a0a,
         maps: vec![MapRange { slot: 2, from: point(13) }],
         sync_set: vec![NodeId(0x0808), NodeId(0x0909)],
         peers: vec![
-            Peer { node: NodeId(0x0808), name: "db2".into(), durable: Lsn(39), behind: false },
-            Peer { node: NodeId(0x0909), name: "db3".into(), durable: Lsn(11), behind: true },
+            Peer {
+                node: NodeId(0x0808),
+                name: "db2".into(),
+                durable: Lsn(39),
+                behind: false,
+                resyncing: true,
+            },
+            Peer {
+                node: NodeId(0x0909),
+                name: "db3".into(),
+                durable: Lsn(11),
+                behind: true,
+                resyncing: false,
+            },
         ],
+        resync: Some(Resync {
+            job: 0x0d01,
+            stage: ResyncStage::Staging,
+            since: Some(point(14)),
+            progress: 0x0d02,
+            compared: Some(Lsn(0x0d03)),
+            old: Some(OldImage {
+                at: anchor(34),
+                openings: vec![Opening { generation: generation(9), at: point(15) }],
+                sync_set: vec![NodeId(0x0d07)],
+            }),
+        }),
+        verified: Some(Verified { time: 0x0d04, lsn: Lsn(0x0d05), differences: 0x0d06 }),
     }
 }
 
@@ -139,6 +173,7 @@ pub fn identity() -> Identity {
         oldest: point(20),
         applied: Lsn(48),
         openings: vec![Opening { generation: generation(2), at: point(12) }],
+        resyncing: true,
     }
 }
 
@@ -149,7 +184,14 @@ pub fn messages() -> Vec<(&'static str, Message)> {
         ("challenge", Message::Challenge { nonce: [0x55; 32] }),
         ("hello", Message::Hello { identity: Box::new(identity()), nonce: [0x66; 32], proof: [0x67; 32] }),
         ("welcome_compare", welcome(Verdict::Compare(point(30)))),
-        ("welcome_resync", welcome(Verdict::Resync(point(31)))),
+        (
+            "welcome_resync",
+            welcome(Verdict::Resync {
+                cause: Cause::Behind,
+                oldest: Lsn(31),
+                points: vec![point(16), point(17)],
+            }),
+        ),
         ("welcome_diverged", welcome(Verdict::Diverged(Lsn(32)))),
         ("refuse", Message::Refuse { text: "no: volume sizes differ".into() }),
         ("begin", Message::Begin { from: Lsn(0x0a01) }),
@@ -163,6 +205,10 @@ pub fn messages() -> Vec<(&'static str, Message)> {
             "heartbeat",
             Message::Heartbeat { wall: 0x0b01, echo: 0x0b02, tail: Lsn(0x0b03), time: 0x0b04, bytes: 0x0b05 },
         ),
+        ("resync", Message::Resync { since: Some(point(18)) }),
+        ("candidates", Message::Candidates { extents: vec![extent(0, 128, 256), extent(3, 0, 1)] }),
+        ("rebase", Message::Rebase { at: anchor(19), since: Some(point(18)), members: vec![NodeId(0x0c0c)] }),
+        ("resynced", Message::Resynced),
     ]
 }
 

@@ -9,10 +9,11 @@ use crate::prng::Prng;
 use volrep::disk::{DiskRequest, File, aligned};
 use volrep::format::message::Role;
 use volrep::format::record::{self, Compressor, Content, EncodeJob, Kind, Record, Stamp};
-use volrep::format::superblock::{Geometry, Superblock, Volume};
+use volrep::format::superblock::{Anchor, Geometry, Superblock, Volume};
+use volrep::journal::cursor::Place;
 use volrep::journal::recovery::{Outcome, Recovered, Recovery};
 use volrep::journal::{Journal, Tail, tail_of};
-use volrep::units::{Address, Extent, Generation, GroupId, HistoryPoint, Lsn, NodeId, Now, Term};
+use volrep::units::{Address, Extent, Generation, GroupId, Hash, HistoryPoint, Lsn, NodeId, Now, Term};
 
 const G: Geometry = Geometry { segment: 2 << 20, segments: 4 };
 
@@ -29,6 +30,8 @@ fn superblock(group: GroupId) -> Superblock {
         checkpoint_write: 0,
         checkpoint_generation: Generation::default(),
         checkpoint_segment: 1,
+        base: Anchor::default(),
+        base_segment: 1,
         floor: Lsn(0),
         limit: Lsn(0),
         blank: true,
@@ -41,6 +44,9 @@ fn superblock(group: GroupId) -> Superblock {
         maps: vec![],
         sync_set: vec![],
         peers: vec![],
+        maps_id: 0,
+        resync: None,
+        verified: None,
     }
 }
 
@@ -131,6 +137,35 @@ impl Run {
         None
     }
 
+    /// Another history is taken up, at a later record or an earlier one: the journal begins after it, and
+    /// what it held before is no evidence of anything.
+    fn begin_anew(&mut self, before: &Recovered) -> Recovered {
+        let lsn = self.rng.within(1, before.tail.point.lsn.0 + 50);
+        self.sb.generation.start += 1;
+        let point = HistoryPoint { lsn: Lsn(lsn), hash: Hash(self.rng.bytes32()) };
+        let time = before.tail.time + self.rng.below(10);
+        let (generation, last_write) = (self.sb.generation, self.rng.below(1000));
+        let tail = Tail { point, generation, last_write, time, durable: Lsn(0) };
+        self.chain.resize(lsn as usize + 1, tail);
+        self.chain[lsn as usize] = tail;
+        self.sb.base = Anchor { point, generation, last_write, time };
+        self.sb.base_segment = before.head.segment + 1;
+        (self.sb.checkpoint, self.sb.checkpoint_write) = (point, last_write);
+        (self.sb.checkpoint_generation, self.sb.checkpoint_segment) = (generation, self.sb.base_segment);
+        self.sb.floor = point.lsn;
+        // It may be closed, or die, before the first record.
+        for _ in 0..self.rng.below(3) {
+            self.sb.clean = self.rng.permille(500);
+            self.crash();
+            let found = self.recover(None);
+            assert_eq!((found.tail.point, found.tail.time, found.segments.len()), (point, time, 0));
+        }
+        let found = self.recover(None);
+        self.sb.clean = false;
+        assert_eq!(found.head, Place { segment: self.sb.base_segment, offset: 0 });
+        found
+    }
+
     fn life(&mut self, promised: Lsn) -> Lsn {
         let mut r = self.recover(None);
         let tail = r.tail.point.lsn;
@@ -142,6 +177,9 @@ impl Run {
             self.sb.floor = self.sb.floor.min(Lsn(lsn));
             r = self.recover(Some(target));
             assert_eq!(r.tail.point, target);
+        }
+        if self.rng.permille(250) {
+            r = self.begin_anew(&r);
         }
         let tail = r.tail.point.lsn;
         assert_eq!(self.chain[tail.0 as usize].point, r.tail.point, "another history");
@@ -206,7 +244,7 @@ fn run(seed: u64) {
     let disk = Disk::new(&[(File::Journal, G.len(), 4096)]);
     let mut run = Run { rng, disk, sb, chain: vec![start], in_flight: Vec::new() };
     let mut promised = Lsn(0);
-    for _ in 0..6 {
+    for _ in 0..9 {
         promised = run.life(promised);
         run.crash();
     }

@@ -136,6 +136,21 @@ impl Disk {
             next: 1,
         }
     }
+    /// A new file of zeroes.
+    pub fn make(&mut self, file: File, size: u64, block: u64) {
+        let zeroes = vec![0; size as usize];
+        self.files.insert(file, Model { live: zeroes.clone(), durable: zeroes, pending: Vec::new() });
+        self.blocks.insert(file, block);
+    }
+    /// The file is gone. No change of it may be in flight.
+    pub fn remove(&mut self, file: File) -> Result<(), String> {
+        let mut flying = self.in_flight.values().map(|f| &f.request).filter(|r| r.file == file);
+        if let Some(r) = flying.find(|r| !matches!(r.op, DiskOp::Read { .. })) {
+            return Err(format!("{file:?} is removed during {}", describe(r)));
+        }
+        self.files.remove(&file);
+        Ok(())
+    }
     /// Durable content, put there before anything runs.
     pub fn install(&mut self, file: File, offset: usize, bytes: &[u8]) {
         let model = self.files.get_mut(&file).expect("a file of the node");
@@ -212,7 +227,8 @@ impl Disk {
         let order = self.order;
         self.order += 1;
         let Some(model) = self.files.get_mut(&request.file) else {
-            return fault.map_or(Ok(Bytes::new()), |f| Err(IoError { errno: f.errno }));
+            let gone = matches!(request.file, File::Stage(_)).then_some(IoError::EIO);
+            return fault.map(|f| IoError { errno: f.errno }).or(gone).map_or(Ok(Bytes::new()), Err);
         };
         if let Some(fault) = fault {
             fail(model, request.op, order, submitted, fault, rng);

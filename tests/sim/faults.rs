@@ -28,6 +28,54 @@ impl World {
         self.after(delay, Coming::Boot { node });
     }
 
+    /// A shadow has made a step of its resync: perhaps something befalls it, or its primary, right after.
+    pub fn resync_step(&mut self, node: usize) {
+        let due = self.scenario.may_strike() && self.scenario.rng.permille(self.plan.ambush);
+        if !due || !self.scenario.strikes() {
+            return;
+        }
+        let rng = &mut self.scenario.rng;
+        let fault = rng.pick(&[
+            Fault::KillShadow,
+            Fault::KillShadow,
+            Fault::PowerShadow,
+            Fault::PowerShadow,
+            Fault::RestartShadow,
+            Fault::KillPrimary,
+            Fault::PowerPrimary,
+            Fault::Cut,
+            Fault::Away,
+            Fault::StageFull,
+            Fault::PowerAll,
+        ]);
+        let delay = rng.log(MICROS, 30 * MILLIS);
+        self.after(delay, Coming::Ambush { node, fault });
+    }
+
+    /// The same for a named shadow. The promotion may be due as well: then to this one.
+    pub fn strike(&mut self, node: usize, fault: Fault) -> Outcome {
+        if !self.scenario.may_strike() {
+            return Ok(());
+        }
+        self.counts.met(&format!("resync: {fault:?}"));
+        self.trace.say(self.now, node, "ambush", &format!("{fault:?}"));
+        match fault {
+            Fault::KillShadow | Fault::PowerShadow => self.crash(node, fault == Fault::PowerShadow),
+            Fault::RestartShadow => return self.stop(node),
+            Fault::Cut => {
+                for connection in self.net.of_node(node) {
+                    let c = self.net.connections.get_mut(&connection).expect("never removed");
+                    (0..2).for_each(|side| c.cut(side, 0));
+                    let at = self.now + self.scenario.rng.log(MICROS, 20 * MILLIS);
+                    (0..2).for_each(|side| self.at(at, Coming::Down { connection, side }));
+                }
+            }
+            Fault::Away => return self.lose_primary_to(node),
+            other => return self.inject(other),
+        }
+        Ok(())
+    }
+
     /// Strikes.
     pub fn inject(&mut self, fault: Fault) -> Outcome {
         self.trace.say(self.now, self.scenario.primary, "fault", &format!("{fault:?}"));
@@ -73,6 +121,37 @@ impl World {
             Fault::SpuriousWake => {
                 let node = self.scenario.rng.below(self.hosts.len() as u64) as usize;
                 return self.step(node, Event::Wake);
+            }
+            Fault::Away => {
+                if let Some(node) = self.some_shadow() {
+                    let share = self.plan.mix.requests / 2;
+                    let until = self.work.submitted + self.scenario.rng.within(share / 4 + 1, share + 1);
+                    let latest = self.now + 60 * SECONDS;
+                    let power = self.scenario.rng.permille(300);
+                    self.crash(node, power);
+                    self.hosts[node].away = Some((until, latest));
+                }
+            }
+            Fault::StageFull => {
+                if let Some(node) = self.some_shadow() {
+                    let rng = &mut self.scenario.rng;
+                    let (file, kind) = rng.pick(&[
+                        (File::Stage(0), 1),
+                        (File::Stage(0), 1),
+                        (File::Stage(0), 2),
+                        (File::Stage(0), 0),
+                        (File::StageMap, 1),
+                        (File::StageMap, 2),
+                    ]);
+                    let fault = DiskFault { errno: 28, drops: rng.permille(500) };
+                    let skip = rng.log(1, 20) - 1;
+                    self.hosts[node].armed.push(Armed { file, kind, skip, fault });
+                }
+            }
+            Fault::LostMaps => {
+                let node = self.scenario.rng.below(self.hosts.len() as u64) as usize;
+                self.crash(node, false);
+                self.hosts[node].maps.clear();
             }
             Fault::SlowDisk => {
                 let node = self.scenario.rng.below(self.hosts.len() as u64) as usize;

@@ -42,6 +42,12 @@ impl History {
             (0..model.volumes.len()).map(|v| vec![0; model.volume_sectors(v) as usize]).collect();
         History { entries: HashMap::new(), origin, head: (origin, blank.clone()), blank, bytes: 0 }
     }
+    /// What is on the primary's volumes before the first record.
+    pub fn begin_with(&mut self, volume: usize, first: u64, sectors: u64, id: WriteId) {
+        for image in [&mut self.blank, &mut self.head.1] {
+            image[volume][first as usize..(first + sectors) as usize].fill(id);
+        }
+    }
     /// Whether it was seen.
     pub fn knows(&self, hash: Hash) -> bool {
         hash == self.origin || self.entries.contains_key(&hash)

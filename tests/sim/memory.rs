@@ -93,7 +93,10 @@ impl Slot {
     }
     /// Back to zeroes: it lived in memory and the power was cut.
     pub fn clear(&self) {
-        self.inner().parked.fill(0);
+        let mut inner = self.inner();
+        inner.parked.fill(0);
+        inner.synced.fill(0);
+        inner.copies.clear();
     }
 }
 

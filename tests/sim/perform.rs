@@ -4,6 +4,7 @@
 //! dial of a living process is answered exactly once.
 
 use crate::disk::{self, Fault as DiskFault};
+use crate::memory::Slot;
 use crate::net;
 use crate::plan::Fault;
 use crate::world::{Coming, Outcome, Purpose, Sabotage, World, broken, peer_node};
@@ -48,6 +49,11 @@ fn digest(message: &Message) -> (u64, u64) {
             (8, received.0 << 40 ^ durable.0 << 20 ^ applied.0)
         }
         Message::Heartbeat { tail, .. } => (9, tail.0),
+        Message::Resync { since } => (10, since.map_or(0, |p| p.lsn.0)),
+        Message::Candidates { extents } => (11, extents.len() as u64),
+        Message::Rebase { at, .. } => (12, at.point.lsn.0),
+        Message::Resynced => (13, 0),
+        Message::Compare(word) => (20, word.wire_len()),
     }
 }
 
@@ -71,6 +77,21 @@ impl World {
                     let delay = 2_000 + self.rng.below(20_000 + size / 2);
                     self.after(delay, Coming::Encoded { node, incarnation, token, encoded });
                 }
+                Action::Compare { token, job } => {
+                    let size = job.len() as u64;
+                    self.trace.note(self.now, node, "compare", [token.0, size, 0]);
+                    let product = job.run();
+                    let incarnation = self.hosts[node].incarnation;
+                    let delay = 2_000 + self.rng.below(20_000 + size / 2);
+                    self.after(delay, Coming::Compared { node, incarnation, token, product });
+                }
+                Action::OpenStage { fresh } => {
+                    self.trace.note(self.now, node, "open stage", [u64::from(fresh), 0, 0]);
+                    let incarnation = self.hosts[node].incarnation;
+                    let delay = 50_000 + self.rng.below(5_000_000);
+                    self.after(delay, Coming::Stage { node, incarnation, fresh });
+                }
+                Action::DropStage => self.drop_stage(node)?,
                 Action::Complete { id, result } => self.complete(node, id.0, result)?,
                 Action::Dial { peer } => {
                     let incarnation = self.hosts[node].incarnation;
@@ -101,6 +122,8 @@ impl World {
             File::Journal => "journal",
             File::DirtyMaps => "maps",
             File::Backing(_) => "backing",
+            File::Stage(_) => "stage",
+            File::StageMap => "stage map",
         };
         let (what, at, len) = match &request.op {
             DiskOp::Read { offset, len } => (0, *offset, *len as u64),
@@ -116,18 +139,23 @@ impl World {
                 _ => {}
             }
         }
-        if request.file == File::DirtyMaps && !matches!(request.op, DiskOp::Sync) {
-            return broken("contract", format!("dirty maps: {}", disk::describe(&request)));
+        let mapped = matches!(request.file, File::DirtyMaps | File::StageMap);
+        if mapped && !matches!(request.op, DiskOp::Sync) {
+            return broken("contract", format!("mapped memory: {}", disk::describe(&request)));
         }
-        let maps = request.file == File::DirtyMaps;
+        let file = request.file;
+        if matches!(file, File::Stage(_)) {
+            self.resync_step(node);
+        }
         let (write, sync) = (self.plan.disk_write, self.plan.disk_sync);
         let host = &mut self.hosts[node];
         let ticket = match host.disk.submit(request) {
             Ok(ticket) => ticket,
             Err(text) => return broken("I2", text),
         };
-        if maps {
-            host.map_syncs.insert(ticket, host.maps.sync());
+        let slot = if file == File::StageMap { host.stage.as_ref() } else { Some(&host.maps) };
+        if let Some(slot) = slot.filter(|_| mapped) {
+            host.map_syncs.insert(ticket, (slot.clone(), slot.sync()));
         }
         let slowest = if what == 4 { sync } else { write };
         let usual = 10_000 + self.rng.below(slowest / 4) + len / 4;
@@ -142,7 +170,11 @@ impl World {
         let host = &mut self.hosts[node];
         let request = host.disk.request(ticket).expect("in flight until it completes").clone();
         let (file, kind) = (request.file, kind(&request.op));
-        let class = if let File::Backing(_) = file { File::Backing(0) } else { file };
+        let class = match file {
+            File::Backing(_) => File::Backing(0),
+            File::Stage(_) => File::Stage(0),
+            other => other,
+        };
         let mut fault = None;
         if let Some(at) = host.armed.iter().position(|a| a.file == class && a.kind == kind) {
             if host.armed[at].skip == 0 {
@@ -168,10 +200,10 @@ impl World {
             };
             result = result.map(zeroes);
         }
-        if let Some(sync) = host.map_syncs.remove(&ticket)
+        if let Some((slot, sync)) = host.map_syncs.remove(&ticket)
             && result.is_ok()
         {
-            host.maps.synced(sync);
+            slot.synced(sync);
         }
         if fault.is_some() {
             let name = format!("EIO on {} of {class:?}", ["read", "write", "sync"][usize::from(kind)]);
@@ -186,6 +218,41 @@ impl World {
             [request.token.0, kind.into(), u64::from(result.is_err())],
         );
         self.step(node, Event::Disk { token: request.token, result })
+    }
+
+    /// The shell has opened the stage's files, or made them.
+    pub fn stage_opened(&mut self, node: usize, fresh: bool) -> Outcome {
+        let sizes: Vec<_> = self.plan.volumes.iter().map(|&(n, size, _)| (n, size)).collect();
+        let full = fresh && self.hosts[node].armed.iter().any(|a| a.file == File::StageMap && a.kind == 1);
+        let host = &mut self.hosts[node];
+        host.armed.retain(|a| a.file != File::StageMap || a.kind != 1);
+        if fresh && !full {
+            self.drop_stage(node)?;
+            let host = &mut self.hosts[node];
+            for &(number, size, block) in &self.plan.volumes {
+                host.disk.make(File::Stage(number), size, block);
+            }
+            host.stage = Some(Slot::new(volrep::apply::stage::stage_len(&sizes) as usize));
+        }
+        let stage = self.hosts[node].stage.as_ref().filter(|_| !full);
+        let result = stage.map(Slot::lend).ok_or_else(|| "no space left on device".to_owned());
+        self.counts.met(if result.is_err() {
+            "no stage"
+        } else if fresh {
+            "stage made"
+        } else {
+            "stage found"
+        });
+        self.step(node, Event::Stage { result })
+    }
+
+    fn drop_stage(&mut self, node: usize) -> Outcome {
+        let host = &mut self.hosts[node];
+        host.stage = None;
+        for &(number, ..) in &self.plan.volumes {
+            host.disk.remove(File::Stage(number)).or_else(|text| broken("contract", text))?;
+        }
+        Ok(())
     }
 
     fn send(&mut self, node: usize, link: LinkId, message: &Message) -> Outcome {
@@ -387,6 +454,7 @@ impl World {
         self.counts.met(&format!("{purpose:?} refused: {why:?}"));
         match purpose {
             Purpose::Promote => return self.promotion_refused(text),
+            Purpose::Refresh => return Ok(()),
             Purpose::Shutdown if self.hosts[node].watch.faulted => {
                 let incarnation = self.hosts[node].incarnation;
                 self.after(0, Coming::Granted { node, incarnation, purpose });

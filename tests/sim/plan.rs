@@ -52,10 +52,16 @@ pub enum Fault {
     SpuriousWake,
     /// A disk is slow for a while.
     SlowDisk,
+    /// A shadow is down for a large part of the work.
+    Away,
+    /// A request to a shadow's stage fails, or there is no room for one.
+    StageFull,
+    /// A node restarts without its dirty maps.
+    LostMaps,
 }
 
 /// Every kind.
-pub const FAULTS: [Fault; 21] = [
+pub const FAULTS: [Fault; 24] = [
     Fault::KillPrimary,
     Fault::PowerPrimary,
     Fault::KillShadow,
@@ -77,6 +83,9 @@ pub const FAULTS: [Fault; 21] = [
     Fault::ClockJump,
     Fault::SpuriousWake,
     Fault::SlowDisk,
+    Fault::Away,
+    Fault::StageFull,
+    Fault::LostMaps,
 ];
 
 /// How the primary is lost before the promotion.
@@ -144,6 +153,13 @@ pub struct Plan {
     pub mix: Mix,
     /// Faults, by the number of requests submitted before, rising.
     pub faults: Vec<(u64, Fault)>,
+    /// What is on the volumes before anything runs: volume, first sector, sectors; the first on every node
+    /// that is not blank, the second over it on the primary alone.
+    pub before: [Vec<(u8, u64, u64)>; 2],
+    /// Nodes whose volumes are all zeroes at the start, as bits.
+    pub blank: u8,
+    /// How many of the steps of a resync are followed by a fault, in thousandths.
+    pub ambush: u64,
     /// The promotion, after this many requests, and the node promoted.
     pub promotion: Option<(u64, Loss, usize)>,
     /// Slowest disk write, ns.
@@ -156,7 +172,14 @@ impl Plan {
     /// The plan of a seed.
     pub fn draw(rng: &mut Prng) -> Plan {
         let nodes = if rng.permille(350) { 3 } else { 2 };
-        let mix = draw_mix(rng);
+        // Writes go round the journal several times, and shadows stay away for long.
+        let resyncs = rng.permille(400);
+        let mut mix = draw_mix(rng);
+        if resyncs {
+            mix.largest = rng.pick(&[256, 512]);
+            mix.requests = rng.within(200, 600);
+            mix.rich = rng.pick(&[700, 1000]);
+        }
         let sync = if rng.permille(350) { rng.within(1, (1 << (nodes - 1)) - 1) as u8 } else { 0 } << 1;
         let promotion = rng.permille(350).then(|| {
             let at = rng.within(mix.requests / 4, mix.requests * 3 / 4);
@@ -166,10 +189,42 @@ impl Plan {
                 rng.within(1, nodes as u64 - 1) as usize,
             )
         });
-        let behind = rng.permille(200);
+        let behind = rng.permille(if resyncs { 900 } else { 200 });
+        let volumes = draw_volumes(rng);
+        let full = rng.permille(if resyncs { 400 } else { 50 });
+        let before = if full {
+            [draw_extents(&volumes, rng), draw_extents(&volumes, rng)]
+        } else {
+            Default::default()
+        };
+        let blank = if full { rng.next() as u8 & 0xfe } else { 0xff };
+        let mut faults = draw_faults(rng, mix.requests);
+        if resyncs {
+            let count = rng.within(1, 3);
+            let away = (0..count).map(|_| (rng.within(1, mix.requests / 2), Fault::Away));
+            faults.extend(away);
+            let more = (0..rng.pick(&[0, 0, 1, 2])).map(|_| {
+                (
+                    rng.within(1, mix.requests),
+                    rng.pick(&[
+                        Fault::StageFull,
+                        Fault::LostMaps,
+                        Fault::PowerShadow,
+                        Fault::KillShadow,
+                        Fault::Cut,
+                    ]),
+                )
+            });
+            let more: Vec<_> = more.collect();
+            faults.extend(more);
+            faults.sort_unstable();
+        }
         Plan {
             nodes,
-            volumes: draw_volumes(rng),
+            volumes,
+            before,
+            blank,
+            ambush: if resyncs { rng.pick(&[0, 50, 300]) } else { 0 },
             segment: 2 << 20,
             segments: rng.pick(&[4, 4, 4, 5, 8]),
             cache: rng.pick(&[1, 2, 4, 8]) << 20,
@@ -179,7 +234,7 @@ impl Plan {
             timing: draw_timing(rng),
             feed: rng.log(64 << 10, 16 << 20),
             window: rng.log(64 << 10, 16 << 20),
-            faults: draw_faults(rng, mix.requests),
+            faults,
             mix,
             promotion,
             disk_write: rng.log(50 * MICROS, 20 * MILLIS),
@@ -197,6 +252,15 @@ fn draw_volumes(rng: &mut Prng) -> Vec<(u8, u64, u64)> {
     let first = one(0, 4 << 20);
     let second = one(3, 1 << 20);
     if rng.permille(300) { vec![first, second] } else { vec![first] }
+}
+
+fn draw_extents(volumes: &[(u8, u64, u64)], rng: &mut Prng) -> Vec<(u8, u64, u64)> {
+    let mut one = |&(number, size, _): &(u8, u64, u64)| {
+        let sectors = size / 512;
+        let len = rng.log(1, sectors);
+        (number, rng.below(sectors - len + 1), len)
+    };
+    volumes.iter().chain(volumes).chain(volumes).map(&mut one).collect()
 }
 
 fn draw_mix(rng: &mut Prng) -> Mix {

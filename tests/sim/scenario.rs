@@ -12,8 +12,7 @@ use crate::world::{Coming, Outcome, Purpose, World, broken};
 use bytes::Bytes;
 use std::collections::BTreeSet;
 use volrep::disk::File;
-use volrep::node::config::FullPolicy;
-use volrep::node::event::{AdminOp, Op};
+use volrep::node::event::{AdminOp, Op, Refresh};
 use volrep::node::status::Status;
 use volrep::units::{Address, Extent, Hash, MILLIS, SECONDS};
 
@@ -52,6 +51,7 @@ pub struct Scenario {
     promoted: bool,
     asked: bool,
     next_fault: usize,
+    ambushes: u32,
     verify: Option<Verify>,
     /// To befall the next messages.
     pub message_faults: Vec<Fault>,
@@ -75,6 +75,7 @@ impl Scenario {
             promoted: false,
             asked: false,
             next_fault: 0,
+            ambushes: 0,
             verify: None,
             message_faults: Vec::new(),
             gaps: BTreeSet::new(),
@@ -86,6 +87,19 @@ impl Scenario {
     /// Nothing more to see.
     pub fn over(&self) -> bool {
         self.phase == Phase::Over
+    }
+    /// Requests are being submitted.
+    pub fn is_working(&self) -> bool {
+        self.phase == Phase::Work
+    }
+    /// Faults may strike now.
+    pub fn may_strike(&self) -> bool {
+        matches!(self.phase, Phase::Join | Phase::Work | Phase::Settle)
+    }
+    /// One more fault in the middle of a resync; whether that is not too many.
+    pub fn strikes(&mut self) -> bool {
+        self.ambushes += 1;
+        self.ambushes <= 12
     }
     /// The primary is lost, and nobody was promoted yet.
     pub fn is_losing(&self, node: usize) -> bool {
@@ -119,6 +133,7 @@ impl World {
                 self.enter(Phase::Drain);
                 self.ask(self.scenario.primary, AdminOp::Drain, Purpose::Drain)?;
             }
+            Phase::Settle => self.resume_resyncs()?,
             Phase::Rest if self.all_at_rest() => {
                 self.last_look()?;
                 self.enter(Phase::Over);
@@ -128,6 +143,18 @@ impl World {
         self.impatient()?;
         let pause = if self.scenario.phase == Phase::Work { 5 * MILLIS } else { 20 * MILLIS };
         self.after(pause, Coming::Tick);
+        Ok(())
+    }
+
+    /// An administrator has mended what stopped a resync.
+    fn resume_resyncs(&mut self) -> Outcome {
+        for node in 0..self.hosts.len() {
+            let stopped = |s: &Status| s.reason.as_ref().is_some_and(|r| r.starts_with("the resync stopped"));
+            if self.hosts[node].status.as_ref().is_some_and(|s| stopped(s)) {
+                self.counts.met("a resync that stopped is resumed");
+                self.ask(node, AdminOp::Refresh(Refresh::default()), Purpose::Refresh)?;
+            }
+        }
         Ok(())
     }
 
@@ -208,7 +235,6 @@ impl World {
             "Diverged" if !self.scenario.demoted(0) => {
                 broken("I1", format!("diverged without a promotion: {}", self.describe(node)))
             }
-            "Inconsistent" => broken("I1", format!("inconsistent: {}", self.describe(node))),
             _ => Ok(()),
         }
     }
@@ -281,7 +307,7 @@ impl World {
                 self.restart(node, power, delay);
                 Ok(())
             }
-            Purpose::Open | Purpose::Status => Ok(()),
+            Purpose::Open | Purpose::Status | Purpose::Refresh => Ok(()),
         }
     }
 
@@ -289,6 +315,15 @@ impl World {
     pub fn promotion_refused(&mut self, text: &str) -> Outcome {
         self.scenario.asked = false;
         let target = self.plan.promotion.expect("in its phase").2;
+        if text.contains("half of a first full copy") {
+            // Only the lost primary has the data: it has to come back.
+            self.counts.met("promotion refused: the copy is not whole");
+            self.plan.promotion = None;
+            self.hosts[0].gone = false;
+            self.enter(Phase::Work);
+            self.after(MILLIS, Coming::Boot { node: 0 });
+            return Ok(());
+        }
         if text.contains("is the primary already") {
             // An earlier attempt was cut short after its term was durable.
             let incarnation = self.hosts[target].incarnation;
@@ -352,6 +387,18 @@ impl World {
         }
     }
 
+    /// The primary is lost in the middle of a shadow's resync, and that shadow is promoted.
+    pub fn lose_primary_to(&mut self, node: usize) -> Outcome {
+        let early = self.scenario.phase == Phase::Join || self.scenario.verify.is_some();
+        if self.scenario.promoted || early {
+            return Ok(());
+        }
+        let loss = self.scenario.rng.pick(&[Loss::Forever, Loss::Kill, Loss::Power]);
+        self.plan.promotion = Some((0, loss, node));
+        self.counts.met("promotion in the middle of a resync");
+        self.lose_primary(loss, node)
+    }
+
     fn lose_primary(&mut self, loss: Loss, target: usize) -> Outcome {
         self.counts.met(&format!("primary lost: {loss:?}"));
         self.enter(Phase::Promote);
@@ -388,8 +435,7 @@ impl World {
 
     /// A follower that lawfully waits for a resync.
     fn excused(&self, s: &Status) -> bool {
-        let may = self.scenario.promoted || self.plan.full == FullPolicy::Behind;
-        may && matches!(s.state.as_str(), "Outdated" | "Diverged")
+        self.scenario.promoted && matches!(s.state.as_str(), "Outdated" | "Diverged")
     }
 
     fn all_current(&self, joining: bool) -> bool {
@@ -415,7 +461,8 @@ impl World {
         let Some(p) = &self.hosts[self.scenario.primary].status else {
             return false;
         };
-        let rests = |s: &Status| s.checkpoint_lsn == p.tail_lsn && s.applied_lsn == p.tail_lsn;
+        let whole = |s: &Status| !matches!(s.state.as_str(), "Resyncing" | "Inconsistent");
+        let rests = |s: &Status| whole(s) && s.checkpoint_lsn == p.tail_lsn && s.applied_lsn == p.tail_lsn;
         rests(p)
             && self
                 .followers()

@@ -9,12 +9,11 @@ use std::collections::BTreeMap;
 use volrep::disk::File;
 use volrep::format::message::{Message, Role};
 use volrep::format::record::Record;
-use volrep::format::superblock::{SLOT, Superblock};
-use volrep::journal::maps::Maps;
+use volrep::format::superblock::{ResyncStage, SLOT, Superblock};
+use volrep::journal::maps::{Maps, MapsId};
 use volrep::units::{Address, Extent, Hash, HistoryPoint, Term};
 
 /// What is known of a host.
-#[derive(Default)]
 pub struct Watch {
     /// The record that was last written at each LSN.
     pub journal: BTreeMap<u64, Hash>,
@@ -36,6 +35,33 @@ pub struct Watch {
     claimed: u64,
     term: Term,
     said_applied: u64,
+    base_segment: u64,
+    stage: Option<ResyncStage>,
+    consistent: bool,
+    /// The record at which its usable image stands.
+    shown: u64,
+}
+
+impl Default for Watch {
+    fn default() -> Watch {
+        Watch {
+            journal: BTreeMap::new(),
+            places: BTreeMap::new(),
+            faulted: false,
+            latched: false,
+            stopping: false,
+            heard_term: 0,
+            acting_term: 0,
+            applied: None,
+            claimed: 0,
+            term: Term::default(),
+            said_applied: 0,
+            base_segment: 1,
+            stage: None,
+            consistent: true,
+            shown: 0,
+        }
+    }
 }
 
 impl Watch {
@@ -46,6 +72,9 @@ impl Watch {
     }
     /// A disk fault was delivered.
     pub fn failed(&mut self, file: File, kind: u8) {
+        if matches!(file, File::Stage(_) | File::StageMap) && kind != 0 {
+            return; // only what was being made is lost
+        }
         self.faulted = true;
         self.latched |= kind != 0 && matches!(file, File::Journal | File::Superblock);
     }
@@ -59,6 +88,12 @@ impl Watch {
     pub fn at(&self, lsn: u64, origin: Hash) -> Option<Hash> {
         if lsn == 0 { Some(origin) } else { self.journal.get(&lsn).copied() }
     }
+}
+
+/// The record at which the usable image stands.
+fn shown(s: &Superblock) -> u64 {
+    let old = s.resync.as_ref().and_then(|r| r.old.as_ref());
+    old.map_or(s.checkpoint.lsn.0, |o| o.at.point.lsn.0)
 }
 
 impl World {
@@ -127,8 +162,36 @@ impl World {
             return broken("I7", format!("the term falls from {:?} to {:?}", watch.term, s.term));
         }
         watch.term = s.term;
+        let stage = s.resync.as_ref().map(|r| r.stage);
+        let mut step = false;
+        if s.base_segment != watch.base_segment {
+            // The journal begins anew: what it held before is nobody's past any more.
+            watch.base_segment = s.base_segment;
+            watch.places.clear();
+            watch.journal.insert(s.base.point.lsn.0, s.base.point.hash);
+            watch.claimed = s.base.point.lsn.0;
+            self.counts.met(&format!("journal begun anew: {stage:?}"));
+            step = true;
+        }
+        // A checkpoint in the middle of one is a step, too.
+        step |= matches!(stage, Some(ResyncStage::Staging | ResyncStage::Merging));
+        if stage != watch.stage {
+            self.counts.met(&format!("resync: {:?} -> {stage:?}", watch.stage));
+            let lost = watch.stage == Some(ResyncStage::Merging) && stage == Some(ResyncStage::Copying);
+            let whole = watch.consistent && watch.shown > 0;
+            if whole && !s.consistent && !lost {
+                return broken("I1", "a usable image was given up for one that is not whole");
+            }
+            watch.stage = stage;
+            step = true;
+        }
+        watch.consistent = s.consistent;
+        watch.shown = shown(&s);
         if s.role == Role::Primary && s.generation.term.node == host.id {
             watch.acting_term = s.generation.term.counter;
+        }
+        if step {
+            self.resync_step(node);
         }
         if s.checkpoint.lsn.0 > 0 && !self.history.knows(s.checkpoint.hash) {
             return broken("I1", format!("checkpoint at an unknown record {:?}", s.checkpoint));
@@ -144,12 +207,23 @@ impl World {
         let Ok((_, s)) = Superblock::choose([a, b]) else {
             return broken("I3", "neither superblock slot decodes");
         };
+        // What was being written when its last process ended may not be there.
+        let watch = &mut self.hosts[node].watch;
+        (watch.base_segment, watch.consistent) = (s.base_segment, s.consistent);
+        (watch.stage, watch.shown) = (s.resync.as_ref().map(|r| r.stage), shown(&s));
+        let host = &self.hosts[node];
         let Some(first) = s.maps.first().copied() else {
             return Ok(());
         };
         let sizes: Vec<_> = s.volumes.iter().map(|v| (v.number, v.size)).collect();
-        let maps = Maps::new(Box::new(host.maps.content()), &sizes, s.maps.clone(), first.from);
+        let id = MapsId { group: s.group, node: s.node, number: s.maps_id };
+        let nobody = MapsId { number: u64::MAX, ..id };
+        let memory = Box::new(host.maps.content());
+        let maps = Maps::new(memory, &sizes, s.maps.clone(), first.from, (id, nobody));
         let maps = maps.or_else(|text| broken("I9", text))?;
+        if maps.number() != id.number {
+            return Ok(()); // the node will see that, too
+        }
         for range in &s.maps {
             // A map may begin after the checkpoint, whose records recovery marks again; or at a record
             // that was cut off, which is nobody's past.
@@ -226,6 +300,9 @@ impl World {
         self.counts.check("I5");
         let host = &mut self.hosts[node];
         let watch = &mut host.watch;
+        if lsn == 0 && matches!(watch.stage, Some(ResyncStage::Copying | ResyncStage::Staging)) {
+            return Ok(()); // it shows nothing of this history yet
+        }
         if lsn < watch.said_applied {
             return broken("I1", format!("applied falls from {} to {lsn}", watch.said_applied));
         }

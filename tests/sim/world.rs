@@ -8,7 +8,7 @@ use crate::history::History;
 use crate::memory::Slot;
 use crate::model::Model;
 use crate::net::Network;
-use crate::plan::Plan;
+use crate::plan::{Fault, Plan};
 use crate::prng::Prng;
 use crate::scenario::Scenario;
 use crate::trace::Trace;
@@ -18,12 +18,13 @@ use std::collections::BTreeMap;
 use volrep::disk::{File, Token};
 use volrep::format::message::Role;
 use volrep::format::record::{Compressor, Encoded, origin};
-use volrep::format::superblock::{Geometry, SLOT, Superblock, Volume};
+use volrep::format::superblock::{Anchor, Geometry, SLOT, Superblock, Volume};
 use volrep::node::Node;
 use volrep::node::config::{NodeConfig, PeerConfig, VolumeConfig};
 use volrep::node::event::{Actions, AdminId, AdminOp, Event};
 use volrep::node::status::Status;
-use volrep::units::{Extent, Generation, GroupId, HistoryPoint, Lsn, NodeId, Now, SECONDS, Term};
+use volrep::resync::hash::Product;
+use volrep::units::{Address, Extent, Generation, GroupId, HistoryPoint, Lsn, NodeId, Now, SECONDS, Term};
 
 /// A broken promise.
 #[derive(Clone, Debug)]
@@ -54,6 +55,10 @@ pub enum Coming {
     Disk { node: usize, incarnation: u32, ticket: u64 },
     /// An encoder is done.
     Encoded { node: usize, incarnation: u32, token: Token, encoded: Encoded },
+    /// A comparison's work is done.
+    Compared { node: usize, incarnation: u32, token: Token, product: Product },
+    /// The shell is done with opening a stage, or making one.
+    Stage { node: usize, incarnation: u32, fresh: bool },
     /// A dial ends, one way or the other.
     Dialed { node: usize, incarnation: u32, peer: usize },
     /// An end of a connection learns that it stands.
@@ -71,6 +76,8 @@ pub enum Coming {
     Ask { node: usize, incarnation: u32 },
     /// A part of the image came back.
     Verified { node: usize, incarnation: u32, extent: Extent, bytes: Bytes, tick: u64 },
+    /// Something befalls a shadow in the middle of its resync.
+    Ambush { node: usize, fault: Fault },
     /// A partition ends.
     Heal { pair: (usize, usize) },
 }
@@ -88,6 +95,8 @@ pub enum Purpose {
     Promote,
     /// `Status`.
     Status,
+    /// `Refresh`.
+    Refresh,
 }
 
 /// A machine.
@@ -102,7 +111,9 @@ pub struct Host {
     /// Its dirty maps.
     pub maps: Slot,
     /// Syncs of the maps in flight, by ticket.
-    pub map_syncs: BTreeMap<u64, u64>,
+    pub map_syncs: BTreeMap<u64, (Slot, u64)>,
+    /// What says which sectors are in the stage, if there is one.
+    pub stage: Option<Slot>,
     /// Its process, while it runs.
     pub node: Option<Node>,
     /// Counts processes.
@@ -122,6 +133,8 @@ pub struct Host {
     pub watch: crate::watch::Watch,
     /// Disk slowness, times.
     pub slow: u64,
+    /// It stays away until so many requests were submitted, or until that time.
+    pub away: Option<(u64, u64)>,
     /// Disk faults to come.
     pub armed: Vec<crate::perform::Armed>,
 }
@@ -220,7 +233,7 @@ impl World {
         let hosts = (0..plan.nodes).map(|n| host(&plan, n, &ids, group, key, &mut rng)).collect();
         let work = Workload::new(rng.fork());
         let scenario = Scenario::new(rng.fork());
-        World {
+        let mut world = World {
             plan,
             now: 0,
             sequence: 0,
@@ -237,6 +250,32 @@ impl World {
             compressors: BTreeMap::new(),
             next_admin: 0,
             sabotage: None,
+        };
+        world.fill_volumes();
+        world
+    }
+
+    /// What was on the volumes before volrep.
+    fn fill_volumes(&mut self) {
+        let before = self.plan.before.clone();
+        for (turn, (number, first, sectors)) in
+            before.iter().enumerate().flat_map(|(turn, list)| list.iter().map(move |e| (turn, *e)))
+        {
+            let volume = self.model.volume_index(number).expect("a volume of the plan");
+            let address = Address::new(number, first * 512).expect("a small volume");
+            let extent = Extent::new(address, sectors * 512).expect("whole sectors");
+            let id = self.model.begin_write(extent, false);
+            self.model.end_write(id, true, true);
+            self.history.begin_with(volume, first, sectors, id);
+            let mut bytes = vec![0; (sectors * 512) as usize];
+            for (out, sector) in bytes.chunks_exact_mut(512).zip(first..) {
+                crate::content::fill(out, id, number, sector, true);
+            }
+            for (n, host) in self.hosts.iter_mut().enumerate() {
+                if n == 0 || (turn == 0 && self.plan.blank & (1 << n) == 0) {
+                    host.disk.install(File::Backing(number), (first * 512) as usize, &bytes);
+                }
+            }
         }
     }
 
@@ -283,6 +322,13 @@ impl World {
             Coming::Encoded { node, incarnation, token, encoded } if self.lives(node, incarnation) => {
                 self.step(node, Event::Encoded { token, encoded })
             }
+            Coming::Compared { node, incarnation, token, product } if self.lives(node, incarnation) => {
+                self.step(node, Event::Compared { token, product })
+            }
+            Coming::Stage { node, incarnation, fresh } if self.lives(node, incarnation) => {
+                self.stage_opened(node, fresh)
+            }
+            Coming::Stage { .. } => Ok(()),
             Coming::Dialed { node, incarnation, peer } if self.lives(node, incarnation) => {
                 self.dialed(node, peer)
             }
@@ -292,7 +338,10 @@ impl World {
             Coming::Verified { node, incarnation, extent, bytes, tick } if self.lives(node, incarnation) => {
                 self.verified(node, extent, &bytes, tick)
             }
-            Coming::Disk { .. } | Coming::Encoded { .. } | Coming::Dialed { .. } => Ok(()),
+            Coming::Disk { .. }
+            | Coming::Encoded { .. }
+            | Coming::Compared { .. }
+            | Coming::Dialed { .. } => Ok(()),
             Coming::Ask { node, incarnation } if self.lives(node, incarnation) => {
                 self.ask(node, AdminOp::Open, Purpose::Open)
             }
@@ -300,6 +349,7 @@ impl World {
             Coming::Up { connection, side } => self.link_up(connection, side),
             Coming::Arrive { connection, side } => self.arrive(connection, side),
             Coming::Down { connection, side } => self.link_down(connection, side),
+            Coming::Ambush { node, fault } => self.strike(node, fault),
             Coming::Boot { node } => self.boot(node),
             Coming::Heal { pair } => {
                 if self.net.partitions.get(&pair).is_some_and(|until| *until <= self.now) {
@@ -325,6 +375,13 @@ impl World {
             // Not before another was promoted.
             self.after(SECONDS, Coming::Boot { node });
             return Ok(());
+        }
+        if let Some((until, latest)) = self.hosts[node].away {
+            if self.work.submitted < until && at < latest && self.scenario.is_working() {
+                self.after(20_000_000, Coming::Boot { node });
+                return Ok(());
+            }
+            self.hosts[node].away = None;
         }
         self.check_maps(node)?;
         let host = &mut self.hosts[node];
@@ -402,6 +459,9 @@ impl World {
         if power {
             host.disk.power_loss(&mut self.rng);
             host.maps.power_loss(&mut self.rng);
+            if let Some(stage) = &host.stage {
+                stage.power_loss(&mut self.rng);
+            }
             host.ring.clear();
             host.config.boot = self.rng.bytes16();
             host.mono_base = self.rng.below(1 << 40);
@@ -435,6 +495,7 @@ fn host(plan: &Plan, n: usize, ids: &[NodeId], group: GroupId, key: [u8; 32], rn
         maps,
         config,
         map_syncs: BTreeMap::new(),
+        stage: None,
         node: None,
         incarnation: 0,
         mono_base: rng.below(1 << 40),
@@ -445,6 +506,7 @@ fn host(plan: &Plan, n: usize, ids: &[NodeId], group: GroupId, key: [u8; 32], rn
         status: None,
         watch: crate::watch::Watch::default(),
         slow: 1,
+        away: None,
         armed: Vec::new(),
     }
 }
@@ -513,11 +575,13 @@ fn superblock(
         checkpoint_write: 0,
         checkpoint_generation: Generation::default(),
         checkpoint_segment: 1,
+        base: Anchor::default(),
+        base_segment: 1,
         floor: Lsn(0),
         limit: Lsn(0),
-        blank: true,
+        blank: plan.blank & (1 << n) != 0,
         clean: true,
-        consistent: true,
+        consistent: n == 0 || plan.blank & (1 << n) != 0,
         cache_boot: [0; 16],
         geometry,
         volumes: plan.volumes.iter().map(volume).collect(),
@@ -525,6 +589,9 @@ fn superblock(
         maps: Vec::new(),
         sync_set: Vec::new(),
         peers: Vec::new(),
+        maps_id: 0,
+        resync: None,
+        verified: None,
     }
 }
 

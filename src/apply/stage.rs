@@ -1,0 +1,212 @@
+//! The stage: what is new of an image that is not shown yet, beside the old one in the backings.
+//!
+//! Per volume a sparse file of its size holds the new sectors at their own places; a bitmap in mapped
+//! memory, a bit per sector, says which these are. (256 MiB of file per TiB of volume; memory only where
+//! something is staged.) The first block of the bitmap's file names group, node and resync, so another
+//! one's stage is never taken for it.
+//!
+//! Owns: the bitmap. Invariant: a sector is marked only after it was written; its mark is durable before
+//! a checkpoint that relies on it. A mark that a crash lost is made again by redo, or by the comparison.
+
+use crate::disk::Memory;
+use crate::extents::Bitmap;
+use crate::units::{Address, BLOCK, Extent, GroupId, NodeId, SECTOR, round_up};
+
+const MAGIC: &[u8; 8] = b"VSTAGING";
+const HEAD: usize = BLOCK as usize;
+
+/// Bytes of the bitmap's file for volumes of these (number, bytes).
+pub fn stage_len(volumes: &[(u8, u64)]) -> u64 {
+    BLOCK + volumes.iter().map(|(_, size)| bitmap_len(*size)).sum::<u64>()
+}
+
+fn bitmap_len(size: u64) -> u64 {
+    round_up((size / SECTOR).div_ceil(8), BLOCK)
+}
+
+/// Whose a stage is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct StageId {
+    /// Group.
+    pub group: GroupId,
+    /// Node.
+    pub node: NodeId,
+    /// The resync's number.
+    pub job: u64,
+}
+
+impl StageId {
+    fn head(self) -> [u8; 64] {
+        let mut head = [0; 64];
+        head[..8].copy_from_slice(MAGIC);
+        head[8..24].copy_from_slice(&self.group.0);
+        head[24..32].copy_from_slice(&self.node.0.to_le_bytes());
+        head[32..40].copy_from_slice(&self.job.to_le_bytes());
+        let sum = *blake3::hash(&head[..40]).as_bytes();
+        head[40..].copy_from_slice(&sum[..24]);
+        head
+    }
+}
+
+/// See the module's documentation.
+pub struct Stage {
+    memory: Box<dyn Memory>,
+    /// (number, size, offset of its bits).
+    volumes: Vec<(u8, u64, usize)>,
+}
+
+impl Stage {
+    /// Takes up a stage's bitmap. A `fresh` one is all zeroes and becomes `id`'s; of another one, `None`
+    /// unless it is `id`'s.
+    pub fn new(
+        mut memory: Box<dyn Memory>,
+        volumes: &[(u8, u64)],
+        id: StageId,
+        fresh: bool,
+    ) -> Option<Stage> {
+        if (memory.bytes().len() as u64) < stage_len(volumes) {
+            return None;
+        }
+        if fresh {
+            memory.bytes_mut()[..64].copy_from_slice(&id.head());
+        } else if memory.bytes()[..64] != id.head() {
+            return None;
+        }
+        let mut at = HEAD;
+        let place = |(number, size): &(u8, u64)| {
+            let offset = at;
+            at += bitmap_len(*size) as usize;
+            (*number, *size, offset)
+        };
+        Some(Stage { memory, volumes: volumes.iter().map(place).collect() })
+    }
+
+    fn volume(&self, number: u8) -> Option<(u64, usize)> {
+        self.volumes.iter().find(|(n, ..)| *n == number).map(|(_, size, offset)| (*size, *offset))
+    }
+
+    fn bits(&self, number: u8) -> Bitmap<&[u8]> {
+        let (size, offset) = self.volume(number).unwrap_or((0, HEAD));
+        Bitmap(&self.memory.bytes()[offset..offset + bitmap_len(size) as usize])
+    }
+
+    /// What was written lies in the stage from now on.
+    pub fn mark(&mut self, extent: Extent) {
+        let Some((size, offset)) = self.volume(extent.address().volume()) else { return };
+        let first = extent.address().offset() / SECTOR;
+        let last = first + extent.len() / SECTOR - 1;
+        let bits = &mut self.memory.bytes_mut()[offset..offset + bitmap_len(size) as usize];
+        Bitmap(bits).set(first, last.min(size / SECTOR - 1));
+    }
+
+    /// The parts of `extent`, in order, each with whether it lies in the stage.
+    pub fn parts(&self, extent: Extent) -> Vec<(Extent, bool)> {
+        let bits = self.bits(extent.address().volume());
+        let (start, count) = (extent.address().offset() / SECTOR, extent.len() / SECTOR);
+        let mut parts = Vec::new();
+        let mut at = 0;
+        while at < count {
+            let staged = bits.get(start + at);
+            let len = bits.same(start + at, start + count);
+            let part = Extent::between(extent.start() + at * SECTOR, extent.start() + (at + len) * SECTOR);
+            parts.push((part.expect("whole sectors within the extent"), staged));
+            at += len;
+        }
+        parts
+    }
+
+    /// The first extent in the stage that begins at or after position `from`, cut to `most` bytes; none:
+    /// that was the last one.
+    pub fn next(&self, from: u64, most: u64) -> Option<Extent> {
+        for (number, size, _) in &self.volumes {
+            let base = Address::new(*number, 0)?.0;
+            if from > base + (size - 1) {
+                continue;
+            }
+            let (bits, sectors) = (self.bits(*number), size / SECTOR);
+            let mut at = from.saturating_sub(base).div_ceil(SECTOR);
+            if at < sectors && !bits.get(at) {
+                at += bits.same(at, sectors);
+            }
+            if at < sectors {
+                let len = bits.same(at, sectors.min(at + most / SECTOR));
+                return Extent::new(Address(base + at * SECTOR), len * SECTOR);
+            }
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const VOLUMES: [(u8, u64); 2] = [(0, 300 * SECTOR), (255, 77 * SECTOR)];
+
+    fn id(job: u64) -> StageId {
+        StageId { group: GroupId([1; 16]), node: NodeId(2), job }
+    }
+
+    fn memory() -> Box<dyn Memory> {
+        Box::new(vec![0; stage_len(&VOLUMES) as usize])
+    }
+
+    fn extent(volume: u8, sector: u64, sectors: u64) -> Extent {
+        Extent::new(Address::new(volume, sector * SECTOR).unwrap(), sectors * SECTOR).unwrap()
+    }
+
+    #[test]
+    fn another_ones_stage_is_not_taken_up() {
+        let used = |id: StageId| {
+            let mut bytes = vec![0; stage_len(&VOLUMES) as usize];
+            bytes[..64].copy_from_slice(&id.head());
+            Box::new(bytes)
+        };
+        assert!(Stage::new(used(id(7)), &VOLUMES, id(7), false).is_some());
+        assert!(Stage::new(used(id(7)), &VOLUMES, id(8), false).is_none());
+        let other = StageId { node: NodeId(3), ..id(7) };
+        assert!(Stage::new(used(other), &VOLUMES, id(7), false).is_none());
+        assert!(Stage::new(memory(), &VOLUMES, id(7), false).is_none());
+        assert!(Stage::new(memory(), &VOLUMES, id(7), true).is_some());
+    }
+
+    proptest! {
+        #[test]
+        fn agrees_with_an_array(
+            marks in prop::collection::vec((any::<bool>(), 0u64..300, 1u64..90), 0..20),
+            ask in (0u64..300, 1u64..90),
+            most in 1u64..50,
+        ) {
+            let mut stage = Stage::new(memory(), &VOLUMES, id(1), true).unwrap();
+            let mut model = [vec![false; 300], vec![false; 77]];
+            for (second, start, len) in marks {
+                let cells = &mut model[usize::from(second)];
+                let start = start % cells.len() as u64;
+                let len = len.min(cells.len() as u64 - start);
+                cells[start as usize..(start + len) as usize].fill(true);
+                stage.mark(extent(if second { 255 } else { 0 }, start, len));
+            }
+            let len = ask.1.min(300 - ask.0);
+            let mut at = ask.0;
+            for (part, staged) in stage.parts(extent(0, ask.0, len)) {
+                prop_assert_eq!(part.start(), at * SECTOR);
+                for _ in 0..part.len() / SECTOR {
+                    prop_assert_eq!(model[0][at as usize], staged);
+                    at += 1;
+                }
+            }
+            prop_assert_eq!(at, ask.0 + len);
+            let mut seen = [vec![false; 300], vec![false; 77]];
+            let mut from = 0;
+            while let Some(e) = stage.next(from, most * SECTOR) {
+                prop_assert!(e.len() <= most * SECTOR && e.start() >= from);
+                let cells = &mut seen[usize::from(e.address().volume() == 255)];
+                let first = (e.address().offset() / SECTOR) as usize;
+                cells[first..first + (e.len() / SECTOR) as usize].fill(true);
+                from = e.start() + e.len();
+            }
+            prop_assert_eq!(seen, model);
+        }
+    }
+}

@@ -1,0 +1,274 @@
+//! The comparison's way to disks, threads and links, on both sides; and the whole of it on a primary.
+//!
+//! Owns: what was asked of the shell for a comparison and is not answered. Invariants: an answer reaches
+//! only the machine that asked (by serial number), however late it comes; a primary reads what an
+//! application would read; everything of a link is forgotten with it.
+
+use super::COMPARE;
+use super::event::{Action, Level, LinkId};
+use super::refresh::Refreshing;
+use super::run::{Part, Run};
+use super::status::RefreshStatus;
+use crate::disk::{DiskOp, DiskRequest, DiskResult, Token, aligned, freeze};
+use crate::format::compare::Compare;
+use crate::format::message::{Message, refuse};
+use crate::resync::hash::{HashKey, Job, Product};
+use crate::resync::source::{Purpose, Source, Task};
+use crate::units::Extent;
+use bytes::Bytes;
+use slab::Slab;
+use std::collections::BTreeMap;
+
+/// Whose a call is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Side {
+    /// A shadow's windows, on the primary.
+    Source(LinkId),
+    /// The job, on the shadow.
+    Target,
+}
+
+/// A read or a piece of work that the shell is at.
+struct Call {
+    side: Side,
+    serial: u64,
+    window: u32,
+    purpose: Purpose,
+    extent: Option<Extent>,
+    /// Of a read from several files.
+    pieces: Vec<Option<DiskResult>>,
+}
+
+/// See the module's documentation.
+pub struct Comparing {
+    pub(super) key: HashKey,
+    calls: Slab<Call>,
+    serials: u64,
+    sources: BTreeMap<LinkId, (u64, Source)>,
+    pub(super) job: Refreshing,
+    /// What shadows said of their jobs, on a primary: the newest.
+    pub(super) told: Option<RefreshStatus>,
+}
+
+impl Comparing {
+    /// Nothing is compared.
+    pub fn new(key: HashKey) -> Comparing {
+        Comparing {
+            key,
+            calls: Slab::new(),
+            serials: 0,
+            sources: BTreeMap::new(),
+            job: Refreshing::default(),
+            told: None,
+        }
+    }
+
+    /// A new machine's number.
+    pub(super) fn serial(&mut self) -> u64 {
+        self.serials += 1;
+        self.serials
+    }
+
+    /// A write was accepted on the primary.
+    pub(super) fn touch(&mut self, extent: Extent) {
+        self.sources.values_mut().for_each(|(_, s)| s.touch(extent));
+    }
+
+    /// A link is gone.
+    pub(super) fn forget(&mut self, link: LinkId) {
+        self.sources.remove(&link);
+    }
+}
+
+/// Pieces of one read share a call: its number, and which piece.
+const PIECE: u32 = 16;
+
+impl Run {
+    /// A word of the comparison came over a link on which records are sent from here.
+    pub(super) fn heard_as_primary(&mut self, link: LinkId, word: Compare) {
+        match word {
+            Compare::Report { json } => self.job_reported(link, &json),
+            Compare::Fail { text } => self.job_refused(link, text),
+            Compare::Open { window, extent, wanted, quick } => {
+                self.open_window(link, window, extent, &wanted, quick);
+            }
+            word => {
+                let mut out = Vec::new();
+                let Some((serial, source)) = self.compare.sources.get_mut(&link) else {
+                    return self.drop_link(link, "it speaks of a window that is not open");
+                };
+                let serial = *serial;
+                match source.heard(&word, &mut out) {
+                    Ok(()) => self.do_tasks(Side::Source(link), serial, out),
+                    Err(why) => self.drop_link(link, &format!("it asked for {why}")),
+                }
+            }
+        }
+    }
+
+    fn open_window(&mut self, link: LinkId, number: u32, extent: Extent, wanted: &[u8], quick: bool) {
+        let volume = self.meta.sb.volumes.iter().find(|v| v.number == extent.address().volume());
+        if volume.is_none_or(|v| extent.address().offset() + extent.len() > v.size) {
+            return self.drop_link(link, "it asked for a window outside of the volumes");
+        }
+        let cache = match &self.part {
+            Part::Primary(p) if p.is_serving() => p.cache.as_ref(),
+            _ => None,
+        };
+        let Some(cache) = cache else {
+            let text = "the primary is not serving yet".to_owned();
+            return self.say(link, Compare::Fail { text });
+        };
+        if !self.compare.sources.contains_key(&link) {
+            let fresh = (self.compare.serial(), Source::new(self.compare.key));
+            self.compare.sources.insert(link, fresh);
+        }
+        let tail = self.journal.tail();
+        let newer = cache.newer_than(tail.last_write, extent);
+        let Some((serial, source)) = self.compare.sources.get_mut(&link) else { return };
+        let serial = *serial;
+        let mut out = Vec::new();
+        let opened = source.open(number, extent, wanted, quick, tail.point.lsn, newer, |_| None, &mut out);
+        match opened {
+            Ok(()) => self.do_tasks(Side::Source(link), serial, out),
+            Err(why) => self.drop_link(link, &format!("it asked for {why}")),
+        }
+    }
+
+    /// Says a word, and counts it where the job is.
+    pub(super) fn say(&mut self, link: LinkId, word: Compare) {
+        self.compare.job.count_wire(&word);
+        self.send(link, Message::Compare(Box::new(word)));
+    }
+
+    /// Does what a machine asks for.
+    pub(super) fn do_tasks(&mut self, side: Side, serial: u64, tasks: Vec<Task>) {
+        for task in tasks {
+            match task {
+                Task::Say(word) => {
+                    let link = match side {
+                        Side::Source(link) => Some(link),
+                        Side::Target => self.links.receiving(),
+                    };
+                    if let Some(link) = link {
+                        self.say(link, word);
+                    }
+                }
+                Task::Work(window, purpose, job) => self.do_work(side, serial, window, purpose, job),
+                Task::Read(window, purpose, extent) => {
+                    let call =
+                        Call { side, serial, window, purpose, extent: Some(extent), pieces: Vec::new() };
+                    let id = self.compare.calls.insert(call);
+                    match side {
+                        Side::Source(_) => self.read_served(id, extent),
+                        Side::Target => self.read_image(id, extent),
+                    }
+                }
+            }
+        }
+    }
+
+    fn do_work(&mut self, side: Side, serial: u64, window: u32, purpose: Purpose, job: Job) {
+        let call = Call { side, serial, window, purpose, extent: None, pieces: Vec::new() };
+        let id = self.compare.calls.insert(call);
+        self.out.push(Action::Compare { token: Token::new(COMPARE, id as u64), job });
+    }
+
+    /// Reads a shadow's image, wherever its parts are.
+    fn read_image(&mut self, id: usize, extent: Extent) {
+        let parts = self.image.image_reads(extent);
+        self.compare.calls[id].pieces = vec![None; parts.len()];
+        for (i, (part, file)) in parts.into_iter().enumerate() {
+            let token = Token::new(COMPARE, (id as u64) << PIECE | i as u64);
+            let op = DiskOp::Read { offset: part.address().offset(), len: part.len() as usize };
+            self.disk.push(DiskRequest { token, file, op });
+        }
+    }
+
+    /// The answer to a read of the image.
+    pub(super) fn image_read(&mut self, id: u64, result: DiskResult) {
+        let (id, piece) = ((id >> PIECE) as usize, (id & ((1 << PIECE) - 1)) as usize);
+        let Some(call) = self.compare.calls.get_mut(id) else { return };
+        call.pieces[piece] = Some(result);
+        if call.pieces.iter().any(Option::is_none) {
+            return;
+        }
+        let pieces: Result<Vec<Bytes>, _> = call.pieces.drain(..).flatten().collect();
+        let pieces = match pieces {
+            Ok(pieces) => pieces,
+            Err(e) => return self.compared_read(id, Err(e)),
+        };
+        let bytes = match <[Bytes; 1]>::try_from(pieces) {
+            Ok([one]) => one,
+            Err(many) => {
+                let mut all = aligned(many.iter().map(Bytes::len).sum());
+                many.iter().for_each(|b| all.extend_from_slice(b));
+                freeze(all)
+            }
+        };
+        self.compared_read(id, Ok(bytes));
+    }
+
+    /// The answer to a read for a comparison.
+    pub(super) fn compared_read(&mut self, id: usize, result: DiskResult) {
+        let Some(call) = self.compare.calls.try_remove(id) else { return };
+        let mut out = Vec::new();
+        match call.side {
+            Side::Source(link) => {
+                let Some((serial, source)) = self.compare.sources.get_mut(&link) else { return };
+                if *serial != call.serial {
+                    return;
+                }
+                match result {
+                    Ok(bytes) => source.read(call.window, call.purpose, bytes, &mut out),
+                    Err(e) => {
+                        source.unreadable(call.extent.map_or(0, Extent::len));
+                        let at = call.extent.map_or(0, |e| e.address().offset());
+                        let text = format!("reading the primary's volume at {at} failed: {e}");
+                        self.log(Level::Error, text.clone());
+                        self.compare.forget(link);
+                        return self.say(link, Compare::Fail { text });
+                    }
+                }
+            }
+            Side::Target => {
+                let Some(target) = self.compare.job.target(call.serial) else { return };
+                match result {
+                    Ok(bytes) => target.read(call.window, call.purpose, bytes, &mut out),
+                    Err(_) => return self.job_failed("the image here can't be read"),
+                }
+            }
+        }
+        self.do_tasks(call.side, call.serial, out);
+    }
+
+    /// The answer to [`Action::Compare`].
+    pub(super) fn compared(&mut self, id: u64, product: Product) {
+        let Some(call) = self.compare.calls.try_remove(id as usize) else { return };
+        let mut out = Vec::new();
+        match call.side {
+            Side::Source(link) => match self.compare.sources.get_mut(&link) {
+                Some((serial, source)) if *serial == call.serial => {
+                    source.worked(call.window, call.purpose, product, &mut out);
+                }
+                _ => return,
+            },
+            Side::Target => {
+                let Some(target) = self.compare.job.target(call.serial) else { return };
+                if let Err(why) = target.worked(call.window, call.purpose, product, &mut out) {
+                    return self.distrust(why);
+                }
+            }
+        }
+        self.do_tasks(call.side, call.serial, out);
+    }
+
+    /// The primary said something that can't be true: nothing of it is written.
+    pub(super) fn distrust(&mut self, why: &str) {
+        self.job_failed(&format!("the primary sent {why}"));
+        if let Some(link) = self.links.receiving() {
+            self.send(link, refuse(&format!("the comparison was given up: {why}")));
+            self.drop_link(link, &format!("the primary sent {why}"));
+        }
+    }
+}

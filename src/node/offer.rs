@@ -1,0 +1,85 @@
+//! What a primary offers to a shadow whose journal does not lead to its own.
+//!
+//! Owns: the primary's half of the beginning of a resync. Invariants: the records after the point that is
+//! offered are kept until the shadow begins with them or its link is gone; what is told to have changed
+//! since a point of this history is a superset of what has (I9).
+
+use super::event::LinkId;
+use super::links::LinkState;
+use super::run::{Part, Run};
+use crate::format::message::{Cause, MAX_CANDIDATES, Message, Verdict};
+use crate::format::superblock::Anchor;
+use crate::journal::Tail;
+use crate::journal::maps::joined;
+use crate::units::{HistoryPoint, Lsn};
+
+/// Most extents that are told altogether; beyond it neighbours are joined.
+const MOST: usize = 1 << 18;
+
+impl Run {
+    /// Tells a shadow that it needs a resync, and from what.
+    pub(super) fn offer_resync(&mut self, link: LinkId, nonce: [u8; 32], cause: Cause) {
+        self.set_peer(link, "Resync", Some(cause.text().into()));
+        let Some(peer) = self.links.peer_of(link) else { return };
+        let (node, blank) = (peer.node, peer.blank);
+        if let Some(known) = self.meta.sb.peers.iter_mut().find(|k| Some(k.node) == node && !k.behind) {
+            // What is held for it does not help it.
+            known.behind = true;
+            self.meta.save(false);
+            self.update_keep();
+        }
+        let oldest = self.journal.oldest().lsn;
+        let points = self.points(blank && self.meta.sb.blank);
+        self.welcome(link, nonce, Verdict::Resync { cause, oldest, points });
+    }
+
+    /// Points of the history here since which the dirty maps tell what has changed. That of LSN 0 says
+    /// something only when both images were `blank` there.
+    fn points(&self, blank: bool) -> Vec<HistoryPoint> {
+        let sb = &self.meta.sb;
+        let openings = sb.openings.iter().map(|o| o.at);
+        let mut points: Vec<_> = self.maps.ranges().iter().map(|r| r.from).chain(openings).collect();
+        points.retain(|p| p.lsn > Lsn(0) || blank);
+        points.sort_by_key(|p| p.lsn);
+        points.dedup();
+        points
+    }
+
+    /// Answers a shadow that takes up the history here; whether anything moved.
+    pub(super) fn offer(&mut self, id: LinkId) -> bool {
+        let serving = matches!(&self.part, Part::Primary(p) if p.is_serving() && !p.closing);
+        if !serving || self.fault.is_some() {
+            return false;
+        }
+        let tail = *self.journal.tail();
+        let Some(link) = self.links.by_id.get_mut(&id) else { return false };
+        let LinkState::Offering { since, at } = &mut link.state else { return false };
+        let at = *at.get_or_insert(tail);
+        link.held = Some(at.point.lsn);
+        let since = *since;
+        if self.journal.durable() < at.point.lsn {
+            self.journal.want(at.point.lsn);
+            return false;
+        }
+        let since = since.filter(|p| self.points(true).contains(p));
+        self.tell_candidates(id, at, since);
+        true
+    }
+
+    fn tell_candidates(&mut self, id: LinkId, at: Tail, since: Option<HistoryPoint>) {
+        if let Some(since) = since {
+            for extents in joined(self.maps.since(since.lsn), MOST).chunks(MAX_CANDIDATES) {
+                self.send(id, Message::Candidates { extents: extents.to_vec() });
+            }
+        }
+        let Tail { point, generation, last_write, time, .. } = at;
+        let members = self.meta.sb.sync_set.clone();
+        let at = Anchor { point, generation, last_write, time };
+        self.send(id, Message::Rebase { at, since, members });
+        self.set_state(id, LinkState::Welcomed { at: point.lsn });
+        self.set_peer(id, "Resyncing", None);
+        if let Some(peer) = self.links.peer_of(id) {
+            peer.resyncing = true;
+        }
+    }
+}

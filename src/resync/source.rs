@@ -1,0 +1,327 @@
+//! The primary's side of the comparison: it reads, hashes and answers.
+//!
+//! Owns: the windows that one shadow has open here. Invariants: whatever a shadow asks, at most
+//! [`MAX_OPEN`] windows are remembered and at most [`READING`] bytes (and one batch) are being read; an
+//! answer carries the touched sectors as they are when it is given, so they include every write that may
+//! be in its bytes.
+
+use super::hash::{HashKey, Hashes, Job, Product, window_root};
+use super::touched::Touched;
+use super::{CHUNK, MAX_OPEN, READING, extents, leaves, part, runs};
+use crate::format::compare::{Compare, EXTENT, EXTENT_LEAVES, ExtentLeaves, LEAF, MAX_BATCH, Root, Run};
+use crate::units::{Extent, Lsn};
+use bytes::Bytes;
+use std::collections::{BTreeMap, VecDeque};
+
+/// What a read or a piece of work is for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Purpose {
+    /// To hash: extents from this one on.
+    Hash(usize),
+    /// Part of a batch of leaves.
+    Leaves(u32, usize),
+    /// All of a batch.
+    Batch(u32),
+}
+
+/// What the machine asks for.
+#[derive(Debug)]
+pub enum Task {
+    /// Read this of the image; answer with [`Source::read`].
+    Read(u32, Purpose, Extent),
+    /// Do this; answer with [`Source::worked`].
+    Work(u32, Purpose, Job),
+    /// Say this.
+    Say(Compare),
+}
+
+struct Batch {
+    parts: Vec<Bytes>,
+    missing: usize,
+    leaves: Vec<usize>,
+}
+
+struct Window {
+    extent: Extent,
+    touched: Touched,
+    wanted: Vec<bool>,
+    /// Roots that are known; the index's until the bytes are read.
+    roots: Vec<Option<Root>>,
+    /// Those of the index.
+    indexed: Vec<Option<Root>>,
+    rotten: Vec<u16>,
+    leaves: Vec<u64>,
+    has_leaves: Vec<bool>,
+    /// Reads to be hashed that are wanted and not begun: (first extent, how many).
+    chunks: VecDeque<(usize, usize)>,
+    /// Reads and hashings under way.
+    hashing: usize,
+    rooted: bool,
+    asked_roots: bool,
+    asked_leaves: Option<Vec<u16>>,
+    batches: BTreeMap<u32, Batch>,
+}
+
+/// See the module's documentation.
+pub struct Source {
+    key: HashKey,
+    windows: BTreeMap<u32, Window>,
+    /// Parts of batches to be read.
+    parts: VecDeque<(u32, u32, usize, Extent)>,
+    reading: u64,
+}
+
+type Refusal = &'static str;
+
+impl Source {
+    /// No window is open.
+    pub fn new(key: HashKey) -> Source {
+        Source { key, windows: BTreeMap::new(), parts: VecDeque::new(), reading: 0 }
+    }
+
+    /// No window is open.
+    pub fn is_idle(&self) -> bool {
+        self.windows.is_empty()
+    }
+
+    /// Opens a window at `lsn`, the journal's tail. `newer` are the accepted writes that are not in
+    /// records up to it, `index` what the hash index knows of the window's extents.
+    #[expect(clippy::too_many_arguments, reason = "what the message says, and what the node knows")]
+    pub fn open(
+        &mut self,
+        number: u32,
+        extent: Extent,
+        wanted: &[u8],
+        quick: bool,
+        lsn: Lsn,
+        newer: impl Iterator<Item = Extent>,
+        index: impl Fn(usize) -> Option<Root>,
+        out: &mut Vec<Task>,
+    ) -> Result<(), Refusal> {
+        if self.windows.len() >= MAX_OPEN || self.windows.contains_key(&number) {
+            return Err("more windows than it may open");
+        }
+        let count = extents(extent);
+        let is_wanted =
+            |i: usize| wanted.is_empty() || wanted.get(i / 8).is_some_and(|b| b >> (i % 8) & 1 == 1);
+        let wanted: Vec<bool> = (0..count).map(is_wanted).collect();
+        let mut touched = Touched::new(extent);
+        newer.for_each(|e| touched.touch(e));
+        let indexed: Vec<_> = (0..count).map(|i| index(i).filter(|_| wanted[i])).collect();
+        let per_read = (CHUNK / EXTENT) as usize;
+        let chunks = runs(count, per_read, |i| wanted[i] && !(quick && indexed[i].is_some())).into();
+        let window = Window {
+            extent,
+            touched,
+            roots: if quick { indexed.clone() } else { vec![None; count] },
+            indexed,
+            wanted,
+            rotten: Vec::new(),
+            leaves: vec![0; leaves(extent)],
+            has_leaves: vec![false; count],
+            chunks,
+            hashing: 0,
+            rooted: false,
+            asked_roots: false,
+            asked_leaves: None,
+            batches: BTreeMap::new(),
+        };
+        self.windows.insert(number, window);
+        out.push(Task::Say(Compare::At { window: number, lsn }));
+        self.pump(out);
+        Ok(())
+    }
+
+    /// A write was accepted.
+    pub fn touch(&mut self, extent: Extent) {
+        self.windows.values_mut().for_each(|w| w.touched.touch(extent));
+    }
+
+    /// A word of the shadow about an open window.
+    pub fn heard(&mut self, word: &Compare, out: &mut Vec<Task>) -> Result<(), Refusal> {
+        match word {
+            Compare::AskRoots { window } => {
+                let w = self.windows.get_mut(window).ok_or("a window that is not open")?;
+                if !w.rooted || std::mem::replace(&mut w.asked_roots, true) {
+                    return Err("roots out of turn");
+                }
+                let roots = w.roots.iter().map(|r| r.unwrap_or_default()).collect();
+                out.push(Task::Say(Compare::Roots { window: *window, roots }));
+            }
+            Compare::AskLeaves { window, extents } => {
+                let w = self.windows.get_mut(window).ok_or("a window that is not open")?;
+                let known = |i: &u16| w.wanted.get(usize::from(*i)) == Some(&true);
+                let ascending = extents.windows(2).all(|p| p[0] < p[1]);
+                if !w.rooted || w.asked_leaves.is_some() || !ascending || !extents.iter().all(known) {
+                    return Err("leaves that it can't ask for");
+                }
+                let lacking = |i: usize| extents.binary_search(&(i as u16)).is_ok() && !w.has_leaves[i];
+                w.chunks.extend(runs(w.wanted.len(), (CHUNK / EXTENT) as usize, lacking));
+                w.asked_leaves = Some(extents.clone());
+                self.answer_leaves(*window, out);
+            }
+            Compare::AskData { window, batch, runs } => self.ask_data(*window, *batch, runs)?,
+            Compare::Close { window } => {
+                self.windows.remove(window).ok_or("a window that is not open")?;
+                self.parts.retain(|(w, ..)| w != window);
+            }
+            _ => return Err("a word that a shadow does not say"),
+        }
+        self.pump(out);
+        Ok(())
+    }
+
+    fn ask_data(&mut self, window: u32, batch: u32, asked: &[Run]) -> Result<(), Refusal> {
+        let w = self.windows.get_mut(&window).ok_or("a window that is not open")?;
+        let mut list = Vec::new();
+        for (first, count) in asked {
+            let (first, count) = (usize::from(*first), usize::from(*count));
+            let fits = count > 0 && first + count <= w.leaves.len() && list.len() + count <= MAX_BATCH;
+            if !fits || list.last().is_some_and(|last| *last >= first) {
+                return Err("leaves that it can't ask for");
+            }
+            list.extend(first..first + count);
+        }
+        if list.is_empty() || w.batches.contains_key(&batch) || w.batches.len() >= 64 {
+            return Err("a batch that it can't ask for");
+        }
+        for (i, (first, count)) in asked.iter().enumerate() {
+            let extent = part(w.extent, LEAF, usize::from(*first), usize::from(*count));
+            self.parts.push_back((window, batch, i, extent.expect("bounds were checked")));
+        }
+        let parts = vec![Bytes::new(); asked.len()];
+        w.batches.insert(batch, Batch { parts, missing: asked.len(), leaves: list });
+        Ok(())
+    }
+
+    /// The answer to a [`Task::Read`].
+    pub fn read(&mut self, number: u32, purpose: Purpose, bytes: Bytes, out: &mut Vec<Task>) {
+        // What waits to be hashed is in memory, too.
+        let work = matches!(purpose, Purpose::Hash(_)) && self.windows.contains_key(&number);
+        if !work {
+            self.reading -= bytes.len() as u64;
+        }
+        if let Some(w) = self.windows.get_mut(&number) {
+            match purpose {
+                Purpose::Hash(_) => {
+                    out.push(Task::Work(number, purpose, Job::Hash(self.key, bytes)));
+                }
+                Purpose::Leaves(batch, i) => {
+                    if let Some(b) = w.batches.get_mut(&batch) {
+                        b.parts[i] = bytes;
+                        b.missing -= 1;
+                        if b.missing == 0 {
+                            let job = Job::Pack(std::mem::take(&mut b.parts));
+                            out.push(Task::Work(number, Purpose::Batch(batch), job));
+                        }
+                    }
+                }
+                Purpose::Batch(_) => {}
+            }
+        }
+        self.pump(out);
+    }
+
+    /// A read failed, whose bytes nobody will see.
+    pub fn unreadable(&mut self, len: u64) {
+        self.reading -= len;
+    }
+
+    /// The answer to a [`Task::Work`].
+    pub fn worked(&mut self, number: u32, purpose: Purpose, product: Product, out: &mut Vec<Task>) {
+        if let Product::Hashed(hashes) = &product {
+            self.reading -= hashes.len;
+        }
+        if let Some(w) = self.windows.get_mut(&number) {
+            match (purpose, product) {
+                (Purpose::Hash(first), Product::Hashed(hashes)) => {
+                    w.hashed(first, &hashes);
+                    self.answer_root(number, out);
+                    self.answer_leaves(number, out);
+                }
+                (Purpose::Batch(batch), Product::Packed(payload)) => {
+                    if let Some(b) = w.batches.remove(&batch) {
+                        let touched = b.leaves.iter().map(|leaf| w.touched.leaf(*leaf)).collect();
+                        out.push(Task::Say(Compare::Data { window: number, batch, touched, payload }));
+                    }
+                }
+                _ => {}
+            }
+        }
+        self.pump(out);
+    }
+
+    fn answer_root(&mut self, number: u32, out: &mut Vec<Task>) {
+        let Some(w) = self.windows.get_mut(&number) else { return };
+        if w.rooted || w.hashing > 0 || !w.chunks.is_empty() {
+            return;
+        }
+        w.rooted = true;
+        let mut touched = vec![0u8; w.wanted.len().div_ceil(8)];
+        for i in (0..w.wanted.len()).filter(|i| w.wanted[*i] && w.touched.is_touched(*i)) {
+            touched[i / 8] |= 1 << (i % 8);
+        }
+        let is_touched = |i: usize| touched[i / 8] >> (i % 8) & 1 == 1;
+        let zero = Root::default();
+        let counted =
+            |(i, root): (usize, &Option<Root>)| if is_touched(i) { zero } else { root.unwrap_or(zero) };
+        let roots: Vec<Root> = w.roots.iter().enumerate().map(counted).collect();
+        let root = window_root(&self.key, roots.iter());
+        let rotten = std::mem::take(&mut w.rotten);
+        out.push(Task::Say(Compare::Root { window: number, touched, root, rotten }));
+    }
+
+    fn answer_leaves(&mut self, number: u32, out: &mut Vec<Task>) {
+        let Some(w) = self.windows.get_mut(&number) else { return };
+        let whole = |list: &Vec<u16>| list.iter().all(|i| w.has_leaves[usize::from(*i)]);
+        let Some(list) = w.asked_leaves.take_if(|list| whole(list)) else { return };
+        let leaves = |i: &u16| {
+            let first = usize::from(*i) * EXTENT_LEAVES;
+            let hash = |n| w.leaves.get(first + n).copied().unwrap_or(0);
+            ExtentLeaves {
+                index: *i,
+                touched: w.touched.extent(usize::from(*i)),
+                hashes: std::array::from_fn(hash),
+            }
+        };
+        let extents = list.iter().map(leaves).collect();
+        out.push(Task::Say(Compare::Leaves { window: number, extents }));
+    }
+
+    /// Begins what may be read now: first what completes windows.
+    fn pump(&mut self, out: &mut Vec<Task>) {
+        while self.reading < READING {
+            if let Some((window, batch, i, extent)) = self.parts.pop_front() {
+                self.reading += extent.len();
+                out.push(Task::Read(window, Purpose::Leaves(batch, i), extent));
+                continue;
+            }
+            let next = self.windows.iter_mut().find_map(|(n, w)| Some((*n, w.chunks.pop_front()?, w)));
+            let Some((number, (first, count), w)) = next else { break };
+            w.hashing += 1;
+            let extent = part(w.extent, EXTENT, first, count).expect("chunks lie in the window");
+            self.reading += extent.len();
+            out.push(Task::Read(number, Purpose::Hash(first), extent));
+        }
+        let unrooted: Vec<u32> = self.windows.iter().filter(|(_, w)| !w.rooted).map(|(n, _)| *n).collect();
+        for number in unrooted {
+            self.answer_root(number, out);
+        }
+    }
+}
+
+impl Window {
+    fn hashed(&mut self, first: usize, hashes: &Hashes) {
+        self.hashing -= 1;
+        let at = first * EXTENT_LEAVES;
+        self.leaves[at..at + hashes.leaves.len()].copy_from_slice(&hashes.leaves);
+        for (i, root) in (first..).zip(&hashes.roots) {
+            self.roots[i] = Some(*root);
+            self.has_leaves[i] = true;
+            let other = self.indexed[i].is_some_and(|known| known != *root);
+            if other && !self.touched.is_touched(i) {
+                self.rotten.push(i as u16);
+            }
+        }
+    }
+}

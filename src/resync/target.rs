@@ -1,0 +1,634 @@
+//! The shadow's side of the comparison: it asks, compares, and says what is to be repaired.
+//!
+//! Owns: the windows that are open. Invariants: a sector is compared or repaired only if no record after
+//! the window's LSN has touched it on either side, looked at again when the repair is submitted; what the
+//! primary sends is believed only where it was asked for and has the size that it must have.
+
+use super::hash::{HashKey, Hashes, Job, Product, window_root};
+use super::source::{Purpose, Task};
+use super::touched::{Touched, whole};
+use super::{CHUNK, READING, extents, leaves, part, runs};
+use crate::format::compare::{
+    Compare, EXTENT, EXTENT_LEAVES, ExtentLeaves, LEAF, MAX_BATCH, Root, WINDOW_EXTENTS,
+};
+use crate::units::{Extent, Lsn, SECTOR};
+use bytes::Bytes;
+use std::collections::{BTreeMap, VecDeque};
+
+/// Bytes of leaves asked for and not yet repaired.
+const ASKING: u64 = 16 << 20;
+
+/// Where a window stands.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Stage {
+    /// The roots are awaited, theirs or ours.
+    Rooting,
+    /// The primary's extent roots are awaited.
+    Listing,
+    /// Its leaves (and those of ours that were not read) are awaited.
+    Leafing,
+    /// Bytes are awaited or being repaired.
+    Filling,
+}
+
+struct Batch {
+    /// Which leaves, and whether ours has to be looked at before it is called different.
+    leaves: Vec<(usize, bool)>,
+    own: BTreeMap<usize, Bytes>,
+    own_missing: usize,
+    data: Option<(Vec<u8>, Option<Bytes>)>,
+}
+
+/// Sectors of a leaf to be written.
+struct Repair {
+    window: u32,
+    leaf: usize,
+    sectors: u8,
+    bytes: Bytes,
+}
+
+struct Window {
+    extent: Extent,
+    touched: Touched,
+    wanted: Vec<bool>,
+    lsn: Option<Lsn>,
+    begun: bool,
+    roots: Vec<Option<Root>>,
+    indexed: Vec<Option<Root>>,
+    leaves: Vec<u64>,
+    has_leaves: Vec<bool>,
+    chunks: VecDeque<(usize, usize)>,
+    hashing: usize,
+    theirs: Option<(Vec<u8>, Root)>,
+    their_rotten: Vec<u16>,
+    their_roots: Vec<Root>,
+    stage: Stage,
+    asked: Vec<u16>,
+    their_leaves: Option<Vec<ExtentLeaves>>,
+    need: VecDeque<(usize, bool)>,
+    batches: BTreeMap<u32, Batch>,
+    next_batch: u32,
+    repairing: usize,
+    different: Vec<usize>,
+    skipped: u64,
+}
+
+/// A window that is done with.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Finished {
+    /// Its number.
+    pub window: u32,
+    /// What it covered.
+    pub extent: Extent,
+    /// Leaves that differed.
+    pub different: Vec<Extent>,
+    /// Bytes that were not read, because the index knew them or nobody wanted them.
+    pub skipped: u64,
+    /// Roots of extents that are now known to be what both sides have.
+    pub learned: Vec<(usize, Root)>,
+    /// Extents of ours whose bytes are not what our index says was written.
+    pub rotten: Vec<Extent>,
+    /// The primary's likewise. Its bytes were not taken over.
+    pub their_rotten: Vec<Extent>,
+}
+
+/// See the module's documentation.
+pub struct Target {
+    key: HashKey,
+    /// Only compare.
+    verify: bool,
+    windows: BTreeMap<u32, Window>,
+    parts: VecDeque<(u32, u32, usize, Extent)>,
+    repairs: VecDeque<Repair>,
+    submitted: Vec<(u32, u64)>,
+    reading: u64,
+    asking: u64,
+    applied: Lsn,
+    finished: Vec<Finished>,
+    /// Bytes repaired since the start.
+    pub repaired: u64,
+}
+
+type Refusal = &'static str;
+
+impl Target {
+    /// Nothing is open.
+    pub fn new(key: HashKey, verify: bool) -> Target {
+        Target {
+            key,
+            verify,
+            windows: BTreeMap::new(),
+            parts: VecDeque::new(),
+            repairs: VecDeque::new(),
+            submitted: Vec::new(),
+            reading: 0,
+            asking: 0,
+            applied: Lsn(0),
+            finished: Vec::new(),
+            repaired: 0,
+        }
+    }
+
+    /// Windows open.
+    pub fn open_windows(&self) -> usize {
+        self.windows.len()
+    }
+
+    /// Their numbers.
+    pub fn open_numbers(&self) -> Vec<u32> {
+        self.windows.keys().copied().collect()
+    }
+
+    /// The first byte that an open window covers.
+    pub fn first_open(&self) -> Option<u64> {
+        self.windows.values().map(|w| w.extent.start()).min()
+    }
+
+    /// Opens a window. `index` is what the hash index knows of its extents.
+    pub fn open(
+        &mut self,
+        number: u32,
+        extent: Extent,
+        wanted: Vec<u8>,
+        quick: bool,
+        index: impl Fn(usize) -> Option<Root>,
+        out: &mut Vec<Task>,
+    ) {
+        let count = extents(extent);
+        let is_wanted =
+            |i: usize| wanted.is_empty() || wanted.get(i / 8).is_some_and(|b| b >> (i % 8) & 1 == 1);
+        let flags: Vec<bool> = (0..count).map(is_wanted).collect();
+        let indexed: Vec<_> = (0..count).map(|i| index(i).filter(|_| flags[i])).collect();
+        let read = |i: usize| flags[i] && !(quick && indexed[i].is_some());
+        let chunks: VecDeque<_> = runs(count, (CHUNK / EXTENT) as usize, read).into();
+        let passed = (0..count).filter(|i| !read(*i)).filter_map(|i| part(extent, EXTENT, i, 1));
+        let skipped = passed.map(Extent::len).sum();
+        let window = Window {
+            extent,
+            touched: Touched::new(extent),
+            lsn: None,
+            begun: false,
+            roots: if quick { indexed.clone() } else { vec![None; count] },
+            leaves: vec![0; leaves(extent)],
+            has_leaves: vec![false; count],
+            skipped,
+            chunks,
+            wanted: flags,
+            indexed,
+            hashing: 0,
+            theirs: None,
+            their_rotten: Vec::new(),
+            their_roots: Vec::new(),
+            stage: Stage::Rooting,
+            asked: Vec::new(),
+            their_leaves: None,
+            need: VecDeque::new(),
+            batches: BTreeMap::new(),
+            next_batch: 0,
+            repairing: 0,
+            different: Vec::new(),
+        };
+        self.windows.insert(number, window);
+        out.push(Task::Say(Compare::Open { window: number, extent, wanted, quick }));
+    }
+
+    /// A record touches `extent`.
+    pub fn touch(&mut self, lsn: Lsn, extent: Extent) {
+        for w in self.windows.values_mut().filter(|w| w.lsn.is_some_and(|at| lsn > at)) {
+            w.touched.touch(extent);
+        }
+    }
+
+    /// Every record up to `lsn` is in the image, and none of them is being written.
+    pub fn applied(&mut self, lsn: Lsn, out: &mut Vec<Task>) {
+        if self.applied < lsn {
+            self.applied = lsn;
+            self.pump(out);
+        }
+    }
+
+    /// A word of the primary.
+    pub fn heard(&mut self, word: Compare, out: &mut Vec<Task>) -> Result<(), Refusal> {
+        const CLOSED: Refusal = "of a window that is not open";
+        match word {
+            Compare::At { window, lsn } => {
+                let w = self.windows.get_mut(&window).ok_or(CLOSED)?;
+                if w.lsn.replace(lsn).is_some() {
+                    return Err("a window's LSN twice");
+                }
+            }
+            Compare::Root { window, touched, root, rotten } => {
+                let w = self.windows.get_mut(&window).ok_or(CLOSED)?;
+                let known = rotten.iter().all(|i| usize::from(*i) < w.wanted.len());
+                if w.lsn.is_none() || touched.len() != w.wanted.len().div_ceil(8) || !known {
+                    return Err("a root of another shape than was asked for");
+                }
+                if w.theirs.replace((touched, root)).is_some() {
+                    return Err("a window's root twice");
+                }
+                w.their_rotten = rotten;
+                self.compare_root(window, out);
+            }
+            Compare::Roots { window, roots } => {
+                let w = self.windows.get_mut(&window).ok_or(CLOSED)?;
+                if w.stage != Stage::Listing || roots.len() != w.wanted.len() {
+                    return Err("roots of another shape than was asked for");
+                }
+                w.their_roots = roots;
+                self.compare_roots(window, out);
+            }
+            Compare::Leaves { window, extents } => {
+                let w = self.windows.get_mut(&window).ok_or(CLOSED)?;
+                let fits = extents.iter().map(|e| e.index).eq(w.asked.iter().copied());
+                if w.stage != Stage::Leafing || w.their_leaves.is_some() || !fits {
+                    return Err("leaves that were not asked for");
+                }
+                w.their_leaves = Some(extents);
+                self.compare_leaves(window, out);
+            }
+            Compare::Data { window, batch, touched, payload } => {
+                let w = self.windows.get_mut(&window).ok_or(CLOSED)?;
+                let extent = w.extent;
+                let b = w.batches.get_mut(&batch).filter(|b| b.data.is_none());
+                let b = b.ok_or("bytes that were not asked for")?;
+                if touched.len() != b.leaves.len() {
+                    return Err("bytes of another shape than was asked for");
+                }
+                b.data = Some((touched, None));
+                let raw: u64 = b.leaves.iter().map(|(leaf, _)| leaf_len(extent, *leaf)).sum();
+                out.push(Task::Work(window, Purpose::Batch(batch), Job::Unpack(payload, raw as usize)));
+            }
+            _ => return Err("a word that a primary does not say"),
+        }
+        self.pump(out);
+        Ok(())
+    }
+
+    /// The answer to a [`Task::Read`].
+    pub fn read(&mut self, number: u32, purpose: Purpose, bytes: Bytes, out: &mut Vec<Task>) {
+        // What waits to be hashed is in memory, too.
+        let work = matches!(purpose, Purpose::Hash(_)) && self.windows.contains_key(&number);
+        if !work {
+            self.reading -= bytes.len() as u64;
+        }
+        match (purpose, self.windows.get_mut(&number)) {
+            (Purpose::Hash(_), Some(_)) => out.push(Task::Work(number, purpose, Job::Hash(self.key, bytes))),
+            (Purpose::Leaves(batch, leaf), Some(w)) => {
+                if let Some(b) = w.batches.get_mut(&batch) {
+                    b.own.insert(leaf, bytes);
+                    b.own_missing -= 1;
+                    self.fill(number, batch);
+                }
+            }
+            _ => {}
+        }
+        self.pump(out);
+    }
+
+    /// The answer to a [`Task::Work`].
+    pub fn worked(
+        &mut self,
+        number: u32,
+        purpose: Purpose,
+        product: Product,
+        out: &mut Vec<Task>,
+    ) -> Result<(), Refusal> {
+        if let Product::Hashed(hashes) = &product {
+            self.reading -= hashes.len;
+        }
+        match (purpose, product, self.windows.get_mut(&number)) {
+            (Purpose::Hash(first), Product::Hashed(hashes), Some(w)) => {
+                w.hashed(first, &hashes);
+                self.compare_root(number, out);
+                self.compare_leaves(number, out);
+            }
+            (Purpose::Batch(batch), Product::Unpacked(bytes), Some(w)) => {
+                let bytes = bytes.ok_or("bytes that can't be unpacked to what was asked for")?;
+                if let Some(Batch { data: Some((_, slot)), .. }) = w.batches.get_mut(&batch) {
+                    *slot = Some(bytes);
+                    self.fill(number, batch);
+                }
+            }
+            _ => {}
+        }
+        self.pump(out);
+        Ok(())
+    }
+
+    /// Both roots are there: which extents have to be looked at closer?
+    fn compare_root(&mut self, number: u32, out: &mut Vec<Task>) {
+        let key = self.key;
+        let Some(w) = self.windows.get_mut(&number) else { return };
+        if w.stage != Stage::Rooting || !w.begun || w.hashing > 0 || !w.chunks.is_empty() {
+            return;
+        }
+        let Some((touched, root)) = &w.theirs else { return };
+        let zero = Root::default();
+        let counted = |(i, root): (usize, &Option<Root>)| {
+            if touched[i / 8] >> (i % 8) & 1 == 1 { zero } else { root.unwrap_or(zero) }
+        };
+        let roots: Vec<Root> = w.roots.iter().enumerate().map(counted).collect();
+        if window_root(&key, roots.iter()) == *root {
+            let doubtful = (0..w.wanted.len()).filter(|i| w.is_touched(*i)).map(|i| i as u16).collect();
+            w.descend(number, doubtful, out);
+        } else {
+            w.stage = Stage::Listing;
+            out.push(Task::Say(Compare::AskRoots { window: number }));
+        }
+    }
+
+    fn compare_roots(&mut self, number: u32, out: &mut Vec<Task>) {
+        let Some(w) = self.windows.get_mut(&number) else { return };
+        let other = |i: &usize| w.wanted[*i] && (w.is_touched(*i) || w.roots[*i] != Some(w.their_roots[*i]));
+        let doubtful = (0..w.wanted.len()).filter(other).map(|i| i as u16).collect();
+        w.descend(number, doubtful, out);
+    }
+
+    fn compare_leaves(&mut self, number: u32, _out: &mut Vec<Task>) {
+        let verify = self.verify;
+        let Some(w) = self.windows.get_mut(&number) else { return };
+        let known = |i: &u16| w.has_leaves[usize::from(*i)];
+        if w.stage != Stage::Leafing || !w.asked.iter().all(known) {
+            return;
+        }
+        let Some(theirs) = w.their_leaves.take() else { return };
+        for extent in &theirs {
+            w.compare_extent(extent, verify);
+        }
+        w.stage = Stage::Filling;
+    }
+
+    /// A batch's bytes are there, and ours where they have to be looked at.
+    fn fill(&mut self, number: u32, batch: u32) {
+        let Some(w) = self.windows.get_mut(&number) else { return };
+        let whole_batch = |b: &&mut Batch| b.own_missing == 0 && matches!(b.data, Some((_, Some(_))));
+        if w.batches.get_mut(&batch).filter(whole_batch).is_none() {
+            return;
+        }
+        let Some(Batch { leaves, own, data: Some((touched, Some(bytes))), .. }) = w.batches.remove(&batch)
+        else {
+            return;
+        };
+        let mut at = 0;
+        for ((leaf, check), touched) in leaves.into_iter().zip(touched) {
+            let len = leaf_len(w.extent, leaf) as usize;
+            let theirs = bytes.slice(at..at + len);
+            at += len;
+            let mut sectors = whole(w.extent, leaf) & !touched & !w.touched.leaf(leaf);
+            if check {
+                sectors &= own.get(&leaf).map_or(0xff, |own| differing(own, &theirs));
+                if sectors != 0 {
+                    w.different.push(leaf);
+                }
+            }
+            if sectors == 0 || self.verify {
+                self.asking -= LEAF;
+                continue;
+            }
+            w.repairing += 1;
+            self.repairs.push_back(Repair { window: number, leaf, sectors, bytes: theirs });
+        }
+    }
+
+    /// Something waits to be repaired.
+    pub fn has_repairs(&self) -> bool {
+        !self.repairs.is_empty() && self.submitted.is_empty()
+    }
+
+    /// What to write now: disjoint extents in order, with their bytes (`None`: zeroes). Nobody may write
+    /// a record into the image until [`Target::repaired`] is told.
+    pub fn take_repairs(&mut self, most: u64) -> Vec<(Extent, Option<Bytes>)> {
+        let mut batch = BTreeMap::new();
+        let mut taken = 0;
+        while taken < most
+            && let Some(r) = self.repairs.pop_front()
+        {
+            taken += LEAF;
+            self.submitted.push((r.window, LEAF));
+            let Some(w) = self.windows.get(&r.window) else { continue };
+            let sectors = r.sectors & !w.touched.leaf(r.leaf);
+            let zero = r.bytes.iter().all(|b| *b == 0);
+            for (first, count) in runs(8, 8, |i| sectors >> i & 1 == 1) {
+                let leaf = w.extent.start() + r.leaf as u64 * LEAF;
+                let (start, len) = (leaf + first as u64 * SECTOR, count as u64 * SECTOR);
+                let from = first * SECTOR as usize;
+                let bytes = (!zero).then(|| r.bytes.slice(from..from + len as usize));
+                batch.insert(start, (len, bytes));
+                self.repaired += len;
+            }
+        }
+        join_zeroes(batch)
+    }
+
+    /// What was taken is in the image.
+    pub fn written(&mut self, out: &mut Vec<Task>) {
+        for (window, len) in std::mem::take(&mut self.submitted) {
+            self.asking -= len;
+            if let Some(w) = self.windows.get_mut(&window) {
+                w.repairing -= 1;
+            }
+        }
+        self.pump(out);
+    }
+
+    /// Windows that are done with since the last call.
+    pub fn take_finished(&mut self) -> Vec<Finished> {
+        std::mem::take(&mut self.finished)
+    }
+
+    fn pump(&mut self, out: &mut Vec<Task>) {
+        self.begin_reads(out);
+        let open: Vec<u32> = self.windows.keys().copied().collect();
+        for number in open {
+            self.compare_root(number, out);
+            self.ask_data(number, out);
+            self.finish(number, out);
+        }
+    }
+
+    fn begin_reads(&mut self, out: &mut Vec<Task>) {
+        for w in self.windows.values_mut() {
+            w.begun |= w.lsn.is_some_and(|lsn| lsn <= self.applied);
+        }
+        while self.reading < READING {
+            if let Some((window, batch, leaf, extent)) = self.parts.pop_front() {
+                self.reading += extent.len();
+                out.push(Task::Read(window, Purpose::Leaves(batch, leaf), extent));
+                continue;
+            }
+            let mut begun = self.windows.iter_mut().filter(|(_, w)| w.begun);
+            let Some((number, (first, count), w)) =
+                begun.find_map(|(n, w)| Some((*n, w.chunks.pop_front()?, w)))
+            else {
+                break;
+            };
+            w.hashing += 1;
+            let extent = part(w.extent, EXTENT, first, count).expect("chunks lie in the window");
+            self.reading += extent.len();
+            out.push(Task::Read(number, Purpose::Hash(first), extent));
+        }
+    }
+
+    fn ask_data(&mut self, number: u32, out: &mut Vec<Task>) {
+        let Some(w) = self.windows.get_mut(&number) else { return };
+        while !w.need.is_empty() && self.asking + MAX_BATCH as u64 * LEAF <= ASKING && w.batches.len() < 32 {
+            let take = w.need.len().min(MAX_BATCH);
+            let list: Vec<_> = w.need.drain(..take).collect();
+            self.asking += list.len() as u64 * LEAF;
+            let batch = w.next_batch;
+            w.next_batch += 1;
+            let mut asked: Vec<(u16, u16)> = Vec::new();
+            for (leaf, check) in &list {
+                match asked.last_mut() {
+                    Some((first, n)) if usize::from(*first + *n) == *leaf => *n += 1,
+                    _ => asked.push((*leaf as u16, 1)),
+                }
+                if *check {
+                    let extent = part(w.extent, LEAF, *leaf, 1).expect("leaves lie in the window");
+                    self.parts.push_back((number, batch, *leaf, extent));
+                }
+            }
+            let own_missing = list.iter().filter(|(_, check)| *check).count();
+            let b = Batch { leaves: list, own: BTreeMap::new(), own_missing, data: None };
+            w.batches.insert(batch, b);
+            out.push(Task::Say(Compare::AskData { window: number, batch, runs: asked }));
+        }
+        if self.reading < READING && !self.parts.is_empty() {
+            self.begin_reads(out);
+        }
+    }
+
+    fn finish(&mut self, number: u32, out: &mut Vec<Task>) {
+        let done = |w: &Window| {
+            w.stage == Stage::Filling && w.need.is_empty() && w.batches.is_empty() && w.repairing == 0
+        };
+        if !self.windows.get(&number).is_some_and(done) {
+            return;
+        }
+        let Some(mut w) = self.windows.remove(&number) else { return };
+        w.different.sort_unstable();
+        let different = runs(w.leaves.len(), usize::MAX, |i| w.different.binary_search(&i).is_ok());
+        let same = |i: &usize| {
+            let leaves = i * EXTENT_LEAVES..(i + 1) * EXTENT_LEAVES;
+            w.wanted[*i] && !w.touched.is_touched(*i) && !w.different.iter().any(|l| leaves.contains(l))
+        };
+        let rotten = |i: &usize| {
+            let other = w.indexed[*i].is_some_and(|known| w.roots[*i].is_some_and(|read| read != known));
+            other && !w.touched.is_touched(*i)
+        };
+        let count = w.wanted.len();
+        self.finished.push(Finished {
+            window: number,
+            extent: w.extent,
+            different: different.iter().filter_map(|(f, n)| part(w.extent, LEAF, *f, *n)).collect(),
+            skipped: w.skipped,
+            learned: (0..count).filter(same).filter_map(|i| Some((i, w.roots[i]?))).collect(),
+            rotten: (0..count).filter(rotten).filter_map(|i| part(w.extent, EXTENT, i, 1)).collect(),
+            their_rotten: w
+                .their_rotten
+                .iter()
+                .filter_map(|i| part(w.extent, EXTENT, (*i).into(), 1))
+                .collect(),
+        });
+        out.push(Task::Say(Compare::Close { window: number }));
+    }
+
+    /// What the oldest window waits for.
+    pub fn waits_for(&self) -> Option<&'static str> {
+        let w = self.windows.values().next()?;
+        Some(match w.stage {
+            _ if w.lsn.is_none() => "the link",
+            _ if !w.begun => "writes to be applied",
+            Stage::Rooting if !w.chunks.is_empty() || w.hashing > 0 => "the shadow's disk",
+            Stage::Rooting => "the primary's disk",
+            Stage::Listing | Stage::Leafing => "the link",
+            Stage::Filling if w.repairing > 0 => "the shadow's disk",
+            Stage::Filling => "the link",
+        })
+    }
+}
+
+impl Window {
+    /// Whether a record (here) or an accepted write (there) has touched an extent that counts.
+    fn is_touched(&self, i: usize) -> bool {
+        let theirs = self.theirs.as_ref().is_some_and(|(touched, _)| touched[i / 8] >> (i % 8) & 1 == 1);
+        self.wanted[i] && (theirs || self.touched.is_touched(i))
+    }
+
+    fn descend(&mut self, number: u32, doubtful: Vec<u16>, out: &mut Vec<Task>) {
+        debug_assert!(doubtful.len() <= WINDOW_EXTENTS);
+        if doubtful.is_empty() {
+            self.stage = Stage::Filling;
+            return;
+        }
+        let lacking = |i: usize| doubtful.binary_search(&(i as u16)).is_ok() && !self.has_leaves[i];
+        self.chunks.extend(runs(self.wanted.len(), (CHUNK / EXTENT) as usize, lacking));
+        self.stage = Stage::Leafing;
+        self.asked.clone_from(&doubtful);
+        out.push(Task::Say(Compare::AskLeaves { window: number, extents: doubtful }));
+    }
+
+    fn hashed(&mut self, first: usize, hashes: &Hashes) {
+        self.hashing -= 1;
+        let at = first * EXTENT_LEAVES;
+        self.leaves[at..at + hashes.leaves.len()].copy_from_slice(&hashes.leaves);
+        for (i, root) in (first..).zip(&hashes.roots) {
+            self.roots[i] = Some(*root);
+            self.has_leaves[i] = true;
+        }
+    }
+
+    /// Which leaves of an extent are wanted: those that differ, and those that were partly written.
+    fn compare_extent(&mut self, theirs: &ExtentLeaves, verify: bool) {
+        let index = usize::from(theirs.index);
+        let first = index * EXTENT_LEAVES;
+        let last = (first + EXTENT_LEAVES).min(self.leaves.len());
+        let before = (self.need.len(), self.different.len());
+        let mut touched_any = false;
+        for leaf in first..last {
+            let touched = theirs.touched[leaf - first] | self.touched.leaf(leaf);
+            touched_any |= touched != 0;
+            if touched & whole(self.extent, leaf) == whole(self.extent, leaf) {
+                continue; // all of it comes by record
+            }
+            if touched != 0 {
+                self.need.push_back((leaf, true));
+            } else if theirs.hashes[leaf - first] != self.leaves[leaf] {
+                self.different.push(leaf);
+                if !verify && !self.their_rotten.contains(&theirs.index) {
+                    self.need.push_back((leaf, false));
+                }
+            }
+        }
+        // The roots cover whole hashes: where no short one differs, all leaves are looked at.
+        let listed = self.their_roots.get(index);
+        let same = (self.need.len(), self.different.len()) == before;
+        let believed = !touched_any && !self.their_rotten.contains(&theirs.index);
+        if same && believed && listed.is_some_and(|root| Some(*root) != self.roots[index]) {
+            self.need.extend((first..last).map(|leaf| (leaf, true)));
+        }
+    }
+}
+
+fn leaf_len(window: Extent, leaf: usize) -> u64 {
+    (window.len() - leaf as u64 * LEAF).min(LEAF)
+}
+
+/// The sectors in which two leaves differ.
+fn differing(a: &[u8], b: &[u8]) -> u8 {
+    let sector = SECTOR as usize;
+    let pairs = a.chunks(sector).zip(b.chunks(sector)).enumerate();
+    pairs.filter(|(_, (a, b))| a != b).fold(0, |bits, (i, _)| bits | 1 << i)
+}
+
+/// Zeroes that lie side by side are one range: a hole is punched at once.
+fn join_zeroes(batch: BTreeMap<u64, (u64, Option<Bytes>)>) -> Vec<(Extent, Option<Bytes>)> {
+    let mut joined: Vec<(u64, u64, Option<Bytes>)> = Vec::new();
+    for (start, (len, bytes)) in batch {
+        match joined.last_mut() {
+            Some((s, l, None)) if bytes.is_none() && *s + *l == start => *l += len,
+            _ => joined.push((start, len, bytes)),
+        }
+    }
+    joined.into_iter().filter_map(|(s, l, bytes)| Some((Extent::between(s, s + l)?, bytes))).collect()
+}

@@ -1,0 +1,235 @@
+//! Resyncs: the first full copy, and a shadow that the primary's journal can't feed any more.
+
+use crate::model::Random;
+use crate::nbd::Client;
+use crate::outage::{noise, pour};
+use crate::pair::{Node, Pair, Setup, long};
+use crate::place::{first_difference, until};
+use crate::refresh::ask;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use serde_json::json;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+const MIB: u64 = 1 << 20;
+/// What is written round and round; the journal holds less.
+const BUSY: u64 = 48 * MIB;
+
+/// A pair whose shadow stands at a known image and has missed more than the journal holds.
+fn left_behind(size: u64) -> Pair {
+    let setup = Setup { volumes: vec![("data", size)], journal: "32M", ..Setup::default() };
+    let mut pair = Pair::prepare(&setup);
+    pair.primary.configure(|text| text.replace("on_full = \"block\"", "on_full = \"behind\""));
+    pair.primary.start();
+    pair.shadow.start();
+    pair.wait_following();
+    pair.primary.attach("nbd-socket");
+    let mut client = client(&pair);
+    pour(&mut client, BUSY, 0..20, &AtomicU64::new(0));
+    until("the shadow has it", || {
+        let (p, s) = (pair.primary.status(), pair.shadow.status());
+        (s["applied_lsn"] == p["tail_lsn"]).then_some(())
+    });
+    leave_behind(&mut pair, 0);
+    pair
+}
+
+fn client(pair: &Pair) -> Client {
+    Client::connect(&pair.primary.socket(), "data").unwrap()
+}
+
+/// Stops the shadow, and goes on until the journal can't feed it any more.
+fn leave_behind(pair: &mut Pair, round: u64) {
+    pair.shadow.stop();
+    pour(&mut client(pair), BUSY, 1000 * (round + 1)..1000 * (round + 1) + 130, &AtomicU64::new(0));
+    let s = pair.primary.status();
+    assert_eq!(s["peers"][0]["state"], "Resync", "{s}");
+    assert_eq!((&s["action"], &s["state"]), (&json!("db2 needs a resync"), &json!("UpToDate")), "{s}");
+}
+
+fn wait_current(pair: &Pair) {
+    until("the shadow is up to date", || {
+        let (p, s) = (pair.primary.status(), pair.shadow.status());
+        assert_ne!(s["state"], "Inconsistent", "{s}");
+        (p["peers"][0]["state"] == "UpToDate" && s["state"] == "UpToDate").then_some(())
+    });
+}
+
+/// Files of a stage.
+fn stage(node: &Node) -> Vec<String> {
+    let mut tree = node.place.tree();
+    tree.retain(|p| p.contains(".stage-"));
+    tree
+}
+
+#[test]
+fn a_shadow_that_fell_off_the_journal_comes_back_by_the_dirty_maps_alone() {
+    const SIZE: u64 = 2 << 30;
+    let mut pair = left_behind(SIZE);
+    // It stays so while the primary is restarted.
+    pair.primary.kill();
+    pair.primary.start();
+    pair.primary.wait_attached();
+    pair.shadow.start();
+    wait_current(&pair);
+    let told = pair.shadow.status()["refresh"].clone();
+    assert_eq!((&told["cause"], &told["state"]), (&json!("resync"), &json!("Done")), "{told}");
+    let (total, differ) = (told["total"].as_u64().unwrap(), told["differ"].as_u64().unwrap());
+    assert!(differ > 0 && total <= BUSY + 4 * MIB, "compared {total} of {SIZE}, {differ} differed");
+    eprintln!("compared {total} of {SIZE} bytes, {differ} differed, in {} s", told["seconds"]);
+    assert_eq!(stage(&pair.shadow), Vec::<String>::new(), "the stage is gone");
+    pour(&mut client(&pair), BUSY, 0..10, &AtomicU64::new(0));
+    pair.finish();
+}
+
+#[test]
+fn a_resync_goes_on_after_either_side_was_killed_at_any_moment() {
+    let mut pair = left_behind(128 * MIB);
+    let mut random = Random(5);
+    let rounds = if long() { 200 } else { 12 };
+    let mut interrupted = 0;
+    for round in 0..rounds {
+        pair.shadow.start();
+        // From before the first handshake to after the end.
+        std::thread::sleep(Duration::from_micros(random.below(400_000)));
+        let state = pair.shadow.status()["state"].clone();
+        interrupted += u64::from(state == "Resyncing");
+        if random.below(3) == 0 {
+            pair.primary.kill();
+            pair.primary.start();
+            pair.primary.wait_attached();
+        }
+        pair.shadow.kill();
+        let from = 10_000 + round * 10;
+        pour(&mut client(&pair), BUSY, from..from + random.below(8), &AtomicU64::new(0));
+        if state == "UpToDate" {
+            pair.shadow.start();
+            wait_current(&pair);
+            leave_behind(&mut pair, 100 + round);
+        }
+    }
+    eprintln!("{interrupted} of {rounds} kills were in the middle");
+    pair.shadow.start();
+    wait_current(&pair);
+    pair.finish();
+}
+
+#[test]
+fn a_promotion_in_the_middle_of_a_resync_gives_the_old_image() {
+    let mut pair = left_behind(128 * MIB);
+    let old = pair.shadow.place.path().join("old");
+    std::fs::copy(pair.shadow.backing("data"), &old).unwrap();
+    let at = pair.shadow.place.run(&["status", "g", "--json"]).json()["applied_lsn"].clone();
+    // The moment is sought: a resync may be over before it is looked at.
+    for round in 0.. {
+        pair.shadow.start();
+        let state = until("it is being resynced, or was", || {
+            let state = pair.shadow.status()["state"].clone();
+            (state == "Resyncing" || state == "UpToDate").then_some(state)
+        });
+        pair.primary.kill();
+        let s = pair.shadow.status();
+        if s["reason"].as_str().is_some_and(|r| r.contains("the image is the old one")) {
+            assert_eq!(s["state"], "Resyncing");
+            break;
+        }
+        assert!(round < 30, "never in the middle, last {state}");
+        pair.primary.start();
+        pair.primary.wait_attached();
+        wait_current(&pair);
+        leave_behind(&mut pair, round + 1);
+        std::fs::copy(pair.shadow.backing("data"), &old).unwrap();
+    }
+    assert_eq!(first_difference(&pair.shadow.backing("data"), &old), None, "nothing is written over it");
+    pair.promote();
+    until("it serves", || {
+        let s = pair.shadow.status();
+        (s["role"] == "primary" && s["state"] == "UpToDate").then_some(())
+    });
+    assert_eq!(first_difference(&pair.shadow.backing("data"), &old), None, "the old image, from LSN {at}");
+    assert_eq!(stage(&pair.shadow), Vec::<String>::new(), "the stage is gone");
+}
+
+#[test]
+fn the_first_copy_of_a_volume_that_holds_something_is_whole_or_not_usable() {
+    let setup = Setup { volumes: vec![("data", 1 << 30)], filled: 300 * MIB, ..Setup::default() };
+    let mut pair = Pair::prepare(&setup);
+    pair.primary.start();
+    pair.shadow.start();
+    pair.primary.attach("nbd-socket");
+    let mut client = client(&pair);
+    let mut seen = 0;
+    let mut number = 0;
+    until("the copy is whole", || {
+        client.write(number * 7919 * 4096 % (1 << 30) / 4096 * 4096, &noise(number)[..4096]).unwrap();
+        number += 1;
+        let s = pair.shadow.status();
+        if s["state"] == "Inconsistent" && seen < 3 {
+            seen += 1;
+            let refused = pair.shadow.place.run(&["promote", "g", "--i-fenced-the-old-primary", "--yes"]);
+            assert!(refused.code != 0, "{}", refused.stdout);
+        }
+        (s["state"] == "UpToDate").then_some(())
+    });
+    eprintln!("seen as inconsistent {seen} times, {number} writes meanwhile");
+    let told = pair.shadow.status()["refresh"].clone();
+    assert_eq!((&told["cause"], &told["state"]), (&json!("first copy"), &json!("Done")), "{told}");
+    wait_current(&pair);
+    pair.finish();
+    let blocks = std::fs::metadata(pair.shadow.backing("data")).unwrap().blocks() * 512;
+    assert!(blocks < 400 * MIB, "zeroes were written: {blocks} bytes in use");
+}
+
+/// A small file system, gone with it.
+struct Small(PathBuf);
+
+impl Small {
+    fn size(&self, size: &str, flags: MsFlags) {
+        mount(Some("volrep-test"), &self.0, Some("tmpfs"), flags, Some(size)).unwrap();
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let _ = umount2(&self.0, MntFlags::MNT_DETACH);
+    }
+}
+
+#[test]
+fn a_full_stage_stops_the_resync_and_leaves_the_old_image() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("skipped: a small tmpfs can only be mounted by root");
+        return;
+    }
+    let mut pair = left_behind(128 * MIB);
+    let old = pair.shadow.place.path().join("old");
+    std::fs::copy(pair.shadow.backing("data"), &old).unwrap();
+    // The journal, and so the stage, on a disk that has no room for what differs.
+    let small = Small(pair.shadow.place.path().join("small"));
+    std::fs::create_dir(&small.0).unwrap();
+    small.size("size=48m", MsFlags::empty());
+    std::fs::copy(pair.shadow.place.config().join("state/g/journal"), small.0.join("journal")).unwrap();
+    let dir = format!("[journal]\ndir = {:?}", small.0);
+    pair.shadow.configure(|t| t.replace("[journal]", &dir).replace("direct = true", "direct = false"));
+    pair.shadow.start();
+    let reason = until("the resync stops", || {
+        let s = pair.shadow.status();
+        (s["state"] == "Outdated")
+            .then(|| s["reason"].as_str().unwrap_or_default().to_owned())
+            .filter(|r| r.contains("the resync stopped"))
+    });
+    assert!(reason.contains("No space left"), "{reason}");
+    assert!(pair.shadow.told().contains("volrep refresh g"), "{}", pair.shadow.told());
+    assert_eq!(first_difference(&pair.shadow.backing("data"), &old), None, "the old image stays");
+    small.size("size=300m", MsFlags::MS_REMOUNT);
+    let wish = json!({
+        "verb": "refresh", "peer": null, "quick": false, "verify": false, "rate": 0, "restart": false
+    });
+    let reply = ask(&pair.shadow, wish);
+    assert_eq!(reply["reply"], "done", "{reply}");
+    wait_current(&pair);
+    pour(&mut client(&pair), BUSY, 0..3, &AtomicU64::new(0));
+    pair.finish();
+}
