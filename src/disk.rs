@@ -7,6 +7,7 @@
 use aligned_vec::{AVec, ConstAlign};
 use bytes::Bytes;
 use std::fmt;
+use std::sync::Arc;
 
 /// A buffer that O_DIRECT accepts: 4096-byte aligned. Freeze it with [`freeze`] to share it.
 pub type AlignedBuf = AVec<u8, ConstAlign<4096>>;
@@ -126,6 +127,80 @@ impl IoError {
 impl fmt::Display for IoError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         std::io::Error::from_raw_os_error(self.errno).fmt(f)
+    }
+}
+
+/// The bytes of a write on their way in, until the node has copied them.
+#[derive(Clone)]
+pub enum Payload {
+    /// They are here.
+    Here(Bytes),
+    /// They are still where the request came from: copied from there, once, to where they are kept.
+    Lent {
+        /// Who has them.
+        lender: Arc<dyn Lender>,
+        /// His name for the request.
+        tag: u16,
+        /// Where they begin in it.
+        at: u64,
+        /// How many.
+        len: u64,
+    },
+}
+
+/// Keeps the payloads of requests until these are answered.
+pub trait Lender: Send + Sync {
+    /// Copies the bytes from `at` on of request `tag`: all of `to`, or an error.
+    fn copy(&self, tag: u16, at: u64, to: &mut [u8]) -> Result<(), IoError>;
+}
+
+impl Payload {
+    /// How many bytes.
+    pub fn len(&self) -> u64 {
+        match self {
+            Payload::Here(bytes) => bytes.len() as u64,
+            Payload::Lent { len, .. } => *len,
+        }
+    }
+    /// None.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+    /// Copies the first bytes, as many as `to` holds; at most [`Payload::len`].
+    pub fn copy(&self, to: &mut [u8]) -> Result<(), IoError> {
+        match self {
+            Payload::Here(bytes) => to.copy_from_slice(&bytes[..to.len()]),
+            Payload::Lent { lender, tag, at, len } => {
+                assert!(to.len() as u64 <= *len, "a payload is copied within its length");
+                lender.copy(*tag, *at, to)?;
+            }
+        }
+        Ok(())
+    }
+    /// Drops the first `bytes` (at most [`Payload::len`]).
+    pub fn advance(&mut self, bytes: u64) {
+        match self {
+            Payload::Here(here) => *here = here.slice(bytes as usize..),
+            Payload::Lent { at, len, .. } => {
+                *at += bytes;
+                *len -= bytes;
+            }
+        }
+    }
+}
+
+impl From<Bytes> for Payload {
+    fn from(bytes: Bytes) -> Payload {
+        Payload::Here(bytes)
+    }
+}
+
+impl fmt::Debug for Payload {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Payload::Here(bytes) => bytes.fmt(f),
+            Payload::Lent { tag, at, len, .. } => write!(f, "tag {tag}: {at}+{len}"),
+        }
     }
 }
 

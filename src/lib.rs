@@ -3,7 +3,7 @@
 //! # Code map
 //! Imports point down only; `tests/tidy.rs` checks it.
 //! - layer 3, the shell (clocks, descriptors, threads, unsafe): [`cli`] one file per verb, [`daemon`]
-//!   the group's event loop, [`control`] the admin socket, [`front`] NBD and FUSE, [`sys`] the ring,
+//!   the group's event loop, [`control`] the admin socket, [`front`] the kernel's NBD driver, NBD and FUSE, [`sys`] the ring,
 //!   disks, sockets and memory
 //! - layer 2, composition: [`node`], the sole owner of one group's machines: `Node::step(now, event)`
 //! - layer 1, machines (events in, actions out; they never import each other): [`cache`] the ring of

@@ -17,7 +17,8 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use volrep::front::fuse::{FuseDevice, FuseError, FuseOptions, FuseVolume};
+use volrep::front::Volume;
+use volrep::front::fuse::{FuseDevice, FuseError, FuseOptions};
 
 const MIB: u64 = 1 << 20;
 /// How the killed child of the leftovers tests is told where to attach.
@@ -60,7 +61,7 @@ fn options(dir: &Path, group: Arc<MemoryGroup>, block: u32, loop_device: bool) -
     FuseOptions {
         mount_dir: dir.join("fuse"),
         dev_dir: dir.join("dev"),
-        volumes: vec![FuseVolume { volume: 0, name: "data".into(), size, block, link: "epic".into() }],
+        volumes: vec![Volume { volume: 0, name: "data".into(), size, block, link: "epic".into() }],
         loop_device,
         submit: group,
     }

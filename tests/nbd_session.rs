@@ -91,7 +91,7 @@ fn serve(mut stream: UnixStream, mut session: Session, disk: &Disk) {
 fn perform(op: Op, disk: &mut [u8]) -> Result<Bytes, IoError> {
     match op {
         Op::Read(extent) => return Ok(Bytes::copy_from_slice(&disk[range(extent)])),
-        Op::Write { extent, data, .. } => disk[range(extent)].copy_from_slice(&data),
+        Op::Write { extent, data, .. } => data.copy(&mut disk[range(extent)])?,
         Op::Zero { extent, .. } => disk[range(extent)].fill(0),
         Op::Flush => {}
     }

@@ -57,7 +57,7 @@ const SHELL_ONLY: &[&str] = &[
 ];
 
 /// The front ends: none sees another's modules. The loop device belongs to FUSE.
-const FRONTS: &[&[&str]] = &[&["fuse", "loopdev"], &["nbd"], &["ublk"]];
+const FRONTS: &[&[&str]] = &[&["fuse", "loopdev"], &["nbd", "knbd"], &["ublk"]];
 
 /// Most lines of a source file.
 const LINES: usize = 700;
@@ -355,6 +355,8 @@ fn the_rules_fire() {
         ("src/front/nbd/mod.rs", "use crate::front::fuse::FuseDevice;", true),
         ("src/front/nbd/mod.rs", "use super::loopdev::X;", true),
         ("src/front/fuse.rs", "use crate::front::loopdev::X;", false),
+        ("src/front/knbd/mod.rs", "use crate::front::nbd::X;", false),
+        ("src/front/knbd/mod.rs", "use crate::front::loopdev::X;", true),
         ("src/strange/mod.rs", "use crate::units::Lsn;", true),
     ];
     for (path, text, wanted) in cases {

@@ -7,7 +7,7 @@
 
 pub mod ring;
 
-use crate::disk::{AlignedBuf, Memory, aligned};
+use crate::disk::{AlignedBuf, IoError, Memory, Payload, aligned};
 use crate::extents::{ExtentMap, Piece};
 use crate::format::record::{Content, EncodeJob, MAX_EXTENTS, MAX_RAW, padded, room};
 use crate::units::{Extent, round_up};
@@ -90,12 +90,12 @@ impl Cache {
         self.ring.has_room(len)
     }
 
-    /// Accepts a write of at most [`MAX_RAW`] bytes; `data` is the extent's bytes, or `None` for zeroes.
-    /// The caller has asked [`Cache::has_room`].
-    pub fn write(&mut self, extent: Extent, data: Option<&[u8]>) -> u64 {
-        let (seq, at) = self.ring.push(extent, data);
+    /// Accepts a write of at most [`MAX_RAW`] bytes: the first of `data`, or zeroes. Nothing has
+    /// happened when the payload can't be copied. The caller has asked [`Cache::has_room`].
+    pub fn write(&mut self, extent: Extent, data: Option<&Payload>) -> Result<u64, IoError> {
+        let (seq, at) = self.ring.push(extent, data)?;
         self.note(extent, Slot { seq, at });
-        seq
+        Ok(seq)
     }
 
     fn note(&mut self, extent: Extent, slot: Slot) {

@@ -12,7 +12,7 @@
 //! Owns: this layout. Invariants: sequences are never reused in a group's history; what [`Ring::open`]
 //! returns is exactly the writes accepted and not yet known to be in a record.
 
-use crate::disk::Memory;
+use crate::disk::{IoError, Memory, Payload};
 use crate::units::{Address, BLOCK, BootId, Extent, GroupId, SECTOR, Term};
 
 const MAGIC: [u8; 8] = *b"VRING\0\0\x01";
@@ -172,9 +172,10 @@ impl Ring {
         self.last - self.freed < self.slots && self.place(len) + len - self.tail <= self.data
     }
 
-    /// Copies a write in; its sequence, and the position of its bytes.
-    pub fn push(&mut self, extent: Extent, data: Option<&[u8]>) -> (u64, Option<u64>) {
-        let len = data.map_or(0, <[u8]>::len) as u64;
+    /// Copies a write in, or nothing at all when its payload can't be had; its sequence, and the
+    /// position of its bytes.
+    pub fn push(&mut self, extent: Extent, data: Option<&Payload>) -> Result<(u64, Option<u64>), IoError> {
+        let len = data.map_or(0, |_| extent.len());
         debug_assert!(self.has_room(len));
         let at = self.place(len);
         let seq = self.last + 1;
@@ -182,7 +183,7 @@ impl Ring {
         let start = self.data_at(at);
         let m = self.memory.bytes_mut();
         if let Some(data) = data {
-            m[start..start + data.len()].copy_from_slice(data);
+            data.copy(&mut m[start..start + len as usize])?;
         }
         m[slot + 8..slot + 16].copy_from_slice(&extent.start().to_le_bytes());
         m[slot + 16..slot + 24].copy_from_slice(&at.to_le_bytes());
@@ -191,7 +192,7 @@ impl Ring {
         self.memory.publish(slot, seq);
         self.last = seq;
         self.head = at + len;
-        (seq, data.map(|_| at))
+        Ok((seq, data.map(|_| at)))
     }
 
     fn data_at(&self, position: u64) -> usize {

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::units::{Address, GroupId, NodeId, Term};
+use bytes::Bytes;
 use proptest::prelude::*;
 
 fn id() -> RingId {
@@ -62,7 +63,7 @@ fn a_ring_of_another_owner_is_not_taken_up() {
 fn an_epoch_closes_before_it_passes_a_records_bounds() {
     let mut cache = Cache::new(Ring::format(memory(8 << 20), id(), 0));
     for i in 0..3000 {
-        cache.write(extent(i * 2, 1), Some(&[1; 512]));
+        cache.write(extent(i * 2, 1), Some(&Bytes::from_static(&[1; 512]).into())).unwrap();
     }
     cache.close();
     let mut writes = 0;
@@ -87,9 +88,9 @@ proptest! {
             match op {
                 0..=3 => {
                     let data = vec![byte; (len * 512) as usize];
-                    let data = (op != 3).then_some(&data[..]);
-                    if cache.has_room(data.map_or(0, |d| d.len()) as u64) {
-                        cache.write(extent(start, len), data);
+                    let data = (op != 3).then(|| Payload::from(Bytes::from(data)));
+                    if cache.has_room(data.as_ref().map_or(0, Payload::len)) {
+                        cache.write(extent(start, len), data.as_ref()).unwrap();
                         model[start as usize..(start + len) as usize].fill(Some(data.map_or(0, |_| byte)));
                     }
                 }

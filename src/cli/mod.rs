@@ -19,6 +19,7 @@ pub mod places;
 mod progress;
 mod promote;
 mod provision;
+mod refresh;
 mod remote;
 mod serve;
 mod setup;
@@ -62,6 +63,8 @@ enum Verb {
     Detach(detach::Detach),
     Status(status::Show),
     Promote(promote::Promote),
+    Refresh(refresh::Refresh),
+    Verify(refresh::Verify),
 }
 
 /// Runs the program.
@@ -93,6 +96,8 @@ fn act(args: &Args, out: &Output) -> Result<(), Failure> {
         Verb::Detach(v) => v.run(&places, out),
         Verb::Status(v) => v.run(&places, out),
         Verb::Promote(v) => v.run(&places, out),
+        Verb::Refresh(v) => v.run(&places, out),
+        Verb::Verify(v) => v.run(&places, out),
     }
 }
 

@@ -21,7 +21,7 @@ use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{Read, Seek, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, mpsc};
 
 /// Run a node: serve its volumes, follow or feed its peers
 #[derive(clap::Args, Clone, Debug)]
@@ -72,6 +72,8 @@ impl Serve {
         interrupt::watch(move || shut_down(&on_signal))?;
         let facts = Facts {
             group: self.group.clone(),
+            owner: (options.config.group, options.config.node),
+            dead_after: config.device.dead_after.0,
             volumes: options.config.volumes.clone(),
             backings: config.volumes.iter().map(|v| v.path.clone()).collect(),
             run: places.run(&self.group),
@@ -168,22 +170,47 @@ fn lock(path: &Path, group: &str) -> Result<Flock<File>, Failure> {
     }
 }
 
-/// Asks the node to drain and to mark itself clean; its answer stops the loop.
-fn shut_down(running: &OnceLock<Running>) {
-    let Some(Running { handle, fronts }) = running.get() else { return };
-    // There may be no service manager; then nobody is told.
-    let _ = sd_notify::notify(&[NotifyState::Stopping]);
-    tracing::info!("stopping: draining to the backing (a second signal ends it at once)");
-    fronts.shut();
-    let stopping = handle.clone();
-    let done = move |answer| {
-        match answer {
-            Answer::Refused(_, text) => tracing::error!("not drained: {text}"),
-            Answer::Done(_) | Answer::Status(_) => tracing::info!("drained"),
+/// Begins the end of the daemon, on a thread of its own: this one waits for the second signal.
+fn shut_down(running: &Arc<OnceLock<Running>>) {
+    let running = running.clone();
+    let work = move || {
+        if let Some(running) = running.get() {
+            running.shut_down();
         }
-        stopping.stop();
     };
-    handle.admin(AdminOp::Shutdown, Box::new(done));
+    if let Err(e) = std::thread::Builder::new().name("stopping".into()).spawn(work) {
+        tracing::error!("no thread to drain on: {e}; end it with a second signal");
+    }
+}
+
+impl Running {
+    /// Asks the node to drain and to mark itself clean; its answer stops the loop. With a front end
+    /// open it drains once before that, with its users served: only the second drain, of what came
+    /// meanwhile, keeps those waiting whose device waits for the next daemon.
+    fn shut_down(&self) {
+        // There may be no service manager; then nobody is told.
+        let _ = sd_notify::notify(&[NotifyState::Stopping]);
+        tracing::info!("stopping: draining to the backing (a second signal ends it at once)");
+        if self.fronts.is_open() {
+            let (tell, told) = mpsc::channel();
+            let done = move |_| {
+                let _ = tell.send(());
+            };
+            self.handle.admin(AdminOp::Drain, Box::new(done));
+            // Answered or not (the loop has ended): what is left is for the second drain.
+            let _ = told.recv();
+        }
+        self.fronts.shut();
+        let stopping = self.handle.clone();
+        let done = move |answer| {
+            match answer {
+                Answer::Refused(_, text) => tracing::error!("not drained: {text}"),
+                Answer::Done(_) | Answer::Status(_) => tracing::info!("drained"),
+            }
+            stopping.stop();
+        };
+        self.handle.admin(AdminOp::Shutdown, Box::new(done));
+    }
 }
 
 /// Once the node serves (or is known to be a shadow): attaches what was attached, and says READY.

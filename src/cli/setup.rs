@@ -115,6 +115,7 @@ pub fn new_config(
         cache: config::Cache { size: args.cache_size, ..Default::default() },
         journal: Journal::of_size(args.journal_size, dir),
         link: config::Link::default(),
+        device: config::Device::default(),
         volumes: backings.iter().map(volume).collect(),
         peers,
         timing: config::TimingOverrides::default(),

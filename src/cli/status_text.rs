@@ -69,6 +69,9 @@ pub fn text(s: &Status, speeds: Option<&Speeds>) -> String {
             grouped(lag.count)
         ));
     }
+    if let Some(job) = s.refresh.as_ref().filter(|j| matches!(j.state.as_str(), "Running" | "Waiting")) {
+        lines.push(format!(" {} of {}: {}", job.cause, job.shadow, super::refresh::progress(job)));
+    }
     lines.push(verified(s.verified.as_ref(), Timestamp::now()));
     lines.push(format!("action: {}", s.action));
     lines.join("\n")

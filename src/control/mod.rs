@@ -69,16 +69,18 @@ pub enum Verb {
 
 /// How volumes are offered.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "kebab-case")]
 pub enum DeviceKind {
     /// The best that this machine can
     Auto,
     /// A ublk block device
     Ublk,
-    /// An NBD server on a unix socket
+    /// A block device of the kernel's NBD driver
     Nbd,
     /// A file through FUSE, and a loop device on it
     Fuse,
+    /// No block device: an NBD server on a unix socket, which needs no root
+    NbdSocket,
 }
 
 impl std::fmt::Display for DeviceKind {
@@ -88,6 +90,7 @@ impl std::fmt::Display for DeviceKind {
             DeviceKind::Ublk => "ublk",
             DeviceKind::Nbd => "nbd",
             DeviceKind::Fuse => "fuse",
+            DeviceKind::NbdSocket => "nbd-socket",
         })
     }
 }

@@ -5,7 +5,8 @@
 //! client that vanishes takes nothing with it: its requests finish, and their answers are dropped.
 
 use super::acceptor::Acceptor;
-use super::handle::ListenId;
+use super::farewell::Farewell;
+use super::handle::{ListenId, Reply};
 use super::reactor::{Origin, Tag};
 use crate::disk::IoError;
 use crate::front::nbd::{Export, Request, Session};
@@ -19,6 +20,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Bytes of one client's requests and replies above which nothing more is received from it.
 const BOUND: usize = 64 << 20;
@@ -64,6 +66,8 @@ struct Client {
     waiting: VecDeque<Request>,
     listed: bool,
     gone: bool,
+    /// It is being ended in an orderly way.
+    farewell: Option<Farewell>,
 }
 
 /// All clients of the group.
@@ -96,15 +100,47 @@ impl Clients {
         entry.insert(Listener { id, acceptor, exports, closed: false });
     }
 
+    /// Serves a client that knows the export and begins with its requests.
+    pub fn serve(&mut self, id: ListenId, socket: OwnedFd, export: &Export) {
+        self.add(socket, id, Session::transmission(export));
+    }
+
+    /// Answers all that a client has sent, and closes it; see [`Farewell`].
+    pub fn finish(&mut self, id: ListenId, now: u64, limit: Duration, done: Reply<()>) {
+        // A client that has gone by itself is dropped here, which answers.
+        let Some((slot, client)) = self.clients.iter_mut().find(|(_, c)| c.listen == id) else { return };
+        client.farewell = Some(Farewell::begin(now, limit, done));
+        self.mark(slot);
+    }
+
+    fn add(&mut self, fd: OwnedFd, listen: ListenId, session: Session) {
+        let slot = self.clients.insert(Client {
+            fd: Rc::new(fd),
+            listen,
+            session,
+            buffer: BytesMut::new(),
+            receiving: false,
+            sending: false,
+            requests: 0,
+            held: 0,
+            replies: [0; 2],
+            waiting: VecDeque::new(),
+            listed: false,
+            gone: false,
+            farewell: None,
+        });
+        self.mark(slot);
+    }
+
     /// Closes a listener and its clients.
     pub fn close(&mut self, id: ListenId, ring: &mut Ring<Tag>) {
-        let found = self.listeners.iter_mut().find(|(_, l)| l.id == id && !l.closed);
-        let Some((key, listener)) = found else { return };
-        listener.closed = true;
-        if listener.acceptor.is_armed() {
-            listener.acceptor.cancel(ring);
-        } else {
-            self.listeners.remove(key);
+        if let Some((key, listener)) = self.listeners.iter_mut().find(|(_, l)| l.id == id && !l.closed) {
+            listener.closed = true;
+            if listener.acceptor.is_armed() {
+                listener.acceptor.cancel(ring);
+            } else {
+                self.listeners.remove(key);
+            }
         }
         let slots: Vec<usize> =
             self.clients.iter().filter(|(_, c)| c.listen == id).map(|(slot, _)| slot).collect();
@@ -125,7 +161,7 @@ impl Clients {
     ) {
         match tag {
             ClientTag::Accept(key) => self.accept(key, done, ring, now),
-            ClientTag::Receive(slot) => self.received(slot, done, requests, events),
+            ClientTag::Receive(slot) => self.received(slot, done, now, requests, events),
             ClientTag::Send(slot) => {
                 let client = &mut self.clients[slot];
                 client.sending = false;
@@ -154,27 +190,14 @@ impl Clients {
             tracing::warn!("more than {CLIENTS} NBD clients: closing the newest");
             return;
         }
-        let slot = self.clients.insert(Client {
-            fd: Rc::new(fd),
-            listen,
-            session: Session::new(exports),
-            buffer: BytesMut::new(),
-            receiving: false,
-            sending: false,
-            requests: 0,
-            held: 0,
-            replies: [0; 2],
-            waiting: VecDeque::new(),
-            listed: false,
-            gone: false,
-        });
-        self.mark(slot);
+        self.add(fd, listen, Session::new(exports));
     }
 
     fn received(
         &mut self,
         slot: usize,
         done: Completion<Tag>,
+        now: u64,
         requests: &mut Slab<Origin>,
         events: &mut VecDeque<Event>,
     ) {
@@ -182,8 +205,13 @@ impl Clients {
         client.receiving = false;
         let Operation::Receive { mut buf, .. } = done.operation else { return };
         if client.gone || !matches!(done.result, Ok(n) if n > 0) {
-            self.hang_up(slot);
+            if !client.farewell.as_mut().is_some_and(Farewell::ended) {
+                client.hang_up();
+            }
             return self.mark(slot);
+        }
+        if let Some(farewell) = &mut client.farewell {
+            farewell.heard(now);
         }
         let input = buf.split().freeze();
         client.buffer = buf;
@@ -224,10 +252,17 @@ impl Clients {
     }
 
     /// Sends and receives for every client that something happened to; once per round.
-    pub fn flush(&mut self, ring: &mut Ring<Tag>, requests: &mut Slab<Origin>, events: &mut VecDeque<Event>) {
+    pub fn flush(
+        &mut self,
+        ring: &mut Ring<Tag>,
+        now: u64,
+        requests: &mut Slab<Origin>,
+        events: &mut VecDeque<Event>,
+    ) {
         while let Some(slot) = self.ready.pop() {
             let client = &mut self.clients[slot];
             client.listed = false;
+            client.part(now);
             client.send(slot, ring);
             while client.has_room()
                 && let Some(request) = client.waiting.pop_front()
@@ -249,16 +284,21 @@ impl Clients {
 
     /// When [`Clients::expire`] is due.
     pub fn deadline(&self) -> Option<u64> {
-        self.listeners.iter().filter_map(|(_, l)| l.acceptor.retry_at()).min()
+        let accepts = self.listeners.iter().filter_map(|(_, l)| l.acceptor.retry_at());
+        let farewells = self.clients.iter().filter_map(|(_, c)| c.farewell.as_ref()?.deadline());
+        accepts.chain(farewells).min()
     }
 
-    /// Accepts again where that had failed.
+    /// Accepts again where that had failed, and goes on with farewells.
     pub fn expire(&mut self, now: u64, ring: &mut Ring<Tag>) {
         for (key, listener) in &mut self.listeners {
             if listener.acceptor.retry_at().is_some_and(|at| at <= now) {
                 listener.acceptor.arm(ring, Tag::Client(ClientTag::Accept(key)));
             }
         }
+        let due = |c: &Client| c.farewell.as_ref().and_then(Farewell::deadline).is_some_and(|at| at <= now);
+        let slots: Vec<usize> = self.clients.iter().filter(|(_, c)| due(c)).map(|(slot, _)| slot).collect();
+        slots.into_iter().for_each(|slot| self.mark(slot));
     }
 }
 
@@ -278,7 +318,7 @@ impl Client {
         let Request { cookie, op } = request;
         let held = match &op {
             Op::Read(extent) => extent.len() as usize,
-            Op::Write { data, .. } => data.len(),
+            Op::Write { data, .. } => data.len() as usize,
             Op::Zero { .. } | Op::Flush => 0,
         };
         self.requests += 1;
@@ -287,8 +327,19 @@ impl Client {
         events.push_back(Event::Request { id: RequestId(id as u64), op });
     }
 
+    /// Goes on with the farewell, if there is one.
+    fn part(&mut self, now: u64) {
+        let idle = self.requests == 0 && self.waiting.is_empty();
+        if let Some(farewell) = &mut self.farewell
+            && farewell.advance(now, idle)
+        {
+            net::stop_receiving(&self.fd);
+        }
+    }
+
     fn send(&mut self, slot: usize, ring: &mut Ring<Tag>) {
-        if self.gone || self.sending {
+        let held_back = self.farewell.as_ref().is_some_and(Farewell::holds_back) && self.has_room();
+        if self.gone || self.sending || held_back {
             return;
         }
         let pieces = self.session.output();
@@ -296,14 +347,15 @@ impl Client {
             self.sending = true;
             self.replies = [self.replies[1], 0];
             ring.submit(Operation::Send { fd: self.fd.clone(), pieces }, Tag::Client(ClientTag::Send(slot)));
-        } else if self.session.closing() {
+        } else if self.session.closing() || self.farewell.as_ref().is_some_and(Farewell::is_over) {
             self.hang_up();
         }
     }
 
     fn receive(&mut self, slot: usize, ring: &mut Ring<Tag>) {
         let room = self.has_room() && self.waiting.is_empty() && self.session.outstanding() <= BOUND;
-        if self.gone || self.receiving || self.session.closing() || !room {
+        let deaf = self.farewell.as_ref().is_some_and(|f| !f.hears());
+        if self.gone || self.receiving || self.session.closing() || deaf || !room {
             return;
         }
         let needed = self.session.needed();
@@ -328,6 +380,8 @@ impl Client {
             // What the node has not seen it need not do: no reply was promised.
             self.waiting.clear();
             net::hang_up(&self.fd);
+            // Who waits for the end does not wait for requests that the node has not answered.
+            self.farewell = None;
         }
     }
 

@@ -5,18 +5,23 @@
 
 use crate::disk::IoError;
 use crate::front::Submit;
+use crate::front::knbd::Serve;
 use crate::front::nbd::Export;
+use crate::front::ublk::{Host, Queue, QueueId};
 use crate::node::event::{AdminOp, Answer, Op, Refusal};
 use crate::sys::wake::Waker;
 use bytes::Bytes;
-use crossbeam_channel::Sender;
+use crossbeam_channel::{Receiver, Sender};
 use std::fmt;
+use std::io;
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
-/// A listener that [`Handle::listen_nbd`] handed over.
+/// A listener that [`Handle::listen_nbd`] handed over, or a connection.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct ListenId(pub(super) u64);
 
@@ -26,7 +31,12 @@ pub(super) enum Command {
     Submit(Op, Reply<Result<Bytes, IoError>>),
     Admin(AdminOp, Reply<Answer>),
     ListenNbd(ListenId, UnixListener, Arc<[Export]>),
+    ServeNbd(ListenId, OwnedFd, Export),
+    FinishNbd(ListenId, Duration, Reply<()>),
     CloseNbd(ListenId),
+    OpenQueue(QueueId, Box<Queue>, Reply<io::Result<()>>),
+    ParkQueue(QueueId),
+    CloseQueue(QueueId, Reply<io::Result<()>>),
     Stop,
 }
 
@@ -46,15 +56,39 @@ impl Gone for Result<Bytes, IoError> {
     }
 }
 
+impl Gone for io::Result<()> {
+    fn gone() -> Self {
+        Err(io::Error::other("the daemon is stopping"))
+    }
+}
+
 impl Gone for Answer {
     fn gone() -> Self {
         Answer::Refused(Refusal::Failed, "the daemon is stopping: start it again first".into())
     }
 }
 
+impl Gone for () {
+    fn gone() {}
+}
+
 impl<R: Gone> Reply<R> {
     fn new(done: Box<dyn FnOnce(R) + Send>) -> Reply<R> {
         Reply { done: Some(done) }
+    }
+
+    /// One whose answer is received elsewhere; when the loop is gone that is an answer, too.
+    fn channel() -> (Reply<R>, Receiver<R>)
+    where
+        R: Send + 'static,
+    {
+        let (tell, told) = crossbeam_channel::bounded(1);
+        (Reply::new(Box::new(move |answer| drop(tell.send(answer)))), told)
+    }
+
+    #[cfg(test)]
+    pub(super) fn nobody() -> Reply<R> {
+        Reply { done: None }
     }
 
     pub(super) fn send(mut self, answer: R) {
@@ -106,9 +140,13 @@ impl Handle {
 
     /// Serves NBD to those who connect to `listener`.
     pub fn listen_nbd(&self, listener: UnixListener, exports: Vec<Export>) -> ListenId {
-        let id = ListenId(self.listeners.fetch_add(1, Ordering::Relaxed));
+        let id = self.new_id();
         self.post(Command::ListenNbd(id, listener, exports.into()));
         id
+    }
+
+    fn new_id(&self) -> ListenId {
+        ListenId(self.listeners.fetch_add(1, Ordering::Relaxed))
     }
 
     /// Closes the listener and its sessions. Their requests still finish, unheard.
@@ -124,6 +162,40 @@ impl Handle {
     /// Where the group listens for its peers; the port is the real one.
     pub fn link_address(&self) -> Option<SocketAddr> {
         self.link_address
+    }
+}
+
+impl Host for Handle {
+    fn open(&self, id: QueueId, queue: Queue) -> Receiver<io::Result<()>> {
+        let (reply, told) = Reply::channel();
+        self.post(Command::OpenQueue(id, Box::new(queue), reply));
+        told
+    }
+
+    fn park(&self, id: QueueId) {
+        self.post(Command::ParkQueue(id));
+    }
+
+    fn close(&self, id: QueueId) -> Receiver<io::Result<()>> {
+        let (reply, told) = Reply::channel();
+        self.post(Command::CloseQueue(id, reply));
+        told
+    }
+}
+
+impl Serve for Handle {
+    fn serve(&self, socket: OwnedFd, export: Export) -> u64 {
+        let id = self.new_id();
+        self.post(Command::ServeNbd(id, socket, export));
+        id.0
+    }
+
+    fn finish(&self, connection: u64, limit: Duration, done: Box<dyn FnOnce() + Send>) {
+        self.post(Command::FinishNbd(ListenId(connection), limit, Reply::new(Box::new(|()| done()))));
+    }
+
+    fn close(&self, connection: u64) {
+        self.close_nbd(ListenId(connection));
     }
 }
 

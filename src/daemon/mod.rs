@@ -7,11 +7,13 @@
 mod acceptor;
 mod clients;
 mod encoders;
+mod farewell;
 mod frames;
 mod handle;
 mod links;
 mod reactor;
 mod stage;
+mod ublk;
 
 pub use handle::{Handle, ListenId};
 
@@ -136,6 +138,10 @@ pub fn run(options: DaemonOptions, ready: impl FnOnce(Handle)) -> Result<(), Err
         tracing::info!(
             "the write cache may be swapped out: raise the limit on locked memory (LimitMEMLOCK) to prevent it"
         );
+    }
+    process::keep_freed_memory();
+    if !process::lock_memory() {
+        tracing::debug!("memory is not locked: that needs root");
     }
     if !process::become_io_flusher() {
         tracing::debug!("not an I/O flusher: CAP_SYS_RESOURCE is missing");

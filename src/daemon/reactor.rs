@@ -10,6 +10,7 @@ use super::encoders::{Encoders, Finished};
 use super::handle::{Command, Reply};
 use super::links::{LinkTag, Links};
 use super::stage::StageFiles;
+use super::ublk::{Queues, UblkTag};
 use crate::disk::IoError;
 use crate::node::Node;
 use crate::node::event::{Action, Actions, AdminId, Answer, Event, Level, RequestId};
@@ -51,6 +52,7 @@ pub(super) enum Tag {
     Disk(disk::Tag),
     Link(LinkTag),
     Client(ClientTag),
+    Ublk(UblkTag),
 }
 
 impl From<disk::Tag> for Tag {
@@ -64,6 +66,8 @@ impl From<disk::Tag> for Tag {
 pub(super) enum Origin {
     /// An NBD client.
     Client { slot: usize, cookie: u64, held: usize },
+    /// A tag of a ublk queue.
+    Ublk { slot: usize, tag: u16 },
     /// A caller of `Handle::submit`.
     Caller(Reply<Result<Bytes, IoError>>),
 }
@@ -88,6 +92,7 @@ pub(super) struct Reactor<M> {
     stage: StageFiles,
     links: Links,
     clients: Clients,
+    queues: Queues,
     encoders: Encoders,
     commands: Receiver<Command>,
     waker: Arc<Waker>,
@@ -116,6 +121,7 @@ impl<M: Machine> Reactor<M> {
             stage,
             links,
             clients: Clients::default(),
+            queues: Queues::default(),
             encoders,
             commands,
             waker,
@@ -186,7 +192,14 @@ impl<M: Machine> Reactor<M> {
                 Command::ListenNbd(id, listener, exports) => {
                     self.clients.listen(id, listener, exports, &mut self.ring)
                 }
+                Command::ServeNbd(id, socket, export) => self.clients.serve(id, socket, &export),
+                Command::FinishNbd(id, limit, done) => self.clients.finish(id, self.now.mono, limit, done),
                 Command::CloseNbd(id) => self.clients.close(id, &mut self.ring),
+                Command::OpenQueue(id, queue, reply) => {
+                    reply.send(self.queues.open(id, *queue, &mut self.ring))
+                }
+                Command::ParkQueue(id) => self.queues.park(id),
+                Command::CloseQueue(id, reply) => self.queues.close(id, reply),
                 Command::Stop => self.end = Some(Ok(())),
             }
         }
@@ -222,6 +235,7 @@ impl<M: Machine> Reactor<M> {
                 Tag::Client(tag) => {
                     self.clients.complete(tag, completion, ring, now, &mut self.requests, events)
                 }
+                Tag::Ublk(tag) => self.queues.complete(tag, completion, ring, &mut self.requests, events),
             }
         }
         self.done = done;
@@ -247,7 +261,7 @@ impl<M: Machine> Reactor<M> {
                 self.machine.step(self.now, event, &mut self.actions);
                 self.perform();
             }
-            self.clients.flush(&mut self.ring, &mut self.requests, &mut self.events);
+            self.clients.flush(&mut self.ring, self.now.mono, &mut self.requests, &mut self.events);
             self.links.flush(&mut self.ring, &mut self.events);
             if self.events.is_empty() || self.end.is_some() {
                 return;
@@ -311,6 +325,7 @@ impl<M: Machine> Reactor<M> {
     fn answer(&mut self, id: RequestId, result: Result<Bytes, IoError>) {
         match self.requests.try_remove(id.0 as usize) {
             Some(Origin::Client { slot, cookie, held }) => self.clients.answer(slot, cookie, held, result),
+            Some(Origin::Ublk { slot, tag }) => self.queues.answer(slot, tag, result, &mut self.ring),
             Some(Origin::Caller(reply)) => reply.send(result),
             None => tracing::error!("an answer to the unknown {id:?}: a defect of this program"),
         }

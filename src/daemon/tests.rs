@@ -6,6 +6,7 @@ use crate::disk::{DiskOp, DiskRequest, File, Token, aligned};
 use crate::format::message::Message;
 use crate::format::record::{Content, EncodeJob, room};
 use crate::front::Submit;
+use crate::front::knbd::Serve;
 use crate::front::nbd::Export;
 use crate::node::event::{AdminOp, LinkId, Op, Refusal};
 use crate::sys::net::listen_tcp;
@@ -111,7 +112,7 @@ fn memory_disk(size: usize) -> impl FnMut(Option<Event>, Now, &mut Actions) + Se
         let result = match op {
             Op::Read(e) => Ok(Bytes::copy_from_slice(&bytes[range(e)])),
             Op::Write { extent, data, .. } => {
-                bytes[range(extent)].copy_from_slice(&data);
+                data.copy(&mut bytes[range(extent)]).unwrap();
                 Ok(Bytes::new())
             }
             Op::Zero { extent, .. } => {
@@ -134,7 +135,7 @@ fn requests_from_many_threads_are_answered_and_none_is_lost_at_the_end() {
                 for n in 0..500u64 {
                     let at = extent(thread * 4096, 512);
                     let data = Bytes::from(vec![n as u8; 512]);
-                    let write = Op::Write { extent: at, data, fua: false };
+                    let write = Op::Write { extent: at, data: data.into(), fua: false };
                     assert_eq!(submit(&handle, write).recv_timeout(LONG).unwrap(), Ok(Bytes::new()));
                     let read = submit(&handle, Op::Read(at)).recv_timeout(LONG).unwrap().unwrap();
                     assert_eq!(read[511], n as u8);
@@ -444,5 +445,77 @@ fn a_client_that_sends_without_reading_is_held_back() {
         client.read_exact(&mut data).unwrap();
     }
     writer.join().unwrap();
+    running.end().unwrap();
+}
+
+/// A machine that answers nothing but writes until it is asked to drain, and tells of each other request.
+fn holding(tell: Sender<()>) -> impl FnMut(Option<Event>, Now, &mut Actions) + Send {
+    let mut waiting = Vec::new();
+    move |event, _, actions| match event {
+        Some(Event::Request { id, op: Op::Write { .. } }) => {
+            actions.push(Action::Complete { id, result: Ok(Bytes::new()) });
+        }
+        Some(Event::Request { id, .. }) => {
+            waiting.push(id);
+            tell.send(()).unwrap();
+        }
+        Some(Event::Admin { id, .. }) => {
+            for id in waiting.drain(..) {
+                actions.push(Action::Complete { id, result: Ok(Bytes::new()) });
+            }
+            actions.push(done(id));
+        }
+        _ => {}
+    }
+}
+
+/// Serves the far end of a socket pair as the kernel's driver is served, without negotiation.
+fn served(handle: &Handle) -> (UnixStream, u64) {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    theirs.set_read_timeout(Some(LONG)).unwrap();
+    let id = handle.serve(ours.into(), export(1 << 20));
+    (theirs, id)
+}
+
+#[test]
+fn a_connection_is_finished_when_all_that_came_is_answered() {
+    let (tell, held) = unbounded();
+    let running = start(Outside::default(), holding(tell));
+    let (mut client, id) = served(&running.handle);
+    let (over, ended) = bounded::<()>(0);
+    client.write_all(&request(3, 1, 0, 0)).unwrap();
+    held.recv_timeout(LONG).unwrap();
+    running.handle.finish(id, LONG, Box::new(move || drop(over)));
+    // As long as the node has not answered, requests are taken on.
+    client.write_all(&request(3, 2, 0, 0)).unwrap();
+    held.recv_timeout(LONG).unwrap();
+    client.write_all(&request(1, 3, 0, 512)).unwrap();
+    client.write_all(&[7; 512]).unwrap();
+    ask(&running.handle, AdminOp::Drain).recv_timeout(LONG).unwrap();
+    let mut answered = [(); 3].map(|()| reply(&mut client));
+    answered.sort();
+    assert_eq!(answered, [(0, 1), (0, 2), (0, 3)]);
+    assert_eq!(client.read(&mut [0; 1]).unwrap(), 0);
+    assert_eq!(client.write(&[0]).unwrap_err().kind(), std::io::ErrorKind::BrokenPipe);
+    assert!(ended.recv_timeout(LONG).unwrap_err().is_disconnected());
+    running.end().unwrap();
+}
+
+#[test]
+fn a_request_that_is_not_answered_does_not_hold_up_the_end() {
+    let (tell, held) = unbounded();
+    let running = start(Outside::default(), holding(tell));
+    let (mut client, id) = served(&running.handle);
+    let (over, ended) = bounded::<()>(0);
+    client.write_all(&request(3, 1, 0, 0)).unwrap();
+    held.recv_timeout(LONG).unwrap();
+    client.write_all(&request(1, 2, 0, 512)).unwrap();
+    client.write_all(&[7; 512]).unwrap();
+    assert_eq!(reply(&mut client), (0, 2));
+    running.handle.finish(id, Duration::from_millis(50), Box::new(move || drop(over)));
+    assert_eq!(client.read(&mut [0; 1]).unwrap(), 0);
+    assert!(ended.recv_timeout(LONG).unwrap_err().is_disconnected());
+    // The node's late answer is heard by nobody.
+    ask(&running.handle, AdminOp::Drain).recv_timeout(LONG).unwrap();
     running.end().unwrap();
 }

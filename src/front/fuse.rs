@@ -11,8 +11,9 @@
 
 mod files;
 
-use crate::front::Submit;
-use crate::front::loopdev::{LoopDevice, LoopError, mounts};
+use crate::front::links::{DeviceLink, is_plain};
+use crate::front::loopdev::{LoopDevice, LoopError};
+use crate::front::{FrontEnd, FrontError, Submit, Volume, mounts};
 use crate::units::{MAX_VOLUME, SECTOR};
 use files::Files;
 use fuser::{Config, MountOption, Session};
@@ -23,7 +24,7 @@ use std::collections::HashSet;
 use std::fs::{self, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -34,21 +35,6 @@ const SESSION_THREADS: usize = 1;
 /// `PR_SET_IO_FLUSHER` of linux/prctl.h (Linux 5.6).
 const PR_SET_IO_FLUSHER: libc::c_int = 57;
 
-/// One volume to show.
-#[derive(Clone, Debug)]
-pub struct FuseVolume {
-    /// Its number in the group.
-    pub volume: u8,
-    /// Name of its file in the mount.
-    pub name: String,
-    /// Bytes.
-    pub size: u64,
-    /// Its smallest block, bytes: a power of two from 512 to 4096.
-    pub block: u32,
-    /// Its link to the loop device, within `dev_dir`.
-    pub link: PathBuf,
-}
-
 /// What to attach, and where.
 pub struct FuseOptions {
     /// Where the volumes' files are mounted. Made if missing.
@@ -56,7 +42,7 @@ pub struct FuseOptions {
     /// Where the links to the loop devices are made, `/dev/volrep` as a rule.
     pub dev_dir: PathBuf,
     /// The volumes.
-    pub volumes: Vec<FuseVolume>,
+    pub volumes: Vec<Volume>,
     /// Make loop devices. Without them (they need root) the files themselves are the result:
     /// databases and fio can use a file directly, a filesystem can't be mounted on it.
     pub loop_device: bool,
@@ -105,6 +91,12 @@ impl FuseError {
     }
 }
 
+impl From<FuseError> for FrontError {
+    fn from(e: FuseError) -> FrontError {
+        if e.is_busy() { FrontError::Busy(e.to_string()) } else { FrontError::Failed(e.to_string()) }
+    }
+}
+
 fn failed(action: String) -> impl FnOnce(io::Error) -> FuseError {
     move |source| FuseError::Io { action, source }
 }
@@ -122,7 +114,7 @@ pub struct FuseDevice {
 /// One volume's loop device and the link to it.
 struct Attached {
     device: LoopDevice,
-    link: PathBuf,
+    link: DeviceLink,
 }
 
 impl FuseDevice {
@@ -134,7 +126,7 @@ impl FuseDevice {
         check(&options)?;
         for device in clear_leftovers(&options.mount_dir)? {
             for volume in &options.volumes {
-                unlink(&options.dev_dir, &volume.link, &device);
+                DeviceLink::new(&options.dev_dir, &volume.link).remove(&device.path());
             }
         }
         let mut builder = fs::DirBuilder::new();
@@ -177,6 +169,10 @@ impl FuseDevice {
     ///
     /// Not on the thread that calls `done`: the kernel writes back what its cache holds meanwhile.
     pub fn detach(&mut self, force: bool) -> Result<(), FuseError> {
+        // All of them or none, as far as that can be known before.
+        if !force {
+            self.attached.iter().try_for_each(|a| a.device.unused())?;
+        }
         while let Some(attached) = self.attached.first() {
             if force {
                 attached.device.release_forced()?
@@ -184,7 +180,7 @@ impl FuseDevice {
                 attached.device.release()?
             }
             let attached = self.attached.remove(0);
-            unlink(&self.dev_dir, &attached.link, &attached.device);
+            attached.link.remove(&attached.device.path());
         }
         if self.session.is_some() {
             unmount(&self.mount_dir, force)?;
@@ -195,7 +191,7 @@ impl FuseDevice {
         Ok(())
     }
 
-    fn bind(&mut self, volume: &FuseVolume) -> Result<PathBuf, FuseError> {
+    fn bind(&mut self, volume: &Volume) -> Result<PathBuf, FuseError> {
         let path = self.mount_dir.join(&volume.name);
         let file = OpenOptions::new()
             .read(true)
@@ -204,11 +200,10 @@ impl FuseDevice {
             .open(&path)
             .map_err(failed(format!("open {}", path.display())))?;
         let device = LoopDevice::bind(&file, &path, volume.block)?;
-        let attached = Attached { device, link: self.dev_dir.join(&volume.link) };
-        let linked = link(&attached);
-        let path = attached.link.clone();
-        self.attached.push(attached);
-        linked.map(|()| path)
+        let link = DeviceLink::new(&self.dev_dir, &volume.link);
+        let (linked, path) = (link.point_to(&device.path()), link.path());
+        self.attached.push(Attached { device, link });
+        linked.map(|()| path).map_err(failed("name the device".into()))
     }
 
     fn end_session(&mut self, force: bool) {
@@ -218,6 +213,16 @@ impl FuseDevice {
             // A panic of the thread was reported when it happened; there is nothing to add.
             let _ = session.join();
         }
+    }
+}
+
+impl FrontEnd for FuseDevice {
+    fn devices(&self) -> Vec<String> {
+        self.paths.iter().map(|p| p.display().to_string()).collect()
+    }
+
+    fn detach(&mut self, force: bool) -> Result<(), FrontError> {
+        Ok(FuseDevice::detach(self, force)?)
     }
 }
 
@@ -237,12 +242,11 @@ fn making(dir: &Path) -> String {
 fn check(options: &FuseOptions) -> Result<(), FuseError> {
     let invalid = |text: String| Err(FuseError::Invalid(text));
     let (mut names, mut links) = (HashSet::new(), HashSet::new());
-    for FuseVolume { name, size, block, link, .. } in &options.volumes {
-        let plain = |path: &Path| path.components().all(|c| matches!(c, Component::Normal(_)));
-        if name.is_empty() || name.contains(['/', '\0']) || !plain(Path::new(name)) || name.len() > 255 {
+    for Volume { name, size, block, link, .. } in &options.volumes {
+        if name.is_empty() || name.contains(['/', '\0']) || !is_plain(Path::new(name)) || name.len() > 255 {
             return invalid(format!("{name:?} can't be the name of a file"));
         }
-        if link.as_os_str().is_empty() || !plain(link) {
+        if !is_plain(link) {
             return invalid(format!(
                 "{} can't be a link within {}",
                 link.display(),
@@ -294,41 +298,6 @@ fn set_io_flusher() {
     if unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) } != 0 {
         let error = io::Error::last_os_error();
         tracing::debug!("PR_SET_IO_FLUSHER: {error}; under memory pressure the device may stall");
-    }
-}
-
-/// Makes the link in one step, so that it never points nowhere; replaces a link, nothing else.
-fn link(attached: &Attached) -> Result<(), FuseError> {
-    let link = &attached.link;
-    let action = || format!("link {} to {}", link.display(), attached.device.path().display());
-    if let Some(parent) = link.parent() {
-        fs::create_dir_all(parent).map_err(failed(making(parent)))?;
-    }
-    if fs::symlink_metadata(link).is_ok_and(|m| !m.is_symlink()) {
-        return Err(failed(action())(io::Error::other(
-            "something that is not a link is in its place: move it away",
-        )));
-    }
-    let mut fresh = link.clone().into_os_string();
-    fresh.push(".new");
-    let made = match fs::remove_file(&fresh) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
-        _ => std::os::unix::fs::symlink(attached.device.path(), &fresh),
-    };
-    made.and_then(|()| fs::rename(&fresh, link)).map_err(failed(action()))
-}
-
-/// Removes the link if it points to `device`, and directories that are empty without it. Best
-/// effort: a link that stays is replaced by the next attach.
-fn unlink(dev_dir: &Path, link: &Path, device: &LoopDevice) {
-    let link = dev_dir.join(link);
-    if fs::read_link(&link).is_ok_and(|target| target == device.path()) {
-        let _ = fs::remove_file(&link);
-    }
-    for dir in link.ancestors().skip(1).take_while(|dir| dir.starts_with(dev_dir) && *dir != dev_dir) {
-        if fs::remove_dir(dir).is_err() {
-            break;
-        }
     }
 }
 
@@ -398,26 +367,26 @@ mod tests {
 
     #[test]
     fn what_makes_no_sense_is_refused_before_anything_is_changed() {
-        let good = FuseVolume { volume: 0, name: "data".into(), size: 8192, block: 512, link: "epic".into() };
-        let verdict = |volumes: Vec<FuseVolume>| {
+        let good = Volume { volume: 0, name: "data".into(), size: 8192, block: 512, link: "epic".into() };
+        let verdict = |volumes: Vec<Volume>| {
             let (mount_dir, dev_dir) = ("/nonexistent/mount".into(), "/nonexistent/dev".into());
             check(&FuseOptions { mount_dir, dev_dir, volumes, loop_device: true, submit: Arc::new(Nothing) })
                 .is_ok()
         };
         assert!(verdict(vec![good.clone()]));
         for name in ["", "a/b", "..", ".", "/", "a\0"] {
-            assert!(!verdict(vec![FuseVolume { name: name.into(), ..good.clone() }]), "{name:?}");
+            assert!(!verdict(vec![Volume { name: name.into(), ..good.clone() }]), "{name:?}");
         }
         for link in ["", "/etc/passwd", "../x", "a/../../x"] {
-            assert!(!verdict(vec![FuseVolume { link: link.into(), ..good.clone() }]), "{link:?}");
+            assert!(!verdict(vec![Volume { link: link.into(), ..good.clone() }]), "{link:?}");
         }
         let huge = MAX_VOLUME + 512;
         for (size, block) in
             [(0, 512), (512, 4096), (1000, 512), (huge, 512), (8192, 0), (8192, 768), (8192, 8192)]
         {
-            assert!(!verdict(vec![FuseVolume { size, block, ..good.clone() }]), "{size} {block}");
+            assert!(!verdict(vec![Volume { size, block, ..good.clone() }]), "{size} {block}");
         }
-        let second = FuseVolume { name: "wal".into(), link: "epic".into(), ..good.clone() };
+        let second = Volume { name: "wal".into(), link: "epic".into(), ..good.clone() };
         assert!(!verdict(vec![good.clone(), second]));
         assert!(!verdict(vec![good.clone(), good]));
     }

@@ -4,8 +4,7 @@
 //! the very file it was bound to, and, unless forced, only when nobody else has it open: what
 //! `LOOP_CLR_FD` does on a busy device (unbind at the last close, whenever that is) is undone.
 
-pub(super) mod mounts;
-
+use super::users::BlockDevice;
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
@@ -13,9 +12,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 /// Block major number of the loop driver.
 const LOOP_MAJOR: u64 = 7;
@@ -23,12 +20,6 @@ const LO_FLAGS_AUTOCLEAR: u32 = 4;
 const LO_FLAGS_DIRECT_IO: u32 = 16;
 /// How often a free device may be lost to another process before that is an error.
 const ATTEMPTS: usize = 32;
-/// How long a process may keep the device open before it counts as busy: device managers open it
-/// for a moment to look for a filesystem each time a writer closes it.
-const PATIENCE: Duration = Duration::from_secs(2);
-/// Between two looks at a device that is open; the kernel does not tell when it is closed.
-const LOOK_AGAIN: Duration = Duration::from_millis(20);
-
 /// `struct loop_info64` of linux/loop.h.
 #[repr(C)]
 struct LoopInfo64 {
@@ -189,23 +180,30 @@ impl LoopDevice {
 
     /// The device node.
     pub fn path(&self) -> PathBuf {
-        PathBuf::from(format!("/dev/loop{}", self.number))
+        self.block_device().node()
+    }
+
+    fn block_device(&self) -> BlockDevice {
+        BlockDevice::new(format!("loop{}", self.number))
+    }
+
+    /// Says who uses it, after waiting a moment for those who only look at it.
+    pub fn unused(&self) -> Result<(), LoopError> {
+        if !self.is_bound() {
+            return Ok(());
+        }
+        let device = self.block_device();
+        let claim = device.claim_unused().map_err(failed(format!("open {}", self.path().display())))?;
+        claim.map(drop).map_err(|by| LoopError::Busy { device: self.path(), by })
     }
 
     /// Unbinds it, or says who uses it. Waits a moment for those who only look at it.
     pub fn release(&self) -> Result<(), LoopError> {
-        let deadline = Instant::now() + PATIENCE;
-        while self.is_bound() {
-            if self.try_release()? {
-                break;
-            }
-            let lasting = !self.mounted_on().is_empty() || !self.holders().is_empty();
-            if lasting || Instant::now() >= deadline {
-                return Err(LoopError::Busy { device: self.path(), by: self.users() });
-            }
-            std::thread::sleep(LOOK_AGAIN);
+        let device = self.block_device();
+        if device.when_unused(|| Ok(!self.is_bound() || self.try_release()?))? {
+            return Ok(());
         }
-        Ok(())
+        Err(LoopError::Busy { device: self.path(), by: device.used_by() })
     }
 
     /// Unbinds it now, or, when it is in use, at its last close.
@@ -224,11 +222,9 @@ impl LoopDevice {
 
     /// One attempt; false, with nothing changed, when somebody has it open.
     fn try_release(&self) -> Result<bool, LoopError> {
-        let claim = OpenOptions::new().read(true).write(true).custom_flags(libc::O_EXCL).open(self.path());
-        let node = match claim {
-            Ok(node) => node,
-            Err(e) if e.raw_os_error() == Some(libc::EBUSY) => return Ok(false),
-            Err(e) => return Err(failed(format!("open {}", self.path().display()))(e)),
+        let claim = self.block_device().claim();
+        let Some(node) = claim.map_err(failed(format!("open {}", self.path().display())))? else {
+            return Ok(false);
         };
         self.clear(&node)?;
         let mut info = LoopInfo64::zeroed();
@@ -274,39 +270,14 @@ impl LoopDevice {
 
     /// The kernel drops the wish for direct I/O in silence when it can't grant it.
     fn checked(self, block: u32) -> Result<LoopDevice, LoopError> {
-        if self.attribute("loop/dio") == "1"
-            && self.attribute("queue/logical_block_size") == block.to_string()
+        let device = self.block_device();
+        if device.attribute("loop/dio") == "1"
+            && device.attribute("queue/logical_block_size") == block.to_string()
         {
             return Ok(self);
         }
         self.release_forced()?;
         Err(LoopError::NotDirect { device: self.path(), block, file: self.file })
-    }
-
-    fn attribute(&self, name: &str) -> String {
-        let path = format!("/sys/block/loop{}/{name}", self.number);
-        fs::read_to_string(path).unwrap_or_default().trim_end().to_string()
-    }
-
-    /// Where a filesystem on it is mounted, as far as this mount namespace sees.
-    fn mounted_on(&self) -> Vec<PathBuf> {
-        let device = format!("{LOOP_MAJOR}:{}", self.number);
-        mounts::read().into_iter().filter(|m| m.device == device).map(|m| m.point).collect()
-    }
-
-    /// Block devices stacked on it.
-    fn holders(&self) -> Vec<String> {
-        let dir = fs::read_dir(format!("/sys/block/loop{}/holders", self.number));
-        dir.into_iter().flatten().flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect()
-    }
-
-    /// Who uses it, for people.
-    fn users(&self) -> String {
-        let mut users: Vec<String> =
-            self.mounted_on().iter().map(|p| format!("mounted on {}", p.display())).collect();
-        users.extend(self.holders().into_iter().map(|h| format!("under /dev/{h}")));
-        users.extend(openers(&self.path()));
-        if users.is_empty() { "by the kernel or another namespace".into() } else { users.join(", ") }
     }
 }
 
@@ -324,23 +295,6 @@ fn name_field(path: &Path) -> [u8; 64] {
     let len = name.len().min(field.len() - 1);
     field[..len].copy_from_slice(&name[..len]);
     field
-}
-
-/// Processes that have `device` open, as far as we may look.
-fn openers(device: &Path) -> Vec<String> {
-    let mut found = Vec::new();
-    for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let dir = process.path();
-        let name = process.file_name();
-        // `self` and `thread-self` are other names of one that is listed by its number.
-        let Some(pid) = name.to_str().filter(|n| n.bytes().all(|b| b.is_ascii_digit())) else { continue };
-        let opened = fs::read_dir(dir.join("fd")).into_iter().flatten().flatten();
-        if opened.filter_map(|fd| fs::read_link(fd.path()).ok()).any(|target| target == device) {
-            let name = fs::read_to_string(dir.join("comm")).unwrap_or_default();
-            found.push(format!("open in {} (pid {pid})", name.trim_end()));
-        }
-    }
-    found
 }
 
 #[cfg(test)]

@@ -9,12 +9,65 @@
 )]
 
 pub mod fuse;
+pub mod knbd;
+pub mod links;
 pub mod loopdev;
+mod mounts;
 pub mod nbd;
+pub mod ublk;
+pub mod users;
 
 use crate::disk::IoError;
 use crate::node::event::Op;
 use bytes::Bytes;
+use std::path::PathBuf;
+
+/// A volume to offer as a block device.
+#[derive(Clone, Debug)]
+pub struct Volume {
+    /// Its number in the group.
+    pub volume: u8,
+    /// Its name.
+    pub name: String,
+    /// Bytes.
+    pub size: u64,
+    /// Its smallest block, bytes: a power of two from 512 to 4096.
+    pub block: u32,
+    /// The link by which users open it, within the directory of such links.
+    pub link: PathBuf,
+}
+
+/// A front end that is open.
+pub trait FrontEnd: Send {
+    /// What users open, in the order of the volumes.
+    fn devices(&self) -> Vec<String>;
+
+    /// Takes everything away, or says who still uses it (then what was not taken away yet stays, and
+    /// it can be tried again). With `force`, users get errors from now on instead.
+    ///
+    /// Not on the group's loop thread: the kernel writes back what its cache holds meanwhile.
+    fn detach(&mut self, force: bool) -> Result<(), FrontError>;
+
+    /// The daemon ends. A device that can wait for the next daemon is left to it, with its users'
+    /// requests; any other is taken away, if need be by force.
+    fn leave(&mut self) -> Result<(), FrontError> {
+        self.detach(false).or_else(|e| {
+            tracing::warn!("{e}; its users get errors now");
+            self.detach(true)
+        })
+    }
+}
+
+/// Why a front end could not be opened or closed.
+#[derive(Debug, thiserror::Error)]
+pub enum FrontError {
+    /// It is in use, so it can work later without a change.
+    #[error("{0}")]
+    Busy(String),
+    /// Any other reason.
+    #[error("{0}")]
+    Failed(String),
+}
 
 /// Where a front end with threads of its own (FUSE) hands in its requests.
 pub trait Submit: Send + Sync {

@@ -11,13 +11,15 @@ use super::run::{Part, Run};
 use crate::disk::IoError;
 use crate::format::message::Role;
 use crate::role::{self, Promotion};
-use crate::units::{BootId, SECONDS};
+use crate::units::{BootId, Lsn, SECONDS};
 
 struct Drain {
     id: AdminId,
     /// Everything up to this write goes into the backing (primary).
     seq: u64,
     shutdown: bool,
+    /// The backing has that write once this record is checkpointed.
+    upto: Option<Lsn>,
     closing: Option<Ticket>,
 }
 
@@ -101,7 +103,7 @@ impl Run {
             self.close_links("this node is shutting down");
             self.forget_held();
         }
-        self.admin.drains.push(Drain { id, seq, shutdown, closing: None });
+        self.admin.drains.push(Drain { id, seq, shutdown, upto: None, closing: None });
     }
 
     /// Answers everything that can't be done any more.
@@ -144,9 +146,27 @@ impl Run {
     }
 
     fn is_drained(&mut self, i: usize) -> bool {
-        let Drain { seq, shutdown, closing, .. } = self.admin.drains[i];
+        let Drain { seq, shutdown, upto, closing, .. } = self.admin.drains[i];
         if let Some(ticket) = closing {
             return self.meta.is_saved(ticket);
+        }
+        if let (false, Part::Primary(p)) = (shutdown, &self.part) {
+            // Writes may go on: the node need not be idle at any moment.
+            let written = p.is_serving() && p.durable_write() >= seq && p.freed_write() >= seq;
+            let upto = upto.or(written.then_some(self.image.applied.point.lsn));
+            self.admin.drains[i].upto = upto;
+            return match upto {
+                Some(lsn) if self.links.checkpoint >= lsn => true,
+                Some(_) => {
+                    self.hurry_checkpoint();
+                    false
+                }
+                None => {
+                    let tail = self.journal.tail().point.lsn;
+                    self.journal.want(tail);
+                    false
+                }
+            };
         }
         let tail = self.journal.tail().point.lsn;
         if !self.journal.is_quiet() {
@@ -175,7 +195,7 @@ impl Run {
             return false;
         }
         if !shutdown {
-            return true;
+            return true; // a shadow
         }
         if !self.journal.is_quiet() {
             return false;

@@ -4,7 +4,7 @@
 //! function of its configuration, its files and the sequence of (now, event); so a simulator that
 //! repeats the sequence repeats the run.
 
-use crate::disk::{DiskRequest, DiskResult, IoError, Memory, Token};
+use crate::disk::{DiskRequest, DiskResult, IoError, Memory, Payload, Token};
 use crate::format::message::Message;
 use crate::format::record::{EncodeJob, Encoded};
 use crate::node::status::Status;
@@ -34,7 +34,7 @@ pub enum Op {
         /// Where.
         extent: Extent,
         /// What; the node copies it before it answers.
-        data: Bytes,
+        data: Payload,
         /// Durable (to the group's ack level) when answered.
         fua: bool,
     },

@@ -134,6 +134,10 @@ impl Primary {
     pub(super) fn is_written_back(&self, seq: u64) -> bool {
         self.cache.as_ref().is_none_or(|c| c.freed_seq() >= seq) && self.batch.is_empty()
     }
+    /// Last write sequence that is in the backing, with all before it.
+    pub(super) fn freed_write(&self) -> u64 {
+        self.cache.as_ref().map_or(0, |c| c.freed_seq())
+    }
     /// The sequence that the oldest waiter needs.
     pub(super) fn first_wanted(&self) -> Option<u64> {
         self.waiters.front().map(|w| w.seq)
@@ -267,12 +271,18 @@ impl Run {
                 });
             }
             let piece = Extent::new(extent.address(), len).expect("a part of an extent");
-            let seq = cache.write(piece, data.as_ref().map(|d| &d[..len as usize]));
+            let seq = match cache.write(piece, data.as_ref()) {
+                Ok(seq) => seq,
+                Err(e) => {
+                    self.complete(id, Err(e));
+                    return None;
+                }
+            };
             self.compare.touch(piece);
             p.written_bytes += payload;
             p.pipeline.opened(self.now.mono);
             if let Some(data) = &mut data {
-                *data = data.slice(len as usize..);
+                data.advance(len);
             }
             match Extent::between(piece.end(), extent.end()) {
                 Some(rest) => extent = rest,

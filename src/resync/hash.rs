@@ -33,6 +33,8 @@ pub struct Hashes {
     pub roots: Vec<Root>,
     /// One per leaf.
     pub leaves: Vec<u64>,
+    /// Bytes that were hashed.
+    pub len: u64,
 }
 
 /// Work for a thread.
@@ -99,7 +101,7 @@ fn unpack(frame: &[u8], raw: usize) -> Option<Bytes> {
 
 /// Hashes bytes that start at an extent.
 pub fn hash(key: &HashKey, bytes: &[u8]) -> Hashes {
-    let mut hashes = Hashes::default();
+    let mut hashes = Hashes { len: bytes.len() as u64, ..Hashes::default() };
     for extent in bytes.chunks(EXTENT as usize) {
         let mut all = [[0u8; 32]; EXTENT_LEAVES];
         let leaves = extent.len().div_ceil(LEAF as usize);

@@ -196,7 +196,11 @@ impl Source {
 
     /// The answer to a [`Task::Read`].
     pub fn read(&mut self, number: u32, purpose: Purpose, bytes: Bytes, out: &mut Vec<Task>) {
-        self.reading -= bytes.len() as u64;
+        // What waits to be hashed is in memory, too.
+        let work = matches!(purpose, Purpose::Hash(_)) && self.windows.contains_key(&number);
+        if !work {
+            self.reading -= bytes.len() as u64;
+        }
         if let Some(w) = self.windows.get_mut(&number) {
             match purpose {
                 Purpose::Hash(_) => {
@@ -225,6 +229,9 @@ impl Source {
 
     /// The answer to a [`Task::Work`].
     pub fn worked(&mut self, number: u32, purpose: Purpose, product: Product, out: &mut Vec<Task>) {
+        if let Product::Hashed(hashes) = &product {
+            self.reading -= hashes.len;
+        }
         if let Some(w) = self.windows.get_mut(&number) {
             match (purpose, product) {
                 (Purpose::Hash(first), Product::Hashed(hashes)) => {

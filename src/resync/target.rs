@@ -266,7 +266,11 @@ impl Target {
 
     /// The answer to a [`Task::Read`].
     pub fn read(&mut self, number: u32, purpose: Purpose, bytes: Bytes, out: &mut Vec<Task>) {
-        self.reading -= bytes.len() as u64;
+        // What waits to be hashed is in memory, too.
+        let work = matches!(purpose, Purpose::Hash(_)) && self.windows.contains_key(&number);
+        if !work {
+            self.reading -= bytes.len() as u64;
+        }
         match (purpose, self.windows.get_mut(&number)) {
             (Purpose::Hash(_), Some(_)) => out.push(Task::Work(number, purpose, Job::Hash(self.key, bytes))),
             (Purpose::Leaves(batch, leaf), Some(w)) => {
@@ -289,6 +293,9 @@ impl Target {
         product: Product,
         out: &mut Vec<Task>,
     ) -> Result<(), Refusal> {
+        if let Product::Hashed(hashes) = &product {
+            self.reading -= hashes.len;
+        }
         match (purpose, product, self.windows.get_mut(&number)) {
             (Purpose::Hash(first), Product::Hashed(hashes), Some(w)) => {
                 w.hashed(first, &hashes);

@@ -54,3 +54,9 @@ pub fn hang_up(fd: &Fd) {
     // Fails when the other end is gone already, which is as good.
     let _ = shutdown(fd.as_raw_fd(), nix::sys::socket::Shutdown::Both);
 }
+
+/// Ends the direction towards us: what came before can still be received, then there is an end, and
+/// the other end can't send any more.
+pub fn stop_receiving(fd: &Fd) {
+    let _ = shutdown(fd.as_raw_fd(), nix::sys::socket::Shutdown::Read);
+}

@@ -15,6 +15,29 @@ pub fn become_io_flusher() -> bool {
     unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1u64, 0u64, 0u64, 0u64) == 0 }
 }
 
+/// Keeps this process's memory, what it has and what it will have, from being swapped out once it was
+/// touched: the swap may lie on a device that it serves. Only with privilege (a limit on locked memory
+/// would make later allocations fail); false where it was not done.
+pub fn lock_memory() -> bool {
+    use nix::sys::mman::{MlockAllFlags, mlockall};
+    let all = MlockAllFlags::MCL_CURRENT
+        | MlockAllFlags::MCL_FUTURE
+        | MlockAllFlags::from_bits_retain(libc::MCL_ONFAULT);
+    nix::unistd::geteuid().is_root() && mlockall(all).is_ok()
+}
+
+/// Has the allocator keep what is freed instead of giving it back to the kernel at once. Buffers of a
+/// megabyte come and go with every large read; each would cost a mapping, its page faults and their
+/// removal, more than the bytes in it cost to copy.
+pub fn keep_freed_memory() {
+    const KEPT: libc::c_int = 64 << 20;
+    // SAFETY: mallopt takes plain numbers; the allocator accepts it at any time.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, KEPT);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, KEPT);
+    }
+}
+
 /// The kernel's boot id.
 pub fn boot_id() -> io::Result<BootId> {
     let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;

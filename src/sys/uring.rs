@@ -97,6 +97,17 @@ pub enum Operation {
         /// To where; on the heap because the kernel reads it.
         address: Box<SockaddrStorage>,
     },
+    /// A driver's own command (IORING_OP_URING_CMD). What it may make the kernel touch beyond its
+    /// argument belongs to the caller, until it is over or the ring is gone. A ring that is dropped does
+    /// not wait for it: such a command may wait for ever, and the driver ends it with the ring.
+    Command {
+        /// The driver's file.
+        fd: Fd,
+        /// The command's number.
+        code: u32,
+        /// Its argument.
+        argument: [u8; 16],
+    },
     /// Wait until an eventfd is raised, and lower it.
     Event {
         /// The eventfd.
@@ -169,6 +180,11 @@ impl<T> Ring<T> {
         }
         let flights = Slab::with_capacity(ring.params().sq_entries() as usize);
         Ok(Ring { ring, flights, backlog: VecDeque::new(), spare: Vec::new(), again: Vec::new() })
+    }
+
+    /// Submissions that one system call takes.
+    pub fn capacity(&self) -> u32 {
+        self.ring.params().sq_entries()
     }
 
     /// Operations in flight.
@@ -272,8 +288,9 @@ impl<T> Drop for Ring<T> {
         // Never reached the kernel, or soon will have: either way nothing new is started below.
         self.drain_backlog();
         self.push(opcode::AsyncCancel2::new(CancelBuilder::any()).build().user_data(IGNORED));
-        let mut failures = 0;
-        while !self.flights.is_empty() && failures < 1000 {
+        let (mut failures, mut waited_for) =
+            (0, self.flights.iter().filter(|(_, f)| !f.is_command()).count());
+        while waited_for > 0 && failures < 1000 {
             self.drain_backlog();
             if let Err(e) = self.ring.submit_and_wait(1)
                 && e.kind() != io::ErrorKind::Interrupted
@@ -283,17 +300,23 @@ impl<T> Drop for Ring<T> {
             for entry in self.ring.completion() {
                 if entry.user_data() != IGNORED {
                     let mut flight = self.flights.remove(entry.user_data() as usize);
+                    waited_for -= usize::from(!flight.is_command());
                     // An accepted connection is closed by this.
                     let _ = flight.advance(entry.result());
                 }
             }
         }
+        self.flights.retain(|_, flight| !flight.is_command());
         // The kernel does not answer: what it may still write to is leaked rather than freed.
         std::mem::forget(std::mem::take(&mut self.flights));
     }
 }
 
 impl<T> Flight<T> {
+    fn is_command(&self) -> bool {
+        matches!(self.operation, Operation::Command { .. })
+    }
+
     /// The submission for what is left to do.
     fn entry(&mut self) -> squeue::Entry {
         let done = self.done;
@@ -335,6 +358,9 @@ impl<T> Flight<T> {
             Operation::Connect { fd, address } => {
                 opcode::Connect::new(ring_fd(fd), address.as_ptr(), address.len()).build()
             }
+            Operation::Command { fd, code, argument } => {
+                opcode::UringCmd16::new(ring_fd(fd), *code).cmd(*argument).build()
+            }
             Operation::Event { fd, count } => {
                 opcode::Read::new(ring_fd(fd), (&raw mut **count).cast(), 8).offset(u64::MAX).build()
             }
@@ -343,7 +369,9 @@ impl<T> Flight<T> {
 
     /// Takes the kernel's answer; `None` when there is more to do.
     fn advance(&mut self, answer: i32) -> Option<Result<usize, i32>> {
-        if answer == -libc::EINTR || answer == -libc::EAGAIN {
+        // A driver's command is never given twice: what it did the first time only its owner knows.
+        let again = answer == -libc::EINTR || answer == -libc::EAGAIN;
+        if again && !matches!(self.operation, Operation::Command { .. }) {
             return None;
         }
         if answer < 0 {
@@ -384,6 +412,7 @@ impl<T> Flight<T> {
             Operation::Sync { .. }
             | Operation::Fallocate { .. }
             | Operation::Connect { .. }
+            | Operation::Command { .. }
             | Operation::Event { .. } => {}
         }
         Some(Ok(done))

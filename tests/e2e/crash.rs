@@ -33,7 +33,7 @@ fn load_until_killed(pair: &mut Pair, model: &mut Model, depth: usize, kill: imp
 fn a_killed_primary_loses_nothing_that_it_acknowledged() {
     let rounds = if long() { 100 } else { 10 };
     let mut pair = Pair::start(&Setup { journal: "64M", ..Setup::default() });
-    pair.primary.attach("nbd");
+    pair.primary.attach("nbd-socket");
     let mut model = Model::new(64 << 20, Promise::Reply, seed());
     for round in 1..=rounds {
         load_until_killed(&mut pair, &mut model, 1 << (round % 6), |pair| pair.primary.kill());
@@ -51,7 +51,7 @@ fn a_killed_primary_loses_nothing_that_it_acknowledged() {
 fn a_killed_shadow_goes_on_where_it_was() {
     let rounds = if long() { 30 } else { 5 };
     let mut pair = Pair::start(&Setup { journal: "64M", ..Setup::default() });
-    pair.primary.attach("nbd");
+    pair.primary.attach("nbd-socket");
     let mut model = Model::new(64 << 20, Promise::Reply, seed());
     let mut client = Client::connect(&pair.primary.socket(), "data").unwrap();
     for _ in 0..rounds {
@@ -76,7 +76,7 @@ fn at_ack_level_durable_a_flush_survives_the_loss_of_the_primary() {
     for round in 1..=if long() { 20 } else { 3 } {
         let mut pair = Pair::start(&Setup { sync: true, journal: "64M", ..Setup::default() });
         assert_eq!(pair.primary.status()["ack_level"], "durable");
-        pair.primary.attach("nbd");
+        pair.primary.attach("nbd-socket");
         let mut model = Model::new(64 << 20, Promise::Flush, seed());
         load_until_killed(&mut pair, &mut model, 1 << (round % 6), |pair| {
             // Both at once, in either order.
@@ -90,7 +90,7 @@ fn at_ack_level_durable_a_flush_survives_the_loss_of_the_primary() {
         });
         pair.shadow.start();
         pair.promote();
-        pair.shadow.attach("nbd");
+        pair.shadow.attach("nbd-socket");
         let mut client = Client::connect(&pair.shadow.socket(), "data").unwrap();
         model.check(&mut client, &format!("round {round}"));
         eprintln!("round {round}: {} acknowledged, {} of them flushes", model.acknowledged, model.flushed);

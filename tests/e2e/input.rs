@@ -49,7 +49,7 @@ fn flip(path: &Path, at: u64) {
 
 /// Some load, then a kill: what is on disk is in use and not closed.
 fn loaded(pair: &mut Pair) -> Model {
-    pair.primary.attach("nbd");
+    pair.primary.attach("nbd-socket");
     let mut model = Model::new(16 * MIB, Promise::Reply, 11);
     let mut client = Client::connect(&pair.primary.socket(), "data").unwrap();
     model.load(&mut client, 8, Instant::now() + Duration::from_millis(300)).unwrap();
@@ -109,7 +109,7 @@ fn a_damaged_journal_is_refused_with_nothing_changed() {
     pair.primary.start();
     pair.shadow.start();
     pair.wait_following();
-    pair.primary.attach("nbd");
+    pair.primary.attach("nbd-socket");
     let mut client = Client::connect(&pair.primary.socket(), "data").unwrap();
     let needle = [0xA7; 4096];
     client.write(8192, &needle).unwrap();
@@ -215,7 +215,7 @@ fn a_full_disk_under_the_backing_latches_and_is_recovered() {
     pair.primary.start();
     pair.shadow.start();
     pair.wait_following();
-    pair.primary.attach("nbd");
+    pair.primary.attach("nbd-socket");
     let mut client = Client::connect(&pair.primary.socket(), "data").unwrap();
     let piece = |n: u64| vec![n as u8 + 1; MIB as usize];
     // More than the disk holds; each is acknowledged, or fails for good.
@@ -279,7 +279,7 @@ fn strangers_on_the_sockets_do_no_harm() {
     pair.primary.start();
     pair.shadow.start();
     pair.wait_following();
-    pair.primary.attach("nbd");
+    pair.primary.attach("nbd-socket");
     let mut model = Model::new(16 * MIB, Promise::Reply, 13);
     let mut client = Client::connect(&pair.primary.socket(), "data").unwrap();
     let mut load = |ms: u64| model.load(&mut client, 8, Instant::now() + Duration::from_millis(ms)).unwrap();

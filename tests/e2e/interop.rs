@@ -26,7 +26,7 @@ fn nbd_tools_of_others_work_on_a_group_of_two_volumes() {
         return;
     }
     let mut pair = Pair::start(&two_volumes());
-    let devices = pair.primary.attach("nbd");
+    let devices = pair.primary.attach("nbd-socket");
     let [data, wal] = &devices[..] else { panic!("{devices:?}") };
     let info = client("nbdinfo", &[data]);
     for line in [
@@ -82,7 +82,7 @@ fn qemu_converts_compares_and_checks_patterns() {
         return;
     }
     let mut pair = Pair::start(&Setup::default());
-    let uri = pair.primary.attach("nbd").remove(0);
+    let uri = pair.primary.attach("nbd-socket").remove(0);
     let scratch = tempfile::tempdir().unwrap();
     let at = |name: &str| scratch.path().join(name).to_str().unwrap().to_owned();
     pattern(Path::new(&at("from")), SIZE as usize, 3);
@@ -128,7 +128,7 @@ fn fio_verifies_random_sizes_overlaps_and_trims() {
     }
     let mut pair =
         Pair::start(&Setup { volumes: vec![("data", 4 * SIZE)], journal: "256M", ..Setup::default() });
-    let uri = format!("--uri={}", pair.primary.attach("nbd").remove(0));
+    let uri = format!("--uri={}", pair.primary.attach("nbd-socket").remove(0));
     let seconds = if long() { 600 } else { 15 };
     let runtime = format!("--runtime={seconds}");
     // Four regions at once, each overwritten many times by requests of unequal sizes and places.
@@ -146,5 +146,19 @@ fn fio_verifies_random_sizes_overlaps_and_trims() {
     }
     let out = client("fio", &args);
     assert!(out.matches("err= 0").count() >= 4, "{out}");
+    pair.finish();
+}
+
+#[test]
+fn a_device_that_this_machine_can_t_have_is_refused_with_what_to_do() {
+    if std::path::Path::new("/sys/module/nbd").exists() {
+        println!("skipped: this kernel has the NBD driver");
+        return;
+    }
+    let mut pair = Pair::start(&Setup::default());
+    let ended = pair.primary.place.run(&["attach", "g", "--device", "nbd"]);
+    ended.expect(1, &["choose another --device"]);
+    // Nothing is remembered of it.
+    pair.primary.attach("nbd-socket");
     pair.finish();
 }

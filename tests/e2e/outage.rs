@@ -38,7 +38,7 @@ fn a_shadow_that_was_away_catches_up_in_order() {
     const SIZE: u64 = 96 << 20;
     let setup = Setup { volumes: vec![("data", SIZE)], journal: "512M", ..Setup::default() };
     let mut pair = Pair::start(&setup);
-    pair.primary.attach("nbd");
+    pair.primary.attach("nbd-socket");
     pair.shadow.stop();
     until("the shadow is missed", || {
         (pair.primary.status()["peers"][0]["state"] == "Disconnected").then_some(())
@@ -69,7 +69,7 @@ fn a_full_journal_throttles_the_writer_until_the_shadow_is_back() {
     const SIZE: u64 = 32 << 20;
     let setup = Setup { volumes: vec![("data", SIZE)], journal: "32M", ..Setup::default() };
     let mut pair = Pair::start(&setup);
-    pair.primary.attach("nbd");
+    pair.primary.attach("nbd-socket");
     pair.shadow.stop();
     let done = AtomicU64::new(0);
     let mut client = Client::connect(&pair.primary.socket(), "data").unwrap();
@@ -95,7 +95,7 @@ fn a_full_journal_throttles_the_writer_until_the_shadow_is_back() {
 #[test]
 fn small_writes_are_on_the_shadow_within_milliseconds() {
     let mut pair = Pair::start(&Setup { alone: true, ..Setup::default() });
-    pair.primary.attach("nbd");
+    pair.primary.attach("nbd-socket");
     let mut client = Client::connect(&pair.primary.socket(), "data").unwrap();
     let mut random = Random(7);
     let (start, mut writes) = (Instant::now(), 0u64);
@@ -143,7 +143,7 @@ fn an_asynchronous_shadow_holds_an_exact_prefix_of_the_writes() {
     for (round, every) in [1u64, 3, u64::MAX, 1, 2].into_iter().enumerate() {
         let mut pair =
             Pair::start(&Setup { volumes: vec![("data", SIZE)], journal: "64M", ..Setup::default() });
-        pair.primary.attach("nbd");
+        pair.primary.attach("nbd-socket");
         let mut client = Client::connect(&pair.primary.socket(), "data").unwrap();
         let mut random = Random(std::time::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64);
         let (mut log, mut acknowledged) = (Vec::new(), 0);
@@ -180,7 +180,7 @@ fn an_asynchronous_shadow_holds_an_exact_prefix_of_the_writes() {
             pair.shadow.start();
         }
         pair.promote();
-        pair.shadow.attach("nbd");
+        pair.shadow.attach("nbd-socket");
         let mut client = Client::connect(&pair.shadow.socket(), "data").unwrap();
         let data = client.read(0, SIZE as usize).unwrap();
         let found = (0..).zip(data.chunks_exact(UNIT)).map(|(u, b)| version(u, b).expect("a whole unit"));

@@ -77,7 +77,7 @@ fn fill(client: &mut Client, random: &mut Random, writes: u64) {
 fn what_differs_is_named_by_verify_and_repaired_by_refresh() {
     let mut pair = Pair::start(&Setup { volumes: vec![("data", SIZE)], ..Setup::default() });
     let mut random = Random(7);
-    pair.primary.attach("nbd");
+    pair.primary.attach("nbd-socket");
     let mut client = Client::connect(&pair.primary.socket(), "data").unwrap();
     fill(&mut client, &mut random, 500);
     client.flush().unwrap();
@@ -103,7 +103,7 @@ fn what_differs_is_named_by_verify_and_repaired_by_refresh() {
 fn a_refresh_under_writes_finds_what_was_spoilt_and_nothing_else() {
     let mut pair = Pair::start(&Setup { volumes: vec![("data", SIZE)], journal: "256M", ..Setup::default() });
     let mut random = Random(11);
-    pair.primary.attach("nbd");
+    pair.primary.attach("nbd-socket");
     let mut client = Client::connect(&pair.primary.socket(), "data").unwrap();
     fill(&mut client, &mut random, 300);
     client.flush().unwrap();

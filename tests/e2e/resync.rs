@@ -25,7 +25,7 @@ fn left_behind(size: u64) -> Pair {
     pair.primary.start();
     pair.shadow.start();
     pair.wait_following();
-    pair.primary.attach("nbd");
+    pair.primary.attach("nbd-socket");
     let mut client = client(&pair);
     pour(&mut client, BUSY, 0..20, &AtomicU64::new(0));
     until("the shadow has it", || {
@@ -158,7 +158,7 @@ fn the_first_copy_of_a_volume_that_holds_something_is_whole_or_not_usable() {
     let mut pair = Pair::prepare(&setup);
     pair.primary.start();
     pair.shadow.start();
-    pair.primary.attach("nbd");
+    pair.primary.attach("nbd-socket");
     let mut client = client(&pair);
     let mut seen = 0;
     let mut number = 0;

@@ -164,7 +164,7 @@ impl State {
         match op {
             Op::Read(_) => unreachable!(),
             Op::Write { extent, data: new, fua } => {
-                data[range(extent)].copy_from_slice(&new);
+                new.copy(&mut data[range(extent)])?;
                 self.writes.fetch_add(1, SeqCst);
                 self.fua.fetch_add(usize::from(fua), SeqCst);
             }

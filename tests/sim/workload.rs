@@ -182,7 +182,7 @@ impl World {
         for (out, sector) in data.chunks_exact_mut(SECTOR).zip(first..) {
             content::fill(out, id, extent.address().volume(), sector, rich);
         }
-        (Op::Write { extent, data: data.into(), fua }, Asked::Write { id, fua, latched })
+        (Op::Write { extent, data: Bytes::from(data).into(), fua }, Asked::Write { id, fua, latched })
     }
 
     /// Gives a node a request.

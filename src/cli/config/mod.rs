@@ -56,6 +56,9 @@ pub struct Config {
     /// Memory for the links.
     #[serde(default)]
     pub link: Link,
+    /// The devices by which volumes are used.
+    #[serde(default)]
+    pub device: Device,
     /// Volumes, in the order of their numbers.
     #[serde(rename = "volume")]
     pub volumes: Vec<Volume>,
@@ -138,6 +141,21 @@ pub struct Link {
 impl Default for Link {
     fn default() -> Link {
         Link { feed: Size(32 << 20), window: Size(16 << 20) }
+    }
+}
+
+/// The devices by which volumes are used.
+#[derive(Clone, PartialEq, Eq, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Device {
+    /// How long the users of a kernel NBD device wait for the next daemon when this one has ended or
+    /// died; then their requests fail, and the next daemon makes a new device. Whole seconds.
+    pub dead_after: Span,
+}
+
+impl Default for Device {
+    fn default() -> Device {
+        Device { dead_after: Span(Duration::from_secs(600)) }
     }
 }
 
@@ -350,6 +368,9 @@ impl Config {
         bound(self.cache.size.0.is_multiple_of(4096), "cache.size: a multiple of 4096")?;
         bound((4 << 20..=64 << 30).contains(&self.link.feed.0), "link.feed: from 4M to 64G")?;
         bound((2 << 20..=64 << 30).contains(&self.link.window.0), "link.window: from 2M to 64G")?;
+        let dead_after = self.device.dead_after.0;
+        let whole = dead_after.subsec_nanos() == 0 && (1..=86_400).contains(&dead_after.as_secs());
+        bound(whole, "device.dead_after: from 1s to 1day, in whole seconds")?;
         if let Some(listen) = &self.listen {
             listen.parse::<std::net::SocketAddr>().map_err(|_| {
                 format!(

@@ -110,6 +110,12 @@ feed = "{feed}"
 # Records on their way to a shadow and not yet acknowledged as received.
 window = "{window}"
 
+# The devices by which the volumes are used.
+[device]
+# How long the users of a kernel NBD device wait for the next daemon when this one has ended or died.
+# Then their requests fail, and the next daemon makes a new device. Whole seconds.
+dead_after = "{dead_after}"
+
 # The volumes, one table each, in the order of their numbers; the same names, sizes and order on every node.
 #   path    the backing: a file or a block device, absolute
 #   direct  bypass the page cache (O_DIRECT)
@@ -121,6 +127,7 @@ window = "{window}"
         segments = c.journal.segments,
         feed = exact(c.link.feed.0),
         window = exact(c.link.window.0),
+        dead_after = written(c.device.dead_after.0),
     )
 }
 
@@ -151,9 +158,14 @@ fn peer(p: &Peer) -> String {
     out
 }
 
+/// A span of time without spaces.
+fn written(d: Duration) -> String {
+    humantime::format_duration(d).to_string().replace(' ', "")
+}
+
 fn timing(t: &TimingOverrides) -> String {
     let d = Timing::default();
-    let quoted = |d: Duration| format!("\"{}\"", humantime::format_duration(d).to_string().replace(' ', ""));
+    let quoted = |d: Duration| format!("\"{}\"", written(d));
     let span = |key: &str, given: Option<super::Span>, default: u64| {
         line(key, given.map(|s| quoted(s.0)), &quoted(Duration::from_nanos(default)))
     };

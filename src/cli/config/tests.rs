@@ -15,6 +15,7 @@ fn sample() -> Config {
         cache: Cache { size: Size(8 << 20), accept_lost: true },
         journal: Journal { dir: Some("/j".into()), segment: Size(2 << 20), segments: 9 },
         link: Link { feed: Size(5 << 20), window: Size(3 << 20) },
+        device: Device { dead_after: Span(Duration::from_secs(90)) },
         volumes: vec![Volume { name: "data".into(), path: "/v/a b".into(), size: Size(1536), direct: false }],
         peers: vec![
             Peer { name: "db2".into(), address: Some("db2.lan:7654".into()), dial: Some(false), sync: true },
@@ -78,6 +79,8 @@ fn bounds_are_told_by_the_key() {
         ("size = \"8M\"", "size = \"8Q\"", "8Q"),
         ("size = \"8M\"", "size = \"1M\"", "cache.size"),
         ("segments = 9", "segments = 3", "journal.segments"),
+        ("dead_after = \"1m30s\"", "dead_after = \"1500ms\"", "device.dead_after"),
+        ("dead_after = \"1m30s\"", "dead_after = \"0s\"", "device.dead_after"),
         ("compression = 3", "compression = 77", "compression"),
         ("size = \"1536\"", "size = 100", "multiple of 512"),
         ("path = \"/v/a b\"", "path = \"v\"", "absolute"),

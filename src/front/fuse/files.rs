@@ -6,9 +6,9 @@
 //! No page of a volume is cached on the way: files are opened for direct I/O, so a read or write
 //! that the kernel answered has been to the group and back, and an fsync is a FLUSH.
 
-use super::FuseVolume;
 use crate::disk::IoError;
 use crate::front::Submit;
+use crate::front::Volume;
 use crate::node::event::Op;
 use crate::units::{Address, Extent};
 use bytes::Bytes;
@@ -42,17 +42,17 @@ const PLAIN_HANDLE: FileHandle = FileHandle(0);
 
 /// The filesystem.
 pub(super) struct Files {
-    volumes: Vec<FuseVolume>,
+    volumes: Vec<Volume>,
     submit: Arc<dyn Submit>,
     since: SystemTime,
 }
 
 impl Files {
-    pub(super) fn new(volumes: Vec<FuseVolume>, submit: Arc<dyn Submit>) -> Files {
+    pub(super) fn new(volumes: Vec<Volume>, submit: Arc<dyn Submit>) -> Files {
         Files { volumes, submit, since: SystemTime::now() }
     }
 
-    fn volume(&self, ino: INodeNo) -> Result<&FuseVolume, Errno> {
+    fn volume(&self, ino: INodeNo) -> Result<&Volume, Errno> {
         let index = ino.0.checked_sub(FIRST_FILE).and_then(|i| usize::try_from(i).ok());
         index.and_then(|i| self.volumes.get(i)).ok_or(Errno::ENOENT)
     }
@@ -106,7 +106,7 @@ fn errno(error: IoError) -> Errno {
 /// The blocks that a read needs, and the part of them that was asked for; `None` at the end.
 ///
 /// Any alignment is served: rounding a read out to whole blocks changes nothing for anybody.
-fn read_plan(volume: &FuseVolume, offset: u64, size: u32) -> Option<(Extent, std::ops::Range<usize>)> {
+fn read_plan(volume: &Volume, offset: u64, size: u32) -> Option<(Extent, std::ops::Range<usize>)> {
     let block = u64::from(volume.block);
     let end = offset.checked_add(u64::from(size))?.min(volume.size);
     let start = offset - offset % block;
@@ -121,7 +121,7 @@ fn read_plan(volume: &FuseVolume, offset: u64, size: u32) -> Option<(Extent, std
 /// A write of less than whole blocks is refused (EINVAL), as O_DIRECT refuses it on a disk. To
 /// serve it, its blocks would have to be read, changed and written back, and a write to the rest of
 /// such a block could come in between and be undone. The loop device only sends whole blocks.
-fn write_plan(volume: &FuseVolume, offset: u64, len: u64) -> Result<Extent, Errno> {
+fn write_plan(volume: &Volume, offset: u64, len: u64) -> Result<Extent, Errno> {
     let block = u64::from(volume.block);
     if !offset.is_multiple_of(block) || !len.is_multiple_of(block) || len == 0 {
         return Err(Errno::EINVAL);
@@ -132,7 +132,7 @@ fn write_plan(volume: &FuseVolume, offset: u64, len: u64) -> Result<Extent, Errn
 
 /// The end of the range that a fallocate zeroes. All but the two modes that zero are refused, as on
 /// a disk (plain preallocation would promise space that only the backing can promise).
-fn zeroed_end(volume: &FuseVolume, offset: u64, length: u64, mode: i32) -> Result<u64, Errno> {
+fn zeroed_end(volume: &Volume, offset: u64, length: u64, mode: i32) -> Result<u64, Errno> {
     let keep = mode & libc::FALLOC_FL_KEEP_SIZE != 0;
     match mode & !libc::FALLOC_FL_KEEP_SIZE {
         libc::FALLOC_FL_PUNCH_HOLE if keep => {}
@@ -295,7 +295,7 @@ impl Filesystem for Files {
             Ok(_) => reply.written(extent.len() as u32),
             Err(e) => reply.error(errno(e)),
         };
-        self.submit.submit(Op::Write { extent, data, fua }, Box::new(done));
+        self.submit.submit(Op::Write { extent, data: data.into(), fua }, Box::new(done));
     }
 
     fn fsync(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
@@ -402,8 +402,8 @@ impl Filesystem for Files {
 mod tests {
     use super::*;
 
-    fn volume(size: u64, block: u32) -> FuseVolume {
-        FuseVolume { volume: 3, name: "v".into(), size, block, link: "v".into() }
+    fn volume(size: u64, block: u32) -> Volume {
+        Volume { volume: 3, name: "v".into(), size, block, link: "v".into() }
     }
 
     #[test]

@@ -23,6 +23,7 @@ mod tests;
 mod transmission;
 mod wire;
 
+pub use negotiation::transmission_flags;
 pub use session::Session;
 
 use crate::node::event::{MAX_REQUEST, Op};

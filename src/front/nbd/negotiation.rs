@@ -102,14 +102,8 @@ impl Negotiation {
     }
 
     fn flags(&self) -> u16 {
-        let always = flag::HAS_FLAGS
-            | flag::SEND_FLUSH
-            | flag::SEND_FUA
-            | flag::SEND_TRIM
-            | flag::SEND_WRITE_ZEROES
-            | flag::SEND_FAST_ZERO
-            | flag::CAN_MULTI_CONN;
-        always | if self.structured { flag::SEND_DF } else { 0 }
+        let negotiated = if self.structured { flag::SEND_DF } else { 0 };
+        transmission_flags() | flag::SEND_FAST_ZERO | flag::CAN_MULTI_CONN | negotiated
     }
 
     fn export_name(
@@ -168,6 +162,11 @@ impl Negotiation {
         }
         replies.option(option, rep::ACK, &[]);
     }
+}
+
+/// What every export can do, as transmission flags. Clients that don't negotiate are told no more.
+pub fn transmission_flags() -> u16 {
+    flag::HAS_FLAGS | flag::SEND_FLUSH | flag::SEND_FUA | flag::SEND_TRIM | flag::SEND_WRITE_ZEROES
 }
 
 fn known(option: u32) -> bool {

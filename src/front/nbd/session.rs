@@ -89,6 +89,20 @@ impl Session {
         }
     }
 
+    /// A session of a client that knows the export and does not negotiate: its first byte is a request's.
+    pub fn transmission(export: &Export) -> Session {
+        Session {
+            exports: Arc::new([]),
+            phase: Phase::RequestHeader(Rules::new(export, false, false)),
+            negotiation: Negotiation::default(),
+            intake: Intake::default(),
+            replies: Replies::default(),
+            pending: Slab::new(),
+            outstanding: 0,
+            failed: None,
+        }
+    }
+
     /// Takes what was received, cut anywhere; appends what the node is to do. After an error the
     /// session is [`closing`](Session::closing) and gives the same error again.
     ///
@@ -171,7 +185,7 @@ impl Session {
                 self.phase = Phase::RequestHeader(rules);
                 let payload = data.len();
                 let pending = Pending { handle, payload, read: None, structured: rules.structured() };
-                self.submit(pending, Op::Write { extent, data, fua }, requests);
+                self.submit(pending, Op::Write { extent, data: data.into(), fua }, requests);
             }
             Phase::PayloadSkip { rules, handle, left, fault } => {
                 let left = self.intake.skip(left);

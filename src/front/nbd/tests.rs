@@ -4,7 +4,7 @@
 
 use super::wire::{cmd, cmd_flag, flag, opt, rep};
 use super::*;
-use crate::disk::IoError;
+use crate::disk::{IoError, Payload};
 use bytes::Bytes;
 use proptest::prelude::*;
 use std::sync::Arc;
@@ -139,6 +139,21 @@ fn go_tells_size_flags_block_sizes_and_the_name_when_asked() {
 }
 
 #[test]
+fn without_negotiation_the_first_byte_is_a_requests() {
+    let mut session = Session::transmission(&exports()[0]);
+    assert!(sent(&mut session).is_empty());
+    let bytes = [request(0, cmd::READ, 1, 0, 512), request(1, cmd::WRITE_ZEROES, 2, 512, 512)].concat();
+    let requests = feed(&mut session, bytes);
+    session.complete(requests[0].cookie, Ok(vec![7; 512].into()));
+    session.complete(requests[1].cookie, Ok(Bytes::new()));
+    assert_eq!(sent(&mut session), [simple(0, 1), vec![7; 512], simple(0, 2)].concat());
+    // Not told of, so not to be used.
+    feed(&mut session, request(0, cmd::BLOCK_STATUS, 3, 0, 512));
+    assert_eq!(sent(&mut session), simple(22, 3));
+    assert_eq!(transmission_flags(), 0b110_1101);
+}
+
+#[test]
 fn list_and_abort() {
     let mut session = fixed();
     feed(&mut session, option(opt::LIST, b""));
@@ -258,7 +273,7 @@ fn a_payload_that_arrives_whole_is_not_copied() {
     let mut session = ready(false);
     let bytes = Bytes::from([request(cmd_flag::FUA, cmd::WRITE, 5, 4096, 4096), vec![7; 4096]].concat());
     let requests = feed(&mut session, bytes.clone());
-    let Op::Write { extent, data, fua } = &requests[0].op else { panic!() };
+    let Op::Write { extent, data: Payload::Here(data), fua } = &requests[0].op else { panic!() };
     assert_eq!((extent.address().volume(), extent.address().offset(), *fua), (3, 4096, true));
     assert_eq!(data.as_ptr(), bytes[28..].as_ptr());
     session.complete(requests[0].cookie, Ok(Bytes::new()));

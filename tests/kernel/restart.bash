@@ -1,0 +1,89 @@
+#!/bin/bash
+# Daemons that are killed, replaced and stopped under a verified load: nobody sees an error, no byte is
+# wrong, the device stays. restart.bash KIND ROUNDS
+. "$(dirname "$0")/lib.bash"
+rounds=$2
+
+group data:64M
+data=$(volrep attach g --device "$kind")
+name=$(node "$data")
+
+written() { awk '{ print $5 }' "/sys/block/$name/stat"; }
+# The device answers: writes complete that had not before.
+goes_on() { [ "$(written)" -gt "$1" ]; }
+load() {
+    local n=0
+    while [ ! -e "$work/stop" ]; do
+        n=$((n + 1))
+        verified "$data" 48M $n --direct=1 || { touch "$work/broken"; return; }
+        echo $n >"$work/runs"
+    done
+}
+load &
+load=$!
+
+pauses=()
+for round in $(seq "$rounds"); do
+    within 60 goes_on $(($(written) + 100)) || fail "round $round: the load does not go on"
+    sleep "0.$((RANDOM % 3))$((RANDOM % 10))"
+    # Requests in flight are sent again within a time of their own: first any, then all are served.
+    since=$(uptime_ms)
+    end KILL
+    at=$(written)
+    serve
+    within 60 goes_on "$at" || fail "round $round: nothing is served"
+    pauses+=($(($(uptime_ms) - since)))
+    [ ! -e "$work/broken" ] || fail "round $round: $(cat "$work/fio")"
+    is "the device after round $round" "$(node "$data")" "$name"
+done
+sorted=($(printf '%s\n' "${pauses[@]}" | sort -n))
+echo "figure: $kind: $rounds rounds of kill -9; ms from the kill to the first write after it:" \
+    "median ${sorted[$((rounds / 2))]}, longest ${sorted[$((rounds - 1))]}"
+# The driver's own interval would be 30 s.
+[ "${sorted[$((rounds - 1))]}" -lt 20000 ] || fail "requests in flight were sent again too late"
+touch "$work/stop"
+wait $load
+[ ! -e "$work/broken" ] || fail "$(cat "$work/fio")"
+runs=$(cat "$work/runs")
+is "I/O errors" "$(io_errors)" ""
+ok "$kind: $rounds rounds of kill -9 under load, $runs runs of fio verified, no error, device kept"
+
+# A daemon that stops in order and the next one: the longest that a request takes is the pause.
+for depth in 1 16; do
+    fio --name=pause --filename="$data" --size=48M --rw=randwrite --bs=4k --ioengine=io_uring --direct=1 \
+        --iodepth=$depth --fsync=64 --time_based --runtime=8 --eta=never --output="$work/pause.json" --output-format=json &
+    fio=$!
+    sleep 2
+    before=$(stuck)
+    since=$(uptime_ms)
+    end TERM
+    stopped=$(uptime_ms)
+    serve
+    started=$(uptime_ms)
+    wait $fio || fail "fio across a restart: $(cat "$work/pause.json")"
+    longest=$(jq '[.jobs[0].write.clat_ns.max, .jobs[0].sync.lat_ns.max] | max / 1e6 | round' "$work/pause.json")
+    echo "figure: $kind: restart in order at queue depth $depth: longest request $longest ms" \
+        "(stop $((stopped - since)) ms, start $((started - stopped)) ms)"
+    is "requests left behind by a stop in order" "$(stuck)" "$before"
+done
+is "I/O errors" "$(io_errors)" ""
+ok "$kind: restarts in order under load"
+
+# A daemon that is slow but lives is waited for.
+end_of_stop() { kill -CONT "$daemon"; }
+kill -STOP "$daemon"
+(sleep 5 && end_of_stop) &
+since=$(uptime_ms)
+dd if="$data" of=/dev/null bs=4k count=1 iflag=direct status=none || fail "a slow daemon was given up"
+[ $(($(uptime_ms) - since)) -ge 4000 ] || fail "the daemon was not slow"
+wait $!
+is "the device" "$(node "$data")" "$name"
+grep -q 'Connection timed out' "$kernel" && fail "the connection was cut"
+ok "$kind: a daemon that answers nothing for 5 s is waited for"
+
+# What was written last is there, byte by byte, below the device.
+verified "$data" 48M 4711 --direct=1 || fail "fio: $(cat "$work/fio")"
+detach
+end TERM
+verified "$work/data.img" 48M 4711 --verify_only=1 || fail "the backing: $(cat "$work/fio")"
+ok "$kind: the backing holds what was written last"
