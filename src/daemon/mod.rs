@@ -57,7 +57,7 @@ pub struct DaemonOptions {
     pub config: NodeConfig,
     /// Superblock file.
     pub superblock: PathBuf,
-    /// Journal file.
+    /// Journal file. The stage of a resync is made next to it.
     pub journal: PathBuf,
     /// Dirty maps file; made here if it is not there.
     pub dirty_maps: PathBuf,

@@ -15,9 +15,12 @@ use crate::apply::stage::{Stage, StageId};
 use crate::disk::{DiskOp, DiskRequest, DiskResult, File, IoError, Memory, Token};
 use crate::format::message::Message;
 use crate::format::superblock::{Resync, ResyncStage};
+use crate::journal::maps::joined;
 use crate::units::{Extent, Lsn};
 use bytes::Bytes;
 
+/// Most extents that are kept to be compared; beyond it neighbours are joined.
+const MOST: usize = 1 << 18;
 /// Bytes of one step of the merge, and of one read in it.
 const STEP: u64 = 4 << 20;
 const PIECE: u64 = 256 << 10;
@@ -367,7 +370,7 @@ impl Run {
             return false;
         }
         s.compare_at = now + pause;
-        let candidates = since.map(|p| self.maps.since(p.lsn));
+        let candidates = since.map(|p| joined(self.maps.since(p.lsn), MOST));
         self.begin_resync_job(cause, candidates, progress);
         true
     }

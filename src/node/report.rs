@@ -140,9 +140,16 @@ impl Run {
                 ("Recovering", Some(why), "none: wait until it serves".into())
             }
             Part::Primary(p) => {
-                let missing = self.meta.sb.sync_set.iter().find(|n| !self.links.is_live(**n));
+                let remade = |n| self.links.view(n).is_some_and(|v| v.resyncing);
+                let set = &self.meta.sb.sync_set;
+                let missing = set.iter().find(|n| !self.links.is_live(**n) || remade(**n));
                 if let Some(n) = missing.filter(|_| p.is_waited_for()) {
                     let name = self.links.view(*n).map_or_else(|| format!("{n:?}"), |v| v.name.clone());
+                    if self.links.is_live(*n) {
+                        let why =
+                            format!("{name} is in the sync set and is being resynced: FLUSH waits for it");
+                        return ("Blocked", Some(why), "none: wait for the resync".into());
+                    }
                     let why = format!("{name} is in the sync set and can't be reached: FLUSH waits for it");
                     return ("Blocked", Some(why), format!("bring {name} or its link back"));
                 }

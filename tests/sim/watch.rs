@@ -209,7 +209,7 @@ impl World {
         };
         // What was being written when its last process ended may not be there.
         let watch = &mut self.hosts[node].watch;
-        (watch.base_segment, watch.consistent) = (s.base_segment, s.consistent);
+        (watch.term, watch.base_segment, watch.consistent) = (s.term, s.base_segment, s.consistent);
         (watch.stage, watch.shown) = (s.resync.as_ref().map(|r| r.stage), shown(&s));
         let host = &self.hosts[node];
         let Some(first) = s.maps.first().copied() else {
