@@ -170,6 +170,7 @@ impl World {
             watch.places.clear();
             watch.journal.insert(s.base.point.lsn.0, s.base.point.hash);
             watch.claimed = s.base.point.lsn.0;
+            watch.said_applied = 0; // nothing of the new history is shown until all of it can be
             self.counts.met(&format!("journal begun anew: {stage:?}"));
             step = true;
         }
@@ -183,6 +184,9 @@ impl World {
                 return broken("I1", "a usable image was given up for one that is not whole");
             }
             watch.stage = stage;
+            if stage == Some(ResyncStage::Copying) {
+                watch.said_applied = 0;
+            }
             step = true;
         }
         watch.consistent = s.consistent;
@@ -300,9 +304,6 @@ impl World {
         self.counts.check("I5");
         let host = &mut self.hosts[node];
         let watch = &mut host.watch;
-        if lsn == 0 && matches!(watch.stage, Some(ResyncStage::Copying | ResyncStage::Staging)) {
-            return Ok(()); // it shows nothing of this history yet
-        }
         if lsn < watch.said_applied {
             return broken("I1", format!("applied falls from {} to {lsn}", watch.said_applied));
         }
