@@ -31,6 +31,8 @@ pub enum File {
     Journal,
     /// The dirty maps. Written through [`Memory`]; only `Sync` is asked of it here.
     DirtyMaps,
+    /// The hash index. Written through [`Memory`]; only `Sync` is asked of it here.
+    HashIndex,
     /// The backing of the volume with this number.
     Backing(u8),
     /// What a resync makes of the volume with this number, until it is shown.

@@ -10,42 +10,18 @@
 
 use crate::disk::Memory;
 use crate::extents::Bitmap;
-use crate::units::{Address, BLOCK, Extent, GroupId, NodeId, SECTOR, round_up};
+use crate::format::mapped::{HEAD, Owner};
+use crate::units::{Address, BLOCK, Extent, SECTOR, round_up};
 
 const MAGIC: &[u8; 8] = b"VSTAGING";
-const HEAD: usize = BLOCK as usize;
 
 /// Bytes of the bitmap's file for volumes of these (number, bytes).
 pub fn stage_len(volumes: &[(u8, u64)]) -> u64 {
-    BLOCK + volumes.iter().map(|(_, size)| bitmap_len(*size)).sum::<u64>()
+    HEAD + volumes.iter().map(|(_, size)| bitmap_len(*size)).sum::<u64>()
 }
 
 fn bitmap_len(size: u64) -> u64 {
     round_up((size / SECTOR).div_ceil(8), BLOCK)
-}
-
-/// Whose a stage is.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct StageId {
-    /// Group.
-    pub group: GroupId,
-    /// Node.
-    pub node: NodeId,
-    /// The resync's number.
-    pub job: u64,
-}
-
-impl StageId {
-    fn head(self) -> [u8; 64] {
-        let mut head = [0; 64];
-        head[..8].copy_from_slice(MAGIC);
-        head[8..24].copy_from_slice(&self.group.0);
-        head[24..32].copy_from_slice(&self.node.0.to_le_bytes());
-        head[32..40].copy_from_slice(&self.job.to_le_bytes());
-        let sum = *blake3::hash(&head[..40]).as_bytes();
-        head[40..].copy_from_slice(&sum[..24]);
-        head
-    }
 }
 
 /// See the module's documentation.
@@ -58,21 +34,16 @@ pub struct Stage {
 impl Stage {
     /// Takes up a stage's bitmap. A `fresh` one is all zeroes and becomes `id`'s; of another one, `None`
     /// unless it is `id`'s.
-    pub fn new(
-        mut memory: Box<dyn Memory>,
-        volumes: &[(u8, u64)],
-        id: StageId,
-        fresh: bool,
-    ) -> Option<Stage> {
+    pub fn new(mut memory: Box<dyn Memory>, volumes: &[(u8, u64)], id: Owner, fresh: bool) -> Option<Stage> {
         if (memory.bytes().len() as u64) < stage_len(volumes) {
             return None;
         }
         if fresh {
-            memory.bytes_mut()[..64].copy_from_slice(&id.head());
-        } else if memory.bytes()[..64] != id.head() {
+            id.claim(MAGIC, memory.bytes_mut());
+        } else if !id.owns(MAGIC, memory.bytes()) {
             return None;
         }
-        let mut at = HEAD;
+        let mut at = HEAD as usize;
         let place = |(number, size): &(u8, u64)| {
             let offset = at;
             at += bitmap_len(*size) as usize;
@@ -86,7 +57,7 @@ impl Stage {
     }
 
     fn bits(&self, number: u8) -> Bitmap<&[u8]> {
-        let (size, offset) = self.volume(number).unwrap_or((0, HEAD));
+        let (size, offset) = self.volume(number).unwrap_or((0, HEAD as usize));
         Bitmap(&self.memory.bytes()[offset..offset + bitmap_len(size) as usize])
     }
 
@@ -140,12 +111,13 @@ impl Stage {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::units::{GroupId, NodeId};
     use proptest::prelude::*;
 
     const VOLUMES: [(u8, u64); 2] = [(0, 300 * SECTOR), (255, 77 * SECTOR)];
 
-    fn id(job: u64) -> StageId {
-        StageId { group: GroupId([1; 16]), node: NodeId(2), job }
+    fn id(number: u64) -> Owner {
+        Owner { group: GroupId([1; 16]), node: NodeId(2), number }
     }
 
     fn memory() -> Box<dyn Memory> {
@@ -158,14 +130,14 @@ mod tests {
 
     #[test]
     fn another_ones_stage_is_not_taken_up() {
-        let used = |id: StageId| {
+        let used = |id: Owner| {
             let mut bytes = vec![0; stage_len(&VOLUMES) as usize];
-            bytes[..64].copy_from_slice(&id.head());
+            id.claim(MAGIC, &mut bytes);
             Box::new(bytes)
         };
         assert!(Stage::new(used(id(7)), &VOLUMES, id(7), false).is_some());
         assert!(Stage::new(used(id(7)), &VOLUMES, id(8), false).is_none());
-        let other = StageId { node: NodeId(3), ..id(7) };
+        let other = Owner { node: NodeId(3), ..id(7) };
         assert!(Stage::new(used(other), &VOLUMES, id(7), false).is_none());
         assert!(Stage::new(memory(), &VOLUMES, id(7), false).is_none());
         assert!(Stage::new(memory(), &VOLUMES, id(7), true).is_some());

@@ -93,6 +93,10 @@ impl Places {
     pub fn dirty_maps(&self, group: &str) -> PathBuf {
         self.state(group).join("dirty-maps")
     }
+    /// A group's hash index.
+    pub fn hash_index(&self, group: &str) -> PathBuf {
+        self.state(group).join("hash-index")
+    }
     /// Locked by whoever serves the group.
     pub fn lock(&self, group: &str) -> PathBuf {
         self.state(group).join("lock")

@@ -4,7 +4,7 @@
 //! interrupted command interrupts nothing; what is called identical is what the node said.
 
 use super::failure::{Exit, Failure};
-use super::output::Output;
+use super::output::{Output, confirm};
 use super::places::Places;
 use super::size::{Size, grouped, human, span};
 use super::{remote, status};
@@ -33,6 +33,13 @@ pub struct Refresh {
     /// Only compare; nothing is repaired (the same as `verify`)
     #[arg(long)]
     dry_run: bool,
+    /// For a shadow that needs a resync: make the new image over the old one. It takes no further room, and
+    /// until it ends that shadow has no image that could be used
+    #[arg(long, conflicts_with_all = ["dry_run", "quick", "stop"])]
+    in_place: bool,
+    /// Don't ask for the group's name (with --in-place)
+    #[arg(long)]
+    yes: bool,
 }
 
 /// Prove a shadow equal to its primary; nothing is repaired
@@ -50,6 +57,9 @@ struct JobArgs {
     /// On a primary with several shadows: which one
     #[arg(long, value_name = "NODE")]
     peer: Option<String>,
+    /// Trust the hash index: read only what was written since it was last read, and so find no bit rot
+    #[arg(long)]
+    quick: bool,
     /// Bytes of the volumes that each side may read in a second, such as 400M [default: no limit]
     #[arg(long, value_name = "SIZE")]
     rate: Option<Size>,
@@ -57,26 +67,34 @@ struct JobArgs {
     #[arg(long)]
     no_wait: bool,
     /// End the one that is under way; what was repaired stays
-    #[arg(long, conflicts_with_all = ["peer", "rate", "no_wait"])]
+    #[arg(long, conflicts_with_all = ["peer", "quick", "rate", "no_wait"])]
     stop: bool,
 }
 
 impl Refresh {
     /// Does it.
     pub fn run(&self, places: &Places, out: &Output) -> Result<(), Failure> {
-        self.job.run(self.dry_run, places, out)
+        if self.in_place {
+            eprintln!(
+                "A resync in place spoils the old image of the shadow at once. Until it has ended, which takes about \
+                 as long as reading both volumes, the shadow can't be promoted or viewed; a failure of the primary \
+                 meanwhile loses the data. Without --in-place the old image stays until the new one is whole."
+            );
+            confirm(&self.job.group, "give up the shadow's old image", self.yes)?;
+        }
+        self.job.run(self.dry_run, self.in_place, places, out)
     }
 }
 
 impl Verify {
     /// Does it.
     pub fn run(&self, places: &Places, out: &Output) -> Result<(), Failure> {
-        self.job.run(true, places, out)
+        self.job.run(true, false, places, out)
     }
 }
 
 impl JobArgs {
-    fn run(&self, verify: bool, places: &Places, out: &Output) -> Result<(), Failure> {
+    fn run(&self, verify: bool, in_place: bool, places: &Places, out: &Output) -> Result<(), Failure> {
         if self.rate.as_ref().is_some_and(|rate| rate.0 == 0) {
             return Err(Failure::usage("a rate of 0 would never end", "leave --rate away for no limit"));
         }
@@ -88,7 +106,7 @@ impl JobArgs {
         }
         let before = self.job(places)?.map(|s| s.job);
         let rate = self.rate.as_ref().map_or(0, |rate| rate.0);
-        let wish = Verb::Refresh { peer: self.peer.clone(), quick: false, verify, rate, restart: false };
+        let wish = Verb::Refresh { peer: self.peer.clone(), quick: self.quick, verify, rate, in_place };
         let text = self.ask(places, wish)?;
         if self.no_wait {
             let document = json!({ "schema_version": SCHEMA_VERSION, "group": self.group, "text": text });

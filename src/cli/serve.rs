@@ -119,6 +119,7 @@ impl Serve {
             journal_bytes: config.journal.geometry().len(),
             dirty_maps: places.dirty_maps(&self.group),
             dirty_maps_bytes: config.maps_len(),
+            hash_index: places.hash_index(&self.group),
             cache: places.cache(&self.group, config.node_id),
             cache_bytes: crate::cache::ring_len(config.cache.size.0),
             backings: config.volumes.iter().enumerate().map(backing).collect(),

@@ -95,7 +95,9 @@ pub fn first(config: &Config, backings: &[Backing], role: Role, blank: bool) -> 
         peers: Vec::new(),
         maps_id: 0,
         resync: None,
+        comparison: None,
         verified: None,
+        unrepaired: 0,
         maps: Vec::new(),
     }
 }

@@ -12,7 +12,7 @@ use crate::control::client::{CallError, call};
 use crate::control::{Reply, Verb};
 use crate::format::message::Role;
 use crate::format::superblock::{Peer, Superblock};
-use crate::node::status::{PeerStatus, SCHEMA_VERSION, Status, VolumeStatus};
+use crate::node::status::{PeerStatus, SCHEMA_VERSION, Status, Verified, VolumeStatus};
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::io::IsTerminal;
@@ -157,7 +157,8 @@ fn stopped(group: &str, config: &config::Config, s: &Superblock) -> Status {
         record_bytes: 0,
         peers: s.peers.iter().map(|p| stopped_peer(p, in_set(p.node))).collect(),
         lag: None,
-        verified: None,
+        verified: s.verified.as_ref().map(Verified::from),
+        unrepaired_bytes: s.unrepaired,
         refresh: None,
         action: format!("start it: volrep serve {group}"),
     }
@@ -178,5 +179,6 @@ fn stopped_peer(p: &Peer, sync: bool) -> PeerStatus {
         heard_seconds_ago: None,
         round_trip_seconds: None,
         sent_bytes: 0,
+        verified: p.verified.as_ref().map(Verified::from),
     }
 }

@@ -72,7 +72,7 @@ pub fn text(s: &Status, speeds: Option<&Speeds>) -> String {
     if let Some(job) = s.refresh.as_ref().filter(|j| matches!(j.state.as_str(), "Running" | "Waiting")) {
         lines.push(format!(" {} of {}: {}", job.cause, job.shadow, super::refresh::progress(job)));
     }
-    lines.push(verified(s.verified.as_ref(), Timestamp::now()));
+    lines.extend(proofs(s, Timestamp::now()));
     lines.push(format!("action: {}", s.action));
     lines.join("\n")
 }
@@ -155,13 +155,29 @@ fn sent(s: &Status, p: &PeerStatus, speeds: Option<&Speeds>) -> String {
     format!("{amount} ({:.1}x compressed)", s.written_bytes as f64 / s.record_bytes as f64)
 }
 
+/// Of the shadow itself, or of each shadow.
+fn proofs(s: &Status, now: Timestamp) -> Vec<String> {
+    match (s.role.as_str(), s.peers.as_slice()) {
+        ("primary", [p]) => vec![verified(p.verified.as_ref(), now)],
+        ("primary", peers) => {
+            let named = |p: &PeerStatus| format!(" {}{}", p.name, verified(p.verified.as_ref(), now));
+            peers.iter().map(named).collect()
+        }
+        _ => vec![verified(s.verified.as_ref(), now)],
+    }
+}
+
 fn verified(v: Option<&Verified>, now: Timestamp) -> String {
     let Some(v) = v else { return " never verified".to_owned() };
     let when = match v.at.parse::<Timestamp>() {
         Ok(at) => format!("{} ago", span((now.as_millisecond() - at.as_millisecond()) as f64 / 1e3)),
         Err(_) => format!("at {}", v.at),
     };
-    format!(" verified {when} at LSN {}: {} differences", grouped(v.lsn), grouped(v.differences))
+    let what = match v.differences {
+        0 => "0 differences".to_owned(),
+        n => format!("{} differed and were repaired", human(n)),
+    };
+    format!(" verified {when} at LSN {}: {what}", grouped(v.lsn))
 }
 
 #[cfg(test)]
@@ -180,9 +196,9 @@ mod tests {
             "peers": [{
                 "name": "db2", "state": "UpToDate", "reason": null, "sync": false, "received_lsn": 1, "durable_lsn": 1,
                 "applied_lsn": 1, "lag_records": 0, "lag_bytes": 0, "lag_seconds": 0.0004, "heard_seconds_ago": 0.2,
-                "round_trip_seconds": 0.0001, "sent_bytes": 10u64 << 20,
+                "round_trip_seconds": 0.0001, "sent_bytes": 10u64 << 20, "verified": null,
             }],
-            "lag": null, "verified": null, "refresh": null, "action": "none",
+            "lag": null, "verified": null, "unrepaired_bytes": 0, "refresh": null, "action": "none",
         }))
         .unwrap()
     }

@@ -60,8 +60,8 @@ pub enum Verb {
         verify: bool,
         /// Bytes a second; 0: no limit.
         rate: u64,
-        /// Don't go on where an interrupted one ended.
-        restart: bool,
+        /// A resync may spoil the old image.
+        in_place: bool,
     },
     /// End it.
     RefreshStop,

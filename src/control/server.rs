@@ -206,8 +206,8 @@ async fn answer(verb: Verb, handle: &Handle, fronts: &Arc<Fronts>) -> Reply {
             }
         }
         Verb::Promote { fenced, dry_run } => reply(admin(handle, AdminOp::Promote { fenced, dry_run }).await),
-        Verb::Refresh { peer, quick, verify, rate, restart } => {
-            let refresh = Refresh { peer, quick, verify, rate, restart };
+        Verb::Refresh { peer, quick, verify, rate, in_place } => {
+            let refresh = Refresh { peer, quick, verify, rate, in_place };
             reply(admin(handle, AdminOp::Refresh(refresh)).await)
         }
         Verb::RefreshStop => reply(admin(handle, AdminOp::RefreshStop).await),

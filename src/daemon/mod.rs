@@ -19,8 +19,9 @@ pub use handle::{Handle, ListenId};
 
 use crate::disk::File;
 use crate::format::superblock::SLOT;
-use crate::node::Node;
 use crate::node::config::NodeConfig;
+use crate::node::{Memories, Node};
+use crate::resync::index::index_len;
 use crate::sys::disk::Disk;
 use crate::sys::mmap::Mapping;
 use crate::sys::open::{OpenError, OpenFile, check_distinct, measure, open};
@@ -63,6 +64,8 @@ pub struct DaemonOptions {
     pub dirty_maps: PathBuf,
     /// Bytes of the dirty maps file: `journal::maps::maps_len` of the volumes.
     pub dirty_maps_bytes: u64,
+    /// Hash index file; made here if it is not there.
+    pub hash_index: PathBuf,
     /// Write cache file; made here if it is not there.
     pub cache: PathBuf,
     /// Bytes of the write cache file: `cache::ring_len` of its payload.
@@ -126,13 +129,15 @@ pub enum Error {
 /// Runs a group on the calling thread until `stop`, or an error. `ready` is called once, before the
 /// loop begins; its handle works from any thread.
 pub fn run(options: DaemonOptions, ready: impl FnOnce(Handle)) -> Result<(), Error> {
-    let paths = [&options.superblock, &options.journal, &options.dirty_maps, &options.cache];
+    let paths =
+        [&options.superblock, &options.journal, &options.dirty_maps, &options.hash_index, &options.cache];
     let paths: Vec<&Path> =
         paths.into_iter().chain(options.backings.iter().map(|b| &b.path)).map(PathBuf::as_path).collect();
     check_distinct(&paths)?;
     let files = open_files(&options)?;
     // Lost ones are made anew: they prove nothing then, and whoever needs them compares everything.
     let maps = Mapping::open_or_create(&options.dirty_maps, options.dirty_maps_bytes, PATIENCE)?;
+    let index = hash_index(&options)?;
     let cache = Mapping::open_or_create(&options.cache, options.cache_bytes, PATIENCE)?;
     if !cache.lock_in_memory() {
         tracing::info!(
@@ -146,14 +151,18 @@ pub fn run(options: DaemonOptions, ready: impl FnOnce(Handle)) -> Result<(), Err
     if !process::become_io_flusher() {
         tracing::debug!("not an I/O flusher: CAP_SYS_RESOURCE is missing");
     }
-    let maps_file = maps_as_file(&maps, &options)?;
-    let disk = Disk::new(files.into_iter().chain([(File::DirtyMaps, maps_file)]));
+    let mapped = [
+        (File::DirtyMaps, as_file(&maps, &options.dirty_maps)?),
+        (File::HashIndex, as_file(&index, &options.hash_index)?),
+    ];
+    let disk = Disk::new(files.into_iter().chain(mapped));
     let (listener, link_address) = listen(options.listen)?;
     let waker = Arc::new(Waker::new().map_err(Error::Ring)?);
     let (queue, commands) = crossbeam_channel::unbounded();
     let handle = Handle::new(queue, waker.clone(), link_address);
     let stage = stage_files(&options);
-    let machine = Node::new(options.config, Some(Box::new(cache)), Box::new(maps));
+    let memories = Memories { ring: Some(Box::new(cache)), maps: Box::new(maps), index: Box::new(index) };
+    let machine = Node::new(options.config, memories);
     let links = Links::new(listener, options.dial);
     let workers = options.workers;
     let reactor = Reactor::new(Parts { machine, disk, stage, links, workers, waker, commands })?;
@@ -190,9 +199,22 @@ fn stage_files(options: &DaemonOptions) -> StageFiles {
     StageFiles::new(options.journal.clone(), volumes.collect())
 }
 
-fn maps_as_file(maps: &Mapping, options: &DaemonOptions) -> Result<OpenFile, Error> {
-    let path = &options.dirty_maps;
-    let file = maps.file().map_err(|e| OpenError::io("open", path, e))?;
+/// The hash index; one that is missing, or was made for other volumes, is made anew and knows nothing.
+fn hash_index(options: &DaemonOptions) -> Result<Mapping, Error> {
+    let volumes: Vec<_> = options.config.volumes.iter().map(|v| (v.number, v.size)).collect();
+    let (path, len) = (&options.hash_index, index_len(&volumes));
+    match Mapping::open_unread(path, len, PATIENCE) {
+        Err(OpenError::Missing { .. } | OpenError::Length { .. }) => {
+            Mapping::create(path, len).map_err(|e| OpenError::io("create", path, e))?;
+            Ok(Mapping::open_unread(path, len, PATIENCE)?)
+        }
+        other => Ok(other?),
+    }
+}
+
+/// A mapped file, to be synced.
+fn as_file(mapping: &Mapping, path: &Path) -> Result<OpenFile, Error> {
+    let file = mapping.file().map_err(|e| OpenError::io("open", path, e))?;
     Ok(measure(file, path, false)?)
 }
 

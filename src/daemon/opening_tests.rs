@@ -36,6 +36,7 @@ fn options(dir: &Path) -> DaemonOptions {
         journal_bytes: 8 << 20,
         dirty_maps: file("maps", 8192 + 4096),
         dirty_maps_bytes: 8192 + 4096,
+        hash_index: dir.join("index"),
         cache: dir.join("shm/cache"),
         cache_bytes: 1 << 20,
         backings: vec![BackingPath { number: 3, path: file("data", 1 << 20), direct: true }],

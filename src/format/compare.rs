@@ -40,6 +40,8 @@ pub struct ExtentLeaves {
     pub touched: [u8; EXTENT_LEAVES],
     /// Per leaf, the first 8 bytes of its hash.
     pub hashes: [u64; EXTENT_LEAVES],
+    /// The bytes are not those that the index says were written.
+    pub rotten: bool,
 }
 
 /// A run of leaves: the first, and how many.
@@ -74,7 +76,7 @@ pub enum Compare {
         touched: Vec<u8>,
         /// Root.
         root: Root,
-        /// Extents whose bytes are not those that the index says were written.
+        /// Extents whose bytes are not those that the index says were written, as far as they were read.
         rotten: Vec<u16>,
     },
     /// Shadow: the roots of its extents?
@@ -141,8 +143,8 @@ pub enum Compare {
         verify: bool,
         /// Bytes a second; 0: no limit.
         rate: u64,
-        /// Begin anew.
-        restart: bool,
+        /// A resync may spoil the old image: it is made without a stage.
+        in_place: bool,
     },
     /// Primary: and to end it.
     Stop,
@@ -169,18 +171,18 @@ fn put(w: &mut Writer, bytes: &[u8]) {
 
 impl ExtentLeaves {
     fn write(&self, w: &mut Writer) {
-        w.u16(self.index).bytes(&self.touched);
+        w.u16(self.index).bytes(&self.touched).flag(self.rotten);
         for hash in self.hashes {
             w.u64(hash);
         }
     }
     fn read(r: &mut Reader) -> Result<ExtentLeaves, FormatError> {
-        let (index, touched) = (r.u16()?, r.array()?);
+        let (index, touched, rotten) = (r.u16()?, r.array()?, r.flag("rotten")?);
         let mut hashes = [0; EXTENT_LEAVES];
         for hash in &mut hashes {
             *hash = r.u64()?;
         }
-        Ok(ExtentLeaves { index, touched, hashes })
+        Ok(ExtentLeaves { index, touched, hashes, rotten })
     }
 }
 
@@ -241,9 +243,9 @@ impl Compare {
                 head(11, &0);
                 put(w, text.as_bytes());
             }
-            Compare::Begin { quick, verify, rate, restart } => {
+            Compare::Begin { quick, verify, rate, in_place } => {
                 head(12, &0);
-                w.flag(*quick).flag(*verify).u64(*rate).flag(*restart);
+                w.flag(*quick).flag(*verify).u64(*rate).flag(*in_place);
             }
             Compare::Stop => head(13, &0),
             Compare::Report { json } => {
@@ -298,12 +300,29 @@ impl Compare {
                 quick: r.flag("quick")?,
                 verify: r.flag("verify")?,
                 rate: r.u64()?,
-                restart: r.flag("restart")?,
+                in_place: r.flag("in place")?,
             },
             13 => Compare::Stop,
             14 => Compare::Report { json: bytes(r, MAX_REPORT, "report")?.into() },
             _ => return Err(FormatError::Field("word")),
         })
+    }
+
+    /// The window that it is about.
+    pub fn window(&self) -> Option<u32> {
+        match self {
+            Compare::Open { window, .. }
+            | Compare::At { window, .. }
+            | Compare::Root { window, .. }
+            | Compare::AskRoots { window }
+            | Compare::Roots { window, .. }
+            | Compare::AskLeaves { window, .. }
+            | Compare::Leaves { window, .. }
+            | Compare::AskData { window, .. }
+            | Compare::Data { window, .. }
+            | Compare::Close { window } => Some(*window),
+            Compare::Fail { .. } | Compare::Begin { .. } | Compare::Stop | Compare::Report { .. } => None,
+        }
     }
 
     /// Bytes of the body, about: what it costs on the link.
@@ -313,7 +332,7 @@ impl Compare {
             Compare::Root { touched, rotten, .. } => 26 + touched.len() + 2 * rotten.len(),
             Compare::Roots { roots, .. } => 2 + 16 * roots.len(),
             Compare::AskLeaves { extents, .. } => 2 + 2 * extents.len(),
-            Compare::Leaves { extents, .. } => 2 + extents.len() * (2 + 9 * EXTENT_LEAVES),
+            Compare::Leaves { extents, .. } => 2 + extents.len() * (3 + 9 * EXTENT_LEAVES),
             Compare::AskData { runs, .. } => 6 + 4 * runs.len(),
             Compare::Data { touched, payload, .. } => 12 + touched.len() + payload.len(),
             Compare::Report { json } => json.len(),

@@ -20,7 +20,7 @@ use crate::units::{Address, Extent, Generation, GroupId, HistoryPoint, Lsn, Node
 use bytes::Bytes;
 
 /// The link protocol's version; both ends must speak the same one.
-pub const VERSION: u8 = 2;
+pub const VERSION: u8 = 3;
 /// Bytes of a frame's header.
 pub const FRAME: usize = 16;
 /// Most bytes of a body.

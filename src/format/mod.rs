@@ -6,6 +6,7 @@
 
 pub mod compare;
 pub mod fields;
+pub mod mapped;
 pub mod message;
 pub mod record;
 pub mod segment;

@@ -21,7 +21,8 @@ pub const SLOT: usize = 64 << 10;
 pub const MAX_PEERS: usize = 64;
 const _: () = assert!(super::record::MAX_MEMBERS <= MAX_PEERS, "a sync set fits in the list");
 const MAGIC: &[u8; 8] = b"VSUPERBK";
-const VERSION: u16 = 2;
+/// Of this layout.
+pub const VERSION: u16 = 3;
 const HEAD: usize = 14;
 
 /// A volume as the superblock knows it.
@@ -119,6 +120,31 @@ pub struct Verified {
     pub differences: u64,
 }
 
+/// A comparison that an administrator asked for, under way on a shadow.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Comparison {
+    /// Its number; the time at which it was asked for, ns since 1970.
+    pub job: u64,
+    /// Nothing is repaired.
+    pub verify: bool,
+    /// With the hash index.
+    pub quick: bool,
+    /// Bytes a second that each side may read; 0: no limit.
+    pub rate: u64,
+    /// Everything at a lower position has been compared, and what was repaired there is durable.
+    pub progress: u64,
+    /// Bytes in leaves that differed, so far.
+    pub differ: u64,
+    /// Bytes repaired.
+    pub repaired: u64,
+    /// Bytes that the index knew.
+    pub skipped: u64,
+    /// Bytes of messages.
+    pub wire: u64,
+    /// Nanoseconds that it has run.
+    pub spent: u64,
+}
+
 /// What was last known of a peer.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Peer {
@@ -132,6 +158,8 @@ pub struct Peer {
     pub behind: bool,
     /// It is in the middle of one: what it holds is not an image yet.
     pub resyncing: bool,
+    /// Its last proof, as it told.
+    pub verified: Option<Verified>,
 }
 
 /// A dirty map: which slot of the map file holds it, and after which record it begins.
@@ -201,8 +229,12 @@ pub struct Superblock {
     pub peers: Vec<Peer>,
     /// On a shadow: the resync under way.
     pub resync: Option<Resync>,
+    /// On a shadow: the comparison under way. It is here before the first repair, and until all are durable.
+    pub comparison: Option<Comparison>,
     /// On a shadow: its last proof.
     pub verified: Option<Verified>,
+    /// On a shadow: bytes that the last comparison found to differ, and that it did not repair.
+    pub unrepaired: u64,
 }
 
 impl Anchor {
@@ -211,6 +243,36 @@ impl Anchor {
     }
     pub(super) fn read(r: &mut Reader) -> Result<Anchor, FormatError> {
         Ok(Anchor { point: r.point()?, generation: r.generation()?, last_write: r.u64()?, time: r.u64()? })
+    }
+}
+
+impl Verified {
+    fn write(&self, w: &mut Writer) {
+        w.u64(self.time).lsn(self.lsn).u64(self.differences);
+    }
+    fn read(r: &mut Reader) -> Result<Verified, FormatError> {
+        Ok(Verified { time: r.u64()?, lsn: r.lsn()?, differences: r.u64()? })
+    }
+}
+
+impl Comparison {
+    fn write(&self, w: &mut Writer) {
+        w.u64(self.job).flag(self.verify).flag(self.quick).u64(self.rate).u64(self.progress);
+        w.u64(self.differ).u64(self.repaired).u64(self.skipped).u64(self.wire).u64(self.spent);
+    }
+    fn read(r: &mut Reader) -> Result<Comparison, FormatError> {
+        Ok(Comparison {
+            job: r.u64()?,
+            verify: r.flag("comparison verify")?,
+            quick: r.flag("comparison quick")?,
+            rate: r.u64()?,
+            progress: r.u64()?,
+            differ: r.u64()?,
+            repaired: r.u64()?,
+            skipped: r.u64()?,
+            wire: r.u64()?,
+            spent: r.u64()?,
+        })
     }
 }
 
@@ -286,11 +348,11 @@ impl Superblock {
         });
         w.list(&self.peers, |w, p| {
             w.node(p.node).name(&p.name).lsn(p.durable).flag(p.behind).flag(p.resyncing);
+            w.option(p.verified.as_ref(), |w, v| v.write(w));
         });
         w.option(self.resync.as_ref(), |w, r| r.write(w));
-        w.option(self.verified.as_ref(), |w, v| {
-            w.u64(v.time).lsn(v.lsn).u64(v.differences);
-        });
+        w.option(self.comparison.as_ref(), |w, c| c.write(w));
+        w.option(self.verified.as_ref(), |w, v| v.write(w)).u64(self.unrepaired);
         let body = (w.0.len() - HEAD) as u32;
         w.0[..8].copy_from_slice(MAGIC);
         w.0[8..10].copy_from_slice(&VERSION.to_le_bytes());
@@ -364,12 +426,13 @@ impl Superblock {
                     durable: r.lsn()?,
                     behind: r.flag("behind")?,
                     resyncing: r.flag("resyncing")?,
+                    verified: r.option("peer verified", Verified::read)?,
                 })
             })?,
             resync: r.option("resync", Resync::read)?,
-            verified: r.option("verified", |r| {
-                Ok(Verified { time: r.u64()?, lsn: r.lsn()?, differences: r.u64()? })
-            })?,
+            comparison: r.option("comparison", Comparison::read)?,
+            verified: r.option("verified", Verified::read)?,
+            unrepaired: r.u64()?,
         })
     }
 

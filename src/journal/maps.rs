@@ -16,45 +16,20 @@
 
 use crate::disk::Memory;
 use crate::extents::Bitmap;
+use crate::format::mapped::{HEAD, Owner};
 use crate::format::superblock::MapRange;
-use crate::units::{Address, BLOCK, Extent, GroupId, HistoryPoint, Lsn, NodeId, round_up};
+use crate::units::{Address, BLOCK, Extent, HistoryPoint, Lsn, round_up};
 
 /// Bytes per bit.
 pub const GRANULE: u64 = 64 << 10;
 /// Slots in the file.
 const SLOTS: u8 = 8;
 
-/// Bytes before the first slot.
-const HEAD: u64 = BLOCK;
 const MAGIC: &[u8; 8] = b"VMAPFILE";
 
 /// Bytes of the map file for volumes of these (number, bytes).
 pub fn maps_len(volumes: &[(u8, u64)]) -> u64 {
     HEAD + volumes.iter().map(|(_, size)| volume_len(*size)).sum::<u64>() * u64::from(SLOTS)
-}
-
-/// Whose a map file is.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct MapsId {
-    /// Group.
-    pub group: GroupId,
-    /// Node.
-    pub node: NodeId,
-    /// The superblock's number for it; another one for each new beginning.
-    pub number: u64,
-}
-
-impl MapsId {
-    fn head(self) -> [u8; 64] {
-        let mut head = [0; 64];
-        head[..8].copy_from_slice(MAGIC);
-        head[8..24].copy_from_slice(&self.group.0);
-        head[24..32].copy_from_slice(&self.node.0.to_le_bytes());
-        head[32..40].copy_from_slice(&self.number.to_le_bytes());
-        let sum = *blake3::hash(&head[..40]).as_bytes();
-        head[40..].copy_from_slice(&sum[..24]);
-        head
-    }
 }
 
 fn volume_len(size: u64) -> u64 {
@@ -71,7 +46,7 @@ pub struct Maps {
     ranges: Vec<MapRange>,
     /// Slots that the superblock on disk may still list.
     cooling: Vec<u8>,
-    id: MapsId,
+    id: Owner,
 }
 
 impl Maps {
@@ -82,7 +57,7 @@ impl Maps {
         volumes: &[(u8, u64)],
         ranges: Vec<MapRange>,
         tail: HistoryPoint,
-        (id, renewed): (MapsId, MapsId),
+        (id, renewed): (Owner, Owner),
     ) -> Result<Maps, String> {
         if (memory.bytes().len() as u64) < maps_len(volumes) {
             return Err("the dirty map file is too short for the volumes".into());
@@ -97,13 +72,13 @@ impl Maps {
             (*number, *size, offset)
         };
         let volumes = volumes.iter().map(place).collect();
-        let ours = memory.bytes()[..64] == id.head() && !ranges.is_empty();
+        let ours = id.owns(MAGIC, memory.bytes()) && !ranges.is_empty();
         let mut maps = Maps { memory, volumes, slot_len: at, ranges, cooling: Vec::new(), id };
         if !ours {
             maps.id = renewed;
             maps.bits_mut(0).fill(0);
             maps.ranges = vec![MapRange { slot: 0, from: tail }];
-            maps.memory.bytes_mut()[..64].copy_from_slice(&renewed.head());
+            renewed.claim(MAGIC, maps.memory.bytes_mut());
         }
         Ok(maps)
     }
@@ -237,9 +212,10 @@ pub fn joined(extents: Vec<Extent>, most: usize) -> Vec<Extent> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::units::{GroupId, NodeId};
 
-    fn id(number: u64) -> MapsId {
-        MapsId { group: GroupId([3; 16]), node: NodeId(4), number }
+    fn id(number: u64) -> Owner {
+        Owner { group: GroupId([3; 16]), node: NodeId(4), number }
     }
 
     fn open(memory: Vec<u8>, volumes: &[(u8, u64)], ranges: Vec<MapRange>, at: HistoryPoint) -> Maps {
@@ -335,8 +311,8 @@ mod tests {
         let lost = (9, everything, vec![]);
         assert_eq!(since(&vec![0; file.len()], id(1)), lost, "lost, and made anew");
         assert_eq!(since(&file, id(2)), lost, "of an earlier life");
-        assert_eq!(since(&file, MapsId { node: NodeId(5), ..id(1) }), lost, "another node's");
-        assert_eq!(since(&file, MapsId { group: GroupId([4; 16]), ..id(1) }), lost, "another group's");
+        assert_eq!(since(&file, Owner { node: NodeId(5), ..id(1) }), lost, "another node's");
+        assert_eq!(since(&file, Owner { group: GroupId([4; 16]), ..id(1) }), lost, "another group's");
         let mut torn = file.clone();
         torn[40] ^= 1;
         assert_eq!(since(&torn, id(1)), lost, "damaged");

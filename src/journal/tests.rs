@@ -40,7 +40,9 @@ fn superblock() -> Superblock {
         peers: vec![],
         maps_id: 0,
         resync: None,
+        comparison: None,
         verified: None,
+        unrepaired: 0,
     }
 }
 

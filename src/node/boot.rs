@@ -6,20 +6,31 @@
 use super::config::NodeConfig;
 use super::{JOURNAL_RECOVERY, SUPER};
 use crate::disk::{DiskOp, DiskRequest, DiskResult, File, Memory, Token};
+use crate::format::mapped::Owner;
 use crate::format::message::Role;
 use crate::format::record::{Kind, Record, flags, origin};
-use crate::format::superblock::{SLOT, Superblock};
-use crate::journal::maps::{Maps, MapsId};
+use crate::format::superblock::{ResyncStage, SLOT, Superblock};
+use crate::journal::maps::Maps;
 use crate::journal::recovery::{Outcome, Recovered, Recovery};
+use crate::resync::index::Index;
 use crate::role;
 use crate::units::{HistoryPoint, Lsn};
 use bytes::Bytes;
 
 /// A node that is starting.
 pub struct Boot {
-    memory: Option<Box<dyn Memory>>,
+    memory: Option<(Box<dyn Memory>, Box<dyn Memory>)>,
     slots: [Option<Bytes>; 2],
-    found: Option<(usize, Superblock, Recovery, Maps)>,
+    found: Option<Found>,
+}
+
+/// What the superblock led to.
+struct Found {
+    slot: usize,
+    sb: Superblock,
+    recovery: Recovery,
+    maps: Maps,
+    index: Index,
 }
 
 /// What boot ends with.
@@ -30,18 +41,20 @@ pub struct Booted {
     pub slot: usize,
     /// The dirty maps.
     pub maps: Maps,
+    /// The hash index.
+    pub index: Index,
     /// The journal's end.
     pub recovered: Recovered,
 }
 
 impl Boot {
     /// Begins: reads both slots.
-    pub fn new(maps: Box<dyn Memory>, out: &mut Vec<DiskRequest>) -> Boot {
+    pub fn new(maps: Box<dyn Memory>, index: Box<dyn Memory>, out: &mut Vec<DiskRequest>) -> Boot {
         for slot in 0..2u64 {
             let op = DiskOp::Read { offset: slot * SLOT as u64, len: SLOT };
             out.push(DiskRequest { token: Token::new(SUPER, slot), file: File::Superblock, op });
         }
-        Boot { memory: Some(maps), slots: [None, None], found: None }
+        Boot { memory: Some((maps, index)), slots: [None, None], found: None }
     }
 
     /// The answer to one of its requests; `Some` when it ends.
@@ -55,13 +68,13 @@ impl Boot {
         if token.owner() == SUPER {
             return self.slot_read(cfg, token.id() as usize, result, out).err().map(Err);
         }
-        let (_, sb, recovery, maps) = self.found.as_mut()?;
+        let Found { sb, recovery, maps, .. } = self.found.as_mut()?;
         let mut seen = |r: &Record| note(sb, maps, r);
         match recovery.complete(token.id(), result, &mut seen, out)? {
             Outcome::Stopped(text) => Some(Err(text)),
             Outcome::Differs => Some(Err("the journal was cut without being asked".into())),
             Outcome::Found(recovered) => {
-                let (slot, mut sb, _, maps) = self.found.take()?;
+                let Found { slot, mut sb, maps, index, .. } = self.found.take()?;
                 if recovered.tail.point.lsn == sb.checkpoint.lsn {
                     sb.checkpoint = recovered.tail.point;
                 }
@@ -69,7 +82,7 @@ impl Boot {
                     // The record that names this node as a member is from before its promotion.
                     sb.sync_set.retain(|n| *n != sb.node);
                 }
-                Some(Ok(Booted { sb, slot, maps, recovered: *recovered }))
+                Some(Ok(Booted { sb, slot, maps, index, recovered: *recovered }))
             }
         }
     }
@@ -97,17 +110,28 @@ impl Boot {
             sb.checkpoint = HistoryPoint { lsn: Lsn(0), hash: origin };
         }
         let volumes: Vec<_> = sb.volumes.iter().map(|v| (v.number, v.size)).collect();
-        let memory = self.memory.take().expect("slots are read once");
-        let id = MapsId { group: sb.group, node: sb.node, number: sb.maps_id };
+        let (memory, index) = self.memory.take().expect("slots are read once");
+        let id = Owner { group: sb.group, node: sb.node, number: sb.maps_id };
         // No superblock that was ever written had this sequence.
-        let renewed = MapsId { number: sb.sequence + 1, ..id };
+        let renewed = Owner { number: sb.sequence + 1, ..id };
         let maps = Maps::new(memory, &volumes, sb.maps.clone(), sb.checkpoint, (id, renewed))?;
         (sb.maps, sb.maps_id) = (maps.ranges().to_vec(), maps.number());
+        let mut index = Index::new(index, &volumes, Owner { number: sb.maps_id, ..id })?;
+        if let Some(from) = repairing(&sb) {
+            // The index may not know durably what was written there.
+            index.forget_from(from);
+        }
         let mut recovery = Recovery::new(JOURNAL_RECOVERY, &sb, origin);
         recovery.start(out);
-        self.found = Some((slot, sb, recovery, maps));
+        self.found = Some(Found { slot, sb, recovery, maps, index });
         Ok(())
     }
+}
+
+/// From which position on a comparison may have been writing into the backings.
+fn repairing(sb: &Superblock) -> Option<u64> {
+    let copying = sb.resync.as_ref().filter(|r| r.stage == ResyncStage::Copying).map(|r| r.progress);
+    copying.or(sb.comparison.filter(|c| !c.verify).map(|c| c.progress))
 }
 
 /// A record after the checkpoint: its extents are dirty, and it may change what the superblock says.

@@ -5,15 +5,18 @@
 //! application would read; everything of a link is forgotten with it.
 
 use super::COMPARE;
-use super::event::{Action, Level, LinkId};
-use super::refresh::Refreshing;
+use super::event::{Action, AdminId, Level, LinkId};
+use super::job::Job as CompareJob;
+use super::primary::Primary;
 use super::run::{Part, Run};
 use super::status::RefreshStatus;
 use crate::disk::{DiskOp, DiskRequest, DiskResult, Token, aligned, freeze};
-use crate::format::compare::Compare;
+use crate::format::compare::{Compare, Root};
 use crate::format::message::{Message, refuse};
 use crate::resync::hash::{HashKey, Job, Product};
 use crate::resync::source::{Purpose, Source, Task};
+use crate::resync::target::Target;
+use crate::resync::{MAX_OPEN, extent_of};
 use crate::units::Extent;
 use bytes::Bytes;
 use slab::Slab;
@@ -44,8 +47,17 @@ pub struct Comparing {
     pub(super) key: HashKey,
     calls: Slab<Call>,
     serials: u64,
+    /// Windows opened so far, by the jobs here.
+    pub(super) windows: u32,
     sources: BTreeMap<LinkId, (u64, Source)>,
-    pub(super) job: Refreshing,
+    /// Windows asked for before this primary served.
+    early: Vec<(LinkId, Compare)>,
+    /// On a shadow: the job that runs, or the last one.
+    pub(super) job: Option<CompareJob>,
+    /// On a primary: who asked for one, and of which link.
+    pub(super) asked: Option<(AdminId, LinkId)>,
+    /// Bytes of words sent and received for the job.
+    pub(super) wire: u64,
     /// What shadows said of their jobs, on a primary: the newest.
     pub(super) told: Option<RefreshStatus>,
 }
@@ -57,8 +69,12 @@ impl Comparing {
             key,
             calls: Slab::new(),
             serials: 0,
+            windows: 0,
             sources: BTreeMap::new(),
-            job: Refreshing::default(),
+            early: Vec::new(),
+            job: None,
+            asked: None,
+            wire: 0,
             told: None,
         }
     }
@@ -69,14 +85,34 @@ impl Comparing {
         self.serials
     }
 
+    /// A word was sent or came.
+    pub(super) fn count_wire(&mut self, word: &Compare) {
+        if !matches!(word, Compare::Report { .. }) {
+            self.wire += word.wire_len();
+        }
+    }
+
+    /// The machine of the job, if it is the one with this number.
+    fn target(&mut self, serial: u64) -> Option<&mut Target> {
+        self.job.as_mut()?.target(serial)
+    }
+
     /// A write was accepted on the primary.
     pub(super) fn touch(&mut self, extent: Extent) {
         self.sources.values_mut().for_each(|(_, s)| s.touch(extent));
     }
 
+    /// A window that waits to be opened is not wanted any more; whether it waited.
+    fn close_early(&mut self, link: LinkId, window: u32) -> bool {
+        let before = self.early.len();
+        self.early.retain(|(l, word)| *l != link || word.window() != Some(window));
+        self.early.len() < before
+    }
+
     /// A link is gone.
     pub(super) fn forget(&mut self, link: LinkId) {
         self.sources.remove(&link);
+        self.early.retain(|(l, _)| *l != link);
     }
 }
 
@@ -90,8 +126,12 @@ impl Run {
             Compare::Report { json } => self.job_reported(link, &json),
             Compare::Fail { text } => self.job_refused(link, text),
             Compare::Open { window, extent, wanted, quick } => {
+                if !matches!(&self.part, Part::Primary(p) if p.is_serving()) {
+                    return self.open_later(link, Compare::Open { window, extent, wanted, quick });
+                }
                 self.open_window(link, window, extent, &wanted, quick);
             }
+            Compare::Close { window } if self.compare.close_early(link, window) => {}
             word => {
                 let mut out = Vec::new();
                 let Some((serial, source)) = self.compare.sources.get_mut(&link) else {
@@ -106,19 +146,31 @@ impl Run {
         }
     }
 
+    /// A window for which this primary is not ready: it is opened once it serves.
+    fn open_later(&mut self, link: LinkId, open: Compare) {
+        if self.compare.early.iter().filter(|(l, _)| *l == link).count() >= MAX_OPEN {
+            return self.drop_link(link, "it asked for more windows than it may open");
+        }
+        self.compare.early.push((link, open));
+    }
+
+    /// Opens the windows that waited for it; whether there were any.
+    pub(super) fn open_early(&mut self) -> bool {
+        if self.compare.early.is_empty() || !matches!(&self.part, Part::Primary(p) if p.is_serving()) {
+            return false;
+        }
+        for (link, open) in std::mem::take(&mut self.compare.early) {
+            self.heard_as_primary(link, open);
+        }
+        true
+    }
+
     fn open_window(&mut self, link: LinkId, number: u32, extent: Extent, wanted: &[u8], quick: bool) {
         let volume = self.meta.sb.volumes.iter().find(|v| v.number == extent.address().volume());
         if volume.is_none_or(|v| extent.address().offset() + extent.len() > v.size) {
             return self.drop_link(link, "it asked for a window outside of the volumes");
         }
-        let cache = match &self.part {
-            Part::Primary(p) if p.is_serving() => p.cache.as_ref(),
-            _ => None,
-        };
-        let Some(cache) = cache else {
-            let text = "the primary is not serving yet".to_owned();
-            return self.say(link, Compare::Fail { text });
-        };
+        let Part::Primary(Primary { cache: Some(cache), .. }) = &self.part else { return };
         if !self.compare.sources.contains_key(&link) {
             let fresh = (self.compare.serial(), Source::new(self.compare.key));
             self.compare.sources.insert(link, fresh);
@@ -128,7 +180,12 @@ impl Run {
         let Some((serial, source)) = self.compare.sources.get_mut(&link) else { return };
         let serial = *serial;
         let mut out = Vec::new();
-        let opened = source.open(number, extent, wanted, quick, tail.point.lsn, newer, |_| None, &mut out);
+        // What the backing lacks, its index does not speak of.
+        let index = |i: usize| {
+            let e = extent_of(extent, i)?;
+            self.index.root(e.address()).filter(|_| cache.read(e).next().is_none())
+        };
+        let opened = source.open(number, extent, wanted, quick, tail.point.lsn, newer, index, &mut out);
         match opened {
             Ok(()) => self.do_tasks(Side::Source(link), serial, out),
             Err(why) => self.drop_link(link, &format!("it asked for {why}")),
@@ -137,7 +194,7 @@ impl Run {
 
     /// Says a word, and counts it where the job is.
     pub(super) fn say(&mut self, link: LinkId, word: Compare) {
-        self.compare.job.count_wire(&word);
+        self.compare.count_wire(&word);
         self.send(link, Message::Compare(Box::new(word)));
     }
 
@@ -155,6 +212,7 @@ impl Run {
                     }
                 }
                 Task::Work(window, purpose, job) => self.do_work(side, serial, window, purpose, job),
+                Task::Learn(window, roots) => self.learn(window, roots),
                 Task::Read(window, purpose, extent) => {
                     let call =
                         Call { side, serial, window, purpose, extent: Some(extent), pieces: Vec::new() };
@@ -164,6 +222,16 @@ impl Run {
                         Side::Target => self.read_image(id, extent),
                     }
                 }
+            }
+        }
+    }
+
+    /// A primary has read these of its image; what is not in the backing is not what the index is about.
+    fn learn(&mut self, window: Extent, roots: Vec<(usize, Root)>) {
+        let Part::Primary(Primary { cache: Some(cache), .. }) = &self.part else { return };
+        for (i, root) in roots {
+            if let Some(e) = extent_of(window, i).filter(|e| cache.read(*e).next().is_none()) {
+                self.index.learn(e.address(), root);
             }
         }
     }
@@ -232,9 +300,13 @@ impl Run {
                 }
             }
             Side::Target => {
-                let Some(target) = self.compare.job.target(call.serial) else { return };
+                let Some(target) = self.compare.target(call.serial) else { return };
                 match result {
-                    Ok(bytes) => target.read(call.window, call.purpose, bytes, &mut out),
+                    Ok(bytes) => {
+                        if let Err(why) = target.read(call.window, call.purpose, bytes, &mut out) {
+                            return self.distrust(why);
+                        }
+                    }
                     Err(_) => return self.job_failed("the image here can't be read"),
                 }
             }
@@ -254,7 +326,7 @@ impl Run {
                 _ => return,
             },
             Side::Target => {
-                let Some(target) = self.compare.job.target(call.serial) else { return };
+                let Some(target) = self.compare.target(call.serial) else { return };
                 if let Err(why) = target.worked(call.window, call.purpose, product, &mut out) {
                     return self.distrust(why);
                 }

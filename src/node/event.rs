@@ -162,8 +162,9 @@ pub struct Refresh {
     pub verify: bool,
     /// Bytes of the volumes that each side may read in a second; 0: as fast as it goes.
     pub rate: u64,
-    /// Don't go on where an interrupted one ended: begin anew.
-    pub restart: bool,
+    /// A resync that is under way or needed makes the new image over the old one: no room for a stage is
+    /// needed, and until it ends there is no usable image here.
+    pub in_place: bool,
 }
 
 /// Why an administrator's request was not done. Each maps to one exit code of the CLI.

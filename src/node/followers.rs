@@ -31,8 +31,10 @@ impl Run {
             return self.drop_link(link, "the journal is too full for it to catch up");
         }
         let known = &mut self.meta.sb.peers;
-        let peer = Peer { node, name, durable: from.prev(), behind: false, resyncing };
-        match known.iter().position(|k| k.node == node) {
+        let at = known.iter().position(|k| k.node == node);
+        let verified = at.and_then(|i| known[i].verified);
+        let peer = Peer { node, name, durable: from.prev(), behind: false, resyncing, verified };
+        match at {
             Some(i) => known[i] = peer,
             None if known.len() < MAX_PEERS => known.push(peer),
             None => return self.drop_link(link, "this group has too many peers"),

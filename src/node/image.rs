@@ -9,7 +9,7 @@ use super::feed::{Fetched, Reader};
 use super::meta::Ticket;
 use super::remake::{self, Finish, Staged};
 use super::run::{Part, Run, fetch};
-use super::{APPLY, MAPS, STAGE};
+use super::{APPLY, INDEX, MAPS, STAGE};
 use crate::apply::{Applier, Progress, Source};
 use crate::disk::{DiskOp, DiskRequest, DiskResult, File, IoError, Token};
 use crate::extents::ExtentMap;
@@ -25,12 +25,11 @@ const BATCH: u64 = 4 << 20;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Check {
     Idle,
-    /// The syncs that it waits for.
+    /// The syncs of mapped files that it waits for; those of the backings are the applier's.
     Syncing {
         tail: Tail,
         fence: u64,
-        maps: bool,
-        stage: bool,
+        left: [bool; 3],
     },
     /// Synced; what overwrote it is not durable yet.
     Fenced {
@@ -41,6 +40,14 @@ enum Check {
         tail: Tail,
         ticket: Ticket,
     },
+}
+
+/// A mapped file that a checkpoint syncs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum CheckPart {
+    Maps,
+    Index,
+    Stage,
 }
 
 /// See the module's documentation.
@@ -113,13 +120,6 @@ impl Image {
         self.applier.is_quiet() && self.reader.is_idle()
     }
 
-    /// The sync of the stage's map was answered.
-    pub fn stage_map_synced(&mut self) {
-        if let Check::Syncing { stage, .. } = &mut self.check {
-            *stage = true;
-        }
-    }
-
     /// Nothing of the backing is being changed.
     pub fn is_idle(&self) -> bool {
         !self.applier.is_busy() && self.reader.is_idle()
@@ -131,11 +131,6 @@ impl Image {
         self.rotated_at = 0;
         (self.upto, self.repaired) = (None, false);
         self.staging.clear();
-    }
-
-    /// The batch that write-back begins ends with this record.
-    pub fn begin(&mut self, upto: Tail) {
-        self.upto = Some(upto);
     }
 }
 
@@ -156,7 +151,7 @@ impl Run {
         if !self.image.applier.is_busy() && !self.image_waits() {
             let due = self.image.applied.point.lsn < self.apply_limit();
             // In turn, so that neither waits for the end of the other.
-            let repair = self.compare.job.has_repairs() && (!due || self.image.repair_next);
+            let repair = self.has_repairs() && (!due || self.image.repair_next);
             self.image.repair_next = !repair;
             moved |= match (repair, due) {
                 (true, _) => self.begin_repairs(),
@@ -219,6 +214,8 @@ impl Run {
         self.image.upto = upto;
         if self.is_staging() {
             self.image.staging = batch.iter().map(|(e, _)| *e).collect();
+        } else {
+            batch.iter().for_each(|(e, _)| self.index.forget(*e));
         }
         self.image.applier.begin(batch.into_iter());
     }
@@ -285,7 +282,7 @@ impl Run {
                     return false;
                 }
                 self.image.check = Check::Idle;
-                self.job_synced();
+                self.index.synced();
                 self.maps.settled();
                 self.links.checkpoint = tail.point.lsn;
                 self.update_keep();
@@ -302,7 +299,8 @@ impl Run {
             return false; // the image is being moved, and stays the one that it is
         }
         let tail = self.image.applied;
-        let news = tail.point.lsn > self.meta.sb.checkpoint.lsn || self.image.repaired;
+        let learned = self.image.repaired || self.index.has_pending();
+        let news = tail.point.lsn > self.meta.sb.checkpoint.lsn || learned;
         if !news || self.image.applier.is_syncing() {
             self.image.hurry = false;
             return false;
@@ -323,29 +321,31 @@ impl Run {
         let fence = self.fence();
         self.image.repaired = self.image.applier.is_busy() && self.image.repaired;
         self.job_syncing();
-        self.disk.push(DiskRequest { token: Token::new(MAPS, 0), file: File::DirtyMaps, op: DiskOp::Sync });
-        self.image.applier.sync(&mut self.disk);
-        let staged = self.is_staging();
-        if staged {
-            let token = Token::new(STAGE, remake::MAP);
-            self.disk.push(DiskRequest { token, file: File::StageMap, op: DiskOp::Sync });
+        let left = [true, self.index.sync(), self.is_staging()];
+        let files =
+            [(MAPS, 0, File::DirtyMaps), (INDEX, 0, File::HashIndex), (STAGE, remake::MAP, File::StageMap)];
+        for ((owner, id, file), _) in files.into_iter().zip(left).filter(|(_, wanted)| *wanted) {
+            self.disk.push(DiskRequest { token: Token::new(owner, id), file, op: DiskOp::Sync });
         }
-        self.image.check = Check::Syncing { tail, fence, maps: false, stage: !staged };
+        self.image.applier.sync(&mut self.disk);
+        self.image.check = Check::Syncing { tail, fence, left };
         true
     }
 
-    /// The dirty maps are synced.
-    pub(super) fn maps_synced(&mut self, result: DiskResult) -> Result<(), IoError> {
-        result?;
-        if let Check::Syncing { maps, .. } = &mut self.image.check {
-            *maps = true;
+    /// The sync of a mapped file was answered.
+    pub(super) fn map_synced(&mut self, part: CheckPart, result: DiskResult) -> Result<(), IoError> {
+        if let Check::Syncing { left, .. } = &mut self.image.check
+            && (result.is_ok() || part == CheckPart::Stage)
+        {
+            left[part as usize] = false;
         }
+        result?;
         self.check_synced();
         Ok(())
     }
 
     pub(super) fn check_synced(&mut self) {
-        if let Check::Syncing { tail, fence, maps: true, stage: true } = self.image.check
+        if let Check::Syncing { tail, fence, left: [false, false, false] } = self.image.check
             && !self.image.applier.is_syncing()
             && !self.image.applier.has_failed()
         {
@@ -364,16 +364,22 @@ impl Run {
         sb.floor = sb.floor.max(durable);
         sb.maps = self.maps.ranges().to_vec();
         if let Some(resync) = &mut sb.resync {
-            resync.progress = resync.progress.max(self.compare.job.resync_progress());
+            let progress = self.compare.job.as_ref().map_or(0, super::job::Job::resync_progress);
+            resync.progress = resync.progress.max(progress);
         }
+        self.note_job();
         let ticket = self.meta.save(false);
         self.image.check = Check::Saving { tail, ticket };
     }
 
     /// Ends a checkpoint that can't succeed; whether none is under way.
     pub(super) fn abandon_checkpoint(&mut self) -> bool {
-        if matches!(self.image.check, Check::Syncing { maps: true, stage: true, .. } | Check::Fenced { .. }) {
+        if matches!(
+            self.image.check,
+            Check::Syncing { left: [false, false, false], .. } | Check::Fenced { .. }
+        ) {
             self.image.check = Check::Idle;
+            self.index.abandoned();
         }
         self.checkpoint_idle()
     }

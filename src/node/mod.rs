@@ -6,7 +6,7 @@
 //! `boot` finds the journal's end; `run` is the node afterwards: `primary` and `shadow` are its
 //! roles, `image` the backing and its checkpoint, `feed` the way of records to their readers,
 //! `links` the connections, `greeting` their handshake,
-//! `compare` and `refresh` the comparison of images, `offer`, `rebase` and `remake` the resync of a shadow
+//! `compare`, `job` and `refresh` the comparison of images, `offer`, `rebase` and `remake` the resync of a shadow
 //! that its primary's journal can't feed,
 //! `followers` what a primary owes its shadows, `admin` what administrators ask, `report` what they are told.
 
@@ -19,6 +19,7 @@ mod feed;
 mod followers;
 mod greeting;
 mod image;
+mod job;
 mod links;
 mod meta;
 mod offer;
@@ -50,6 +51,18 @@ const MAPS: u8 = 6;
 const ENCODE: u8 = 7;
 const COMPARE: u8 = 8;
 const STAGE: u8 = 9;
+const INDEX: u8 = 10;
+
+/// The mapped files of a node.
+pub struct Memories {
+    /// The write cache's ring, `cache::ring_len`; all zeroes when new. It is taken up if it belongs to this
+    /// group and boot.
+    pub ring: Option<Box<dyn Memory>>,
+    /// The dirty maps, `journal::maps::maps_len`.
+    pub maps: Box<dyn Memory>,
+    /// The hash index, `resync::index::index_len`.
+    pub index: Box<dyn Memory>,
+}
 
 /// A node. Feed it events; do what it asks.
 pub struct Node {
@@ -62,10 +75,7 @@ pub struct Node {
 
 #[expect(clippy::large_enum_variant, reason = "there is one, and it stays where it is")]
 enum Stage {
-    New {
-        ring: Option<Box<dyn Memory>>,
-        maps: Box<dyn Memory>,
-    },
+    New(Memories),
     Booting {
         ring: Option<Box<dyn Memory>>,
         boot: Boot,
@@ -76,18 +86,17 @@ enum Stage {
 }
 
 impl Node {
-    /// A node over its write cache and its dirty maps. The shell holds the locks of all files before
-    /// this. `ring` is all zeroes when new; it is taken up if it belongs to this group and boot.
-    pub fn new(cfg: NodeConfig, ring: Option<Box<dyn Memory>>, maps: Box<dyn Memory>) -> Node {
-        Node { cfg, stage: Stage::New { ring, maps }, early: Vec::new(), early_admin: Vec::new() }
+    /// A node over its mapped files. The shell holds the locks of all files before this.
+    pub fn new(cfg: NodeConfig, memories: Memories) -> Node {
+        Node { cfg, stage: Stage::New(memories), early: Vec::new(), early_admin: Vec::new() }
     }
 
     /// Begins recovery; call once, before the first `step`.
     pub fn start(&mut self, _now: Now, actions: &mut Actions) {
         let stage = std::mem::replace(&mut self.stage, Stage::Broken("it was not started".into()));
-        if let Stage::New { ring, maps } = stage {
+        if let Stage::New(Memories { ring, maps, index }) = stage {
             let mut disk = Vec::new();
-            self.stage = Stage::Booting { ring, boot: Boot::new(maps, &mut disk) };
+            self.stage = Stage::Booting { ring, boot: Boot::new(maps, index, &mut disk) };
             submit(disk, actions);
         }
     }
@@ -110,7 +119,7 @@ impl Node {
                     self.not_running(event, "Recovering", actions);
                 }
             }
-            Stage::New { .. } | Stage::Broken(_) => self.not_running(event, "Failed", actions),
+            Stage::New(_) | Stage::Broken(_) => self.not_running(event, "Failed", actions),
         }
     }
 

@@ -454,8 +454,7 @@ impl Run {
         p.batch = dirty.iter().map(|(e, _)| *e).collect();
         p.dirty_since = (ready < p.tails.len()).then_some(self.now.mono);
         let source = |at: Option<u64>| at.map_or(Source::Zeroes, Source::Ring);
-        self.image.applier.begin(dirty.into_iter().map(|(e, s)| (e, source(s.at))));
-        self.image.begin(upto);
+        self.begin_batch(dirty.into_iter().map(|(e, s)| (e, source(s.at))).collect(), Some(upto));
         true
     }
 

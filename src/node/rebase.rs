@@ -218,7 +218,8 @@ impl Run {
     /// The image here is worth nothing beside a new one: it can be made in place.
     fn remakes_in_place(&self) -> bool {
         let sb = &self.meta.sb;
-        !sb.consistent || (sb.resync.is_none() && self.image.applied.point.lsn == Lsn(0))
+        let asked = matches!(&self.part, Part::Shadow(s) if s.in_place);
+        !sb.consistent || (sb.resync.is_none() && (asked || self.image.applied.point.lsn == Lsn(0)))
     }
 
     fn prepare(&mut self, offer: Box<Offer>) -> (Step, bool) {
@@ -321,7 +322,11 @@ impl Run {
         }
         self.aim();
         self.update_keep();
-        let text = match self.meta.sb.resync.as_ref().map(|r| r.stage) {
+        let stage = self.meta.sb.resync.as_ref().map(|r| r.stage);
+        if let Part::Shadow(s) = &mut self.part {
+            s.in_place &= stage != Some(ResyncStage::Copying);
+        }
+        let text = match stage {
             None => "the image stays the one of",
             Some(ResyncStage::Copying) => "the image is made anew in place, from",
             Some(_) => "a new image is made beside the old one, from",
@@ -354,14 +359,19 @@ impl Run {
         }
     }
 
-    /// An administrator wants the resync that stopped; whether there was one.
-    pub(super) fn resume_resync(&mut self) -> bool {
+    /// An administrator wants the resync that stopped, or (`in_place`) another kind of the one that is under
+    /// way. Whether there was one.
+    pub(super) fn resume_resync(&mut self, in_place: bool) -> bool {
+        let staging = self.is_staging();
         let Part::Shadow(s) = &mut self.part else { return false };
         let stopped = s.stopped.take().is_some();
+        s.in_place |= in_place && (stopped || staging);
         if stopped {
             self.links.dial_now();
+        } else if in_place && staging {
+            self.retreat(None);
         }
-        stopped
+        stopped || (in_place && staging)
     }
 
     /// Moves the way back on; whether anything moved.

@@ -11,8 +11,10 @@ use super::event::{Action, Level};
 use super::meta::Ticket;
 use super::run::{Part, Run};
 use crate::apply::Source;
-use crate::apply::stage::{Stage, StageId};
-use crate::disk::{DiskOp, DiskRequest, DiskResult, File, IoError, Memory, Token};
+use crate::apply::stage::Stage;
+
+use crate::disk::{DiskOp, DiskRequest, DiskResult, File, Memory, Token};
+use crate::format::mapped::Owner;
 use crate::format::message::Message;
 use crate::format::superblock::{Resync, ResyncStage};
 use crate::journal::maps::joined;
@@ -146,7 +148,7 @@ impl Run {
         let Staged::Opening { fresh, job } = self.image.staged else { return };
         self.image.staged = Staged::Absent;
         let sb = &self.meta.sb;
-        let id = StageId { group: sb.group, node: sb.node, job };
+        let id = Owner { group: sb.group, node: sb.node, number: job };
         let volumes: Vec<_> = sb.volumes.iter().map(|v| (v.number, v.size)).collect();
         let opened = result.and_then(|memory| {
             let stage = Stage::new(memory, &volumes, id, fresh);
@@ -336,14 +338,6 @@ impl Run {
         if let Some(link) = self.links.receiving() {
             self.send(link, Message::Resynced);
         }
-    }
-
-    /// The stage's map is synced for a checkpoint.
-    pub(super) fn stage_synced(&mut self, result: DiskResult) -> Result<(), IoError> {
-        self.image.stage_map_synced();
-        result?;
-        self.check_synced();
-        Ok(())
     }
 
     /// Begins the comparison that the new image needs, or goes on with it; whether anything moved.

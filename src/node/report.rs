@@ -6,10 +6,10 @@
 use super::config::NodeConfig;
 use super::links::PeerView;
 use super::run::{Part, Run};
-use super::status::{PeerStatus, SCHEMA_VERSION, Status, VolumeStatus};
+use super::status::{PeerStatus, SCHEMA_VERSION, Status, Verified, VolumeStatus, rfc3339};
 use crate::format::message::Role;
 use crate::format::superblock::Peer;
-use crate::units::{MILLIS, SECONDS};
+use crate::units::SECONDS;
 
 /// With less than this a journal is full: what one write in a full cache may want of it.
 const ROOM: u64 = 4 << 20;
@@ -48,14 +48,9 @@ pub fn bare(cfg: &NodeConfig, state: &str, reason: Option<String>) -> Status {
         peers: vec![],
         lag: None,
         verified: None,
+        unrepaired_bytes: 0,
         refresh: None,
     }
-}
-
-/// Nanoseconds since 1970 as RFC 3339, to the millisecond; `None` for 0.
-pub(super) fn rfc3339(time: u64) -> Option<String> {
-    let time = jiff::Timestamp::from_millisecond((time / MILLIS) as i64).ok().filter(|_| time > 0)?;
-    Some(format!("{time:.3}"))
 }
 
 impl Run {
@@ -93,8 +88,9 @@ impl Run {
             record_bytes: self.links.record_bytes,
             peers: self.links.peers.iter().map(|p| self.peer(p)).collect(),
             lag: self.lag(),
-            verified: self.compare.job.verified.clone(),
-            refresh: self.compare.job.status().or(self.compare.told.as_ref()).cloned(),
+            verified: sb.verified.as_ref().filter(|_| sb.role == Role::Shadow).map(Verified::from),
+            unrepaired_bytes: sb.unrepaired,
+            refresh: self.compare.job.as_ref().map(|j| &j.status).or(self.compare.told.as_ref()).cloned(),
             ..bare(&self.cfg, "", None)
         }
     }
@@ -105,6 +101,7 @@ impl Run {
             Part::Shadow(_) => None,
         };
         let (lag_records, lag_bytes, since) = behind.unwrap_or((0, 0, 0));
+        let known = self.meta.sb.peers.iter().find(|k| Some(k.node) == p.node);
         let seconds = |ns: u64| ns as f64 / SECONDS as f64;
         let late = if lag_records > 0 { self.now.wall.saturating_sub(since) } else { 0 };
         PeerStatus {
@@ -121,6 +118,7 @@ impl Run {
             heard_seconds_ago: p.heard.map(|at| seconds(self.now.mono.saturating_sub(at))),
             round_trip_seconds: p.clock.round_trip().map(seconds),
             sent_bytes: p.sent_bytes,
+            verified: known.and_then(|k| k.verified.as_ref()).map(Verified::from),
         }
     }
 
@@ -183,7 +181,8 @@ impl Run {
     }
 
     fn resync_percent(&self) -> String {
-        let job = self.compare.job.status().filter(|j| j.total > 0 && self.is_remaking());
+        let job = self.compare.job.as_ref().map(|j| &j.status);
+        let job = job.filter(|j| j.total > 0 && self.is_remaking());
         job.map_or_else(String::new, |j| {
             format!(": {:.1} % compared", j.compared as f64 * 100.0 / j.total as f64)
         })
@@ -235,6 +234,10 @@ impl Run {
             };
             return ("CatchingUp", Some(why), "none: wait".into());
         }
-        ("UpToDate", None, "none".into())
+        let action = match self.meta.sb.unrepaired {
+            0 => "none".into(),
+            n => format!("a comparison found {n} bytes that differ: volrep refresh {}", self.cfg.group_name),
+        };
+        ("UpToDate", None, action)
     }
 }

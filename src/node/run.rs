@@ -8,12 +8,12 @@ use super::compare::Comparing;
 use super::config::NodeConfig;
 use super::event::{Action, Actions, Event, Level};
 use super::feed::Feed;
-use super::image::Image;
+use super::image::{CheckPart, Image};
 use super::links::Links;
 use super::meta::Meta;
 use super::primary::Primary;
 use super::shadow::Shadow;
-use super::{APPLY, COMPARE, ENCODE, FRONT, JOURNAL, JOURNAL_RECOVERY, MAPS, READER, STAGE, SUPER};
+use super::{APPLY, COMPARE, ENCODE, FRONT, INDEX, JOURNAL, JOURNAL_RECOVERY, MAPS, READER, STAGE, SUPER};
 use super::{rebase, remake};
 use crate::disk::{DiskRequest, DiskResult, IoError, Memory, Token};
 use crate::format::message::Role;
@@ -21,6 +21,7 @@ use crate::journal::Journal;
 use crate::journal::maps::Maps;
 use crate::link::lag::Sample;
 use crate::resync::hash::HashKey;
+use crate::resync::index::Index;
 use crate::units::Now;
 
 /// What a node is.
@@ -44,6 +45,7 @@ pub struct Run {
     pub(super) meta: Meta,
     pub(super) journal: Journal,
     pub(super) maps: Maps,
+    pub(super) index: Index,
     pub(super) feed: Feed,
     pub(super) image: Image,
     pub(super) links: Links,
@@ -57,7 +59,7 @@ pub struct Run {
 impl Run {
     /// Takes over from boot.
     pub fn new(cfg: NodeConfig, ring: Option<Box<dyn Memory>>, booted: Booted, now: Now) -> Run {
-        let Booted { mut sb, slot, maps, recovered: r } = booted;
+        let Booted { mut sb, slot, maps, index, recovered: r } = booted;
         for peer in &mut sb.peers {
             // A position beyond the own end belongs to records that this node has lost.
             peer.durable = peer.durable.min(r.tail.point.lsn);
@@ -79,6 +81,7 @@ impl Run {
             meta: Meta::new(SUPER, sb, slot),
             journal,
             maps,
+            index,
             part,
             read_ids: 0,
             fault: None,
@@ -89,6 +92,7 @@ impl Run {
         run.update_keep();
         run.begin_timeline();
         run.find_stage();
+        run.take_up_comparison();
         run
     }
 
@@ -189,13 +193,15 @@ impl Run {
                 }
             },
             STAGE if token.id() == remake::MAP => {
-                self.stage_synced(result).or_else(|e| self.stage_failed("syncing its map", e))
+                let synced = self.map_synced(CheckPart::Stage, result);
+                synced.or_else(|e| self.stage_failed("syncing its map", e))
             }
             STAGE => {
                 self.stage_read(token.id(), result);
                 Ok(())
             }
-            MAPS => self.maps_synced(result).map_err(|e| ("writing the dirty maps", e)),
+            MAPS => self.map_synced(CheckPart::Maps, result).map_err(|e| ("writing the dirty maps", e)),
+            INDEX => self.map_synced(CheckPart::Index, result).map_err(|e| ("writing the hash index", e)),
             FRONT => {
                 self.read_done(token.id(), result);
                 Ok(())

@@ -46,6 +46,8 @@ pub struct Shadow {
     pub(super) retreat: Option<Retreat>,
     /// Why the last resync stopped: the next one is for an administrator to begin.
     pub(super) stopped: Option<String>,
+    /// An administrator gives the old image up for the next resync.
+    pub(super) in_place: bool,
     /// No comparison of a resync begins before.
     pub(super) compare_at: u64,
 }
@@ -87,6 +89,7 @@ impl Shadow {
             rebase: None,
             retreat: None,
             stopped: None,
+            in_place: false,
             compare_at: 0,
         }
     }

@@ -3,6 +3,8 @@
 //! Owns: the names and units of the facts. Invariant: everything here was measured by the node
 //! that says it, or says of whom it was heard.
 
+use crate::format::superblock;
+use crate::units::MILLIS;
 use serde::{Deserialize, Serialize};
 
 /// Rises when a field changes its meaning or goes away.
@@ -58,8 +60,10 @@ pub struct Status {
     pub peers: Vec<PeerStatus>,
     /// On a shadow: its lag behind its primary, measured here.
     pub lag: Option<Lag>,
-    /// When the shadow was last proved identical, RFC 3339, and at which LSN; not yet: null.
+    /// On a shadow: when it was last proved identical, RFC 3339, and at which LSN; not yet: null.
     pub verified: Option<Verified>,
+    /// On a shadow: bytes that the last comparison found to differ, and that nobody has repaired.
+    pub unrepaired_bytes: u64,
     /// The comparison that is under way, or the last one since the start.
     pub refresh: Option<RefreshStatus>,
     /// What the administrator should do now; "none" most of the time.
@@ -73,14 +77,27 @@ pub struct Verified {
     pub at: String,
     /// At which LSN.
     pub lsn: u64,
-    /// Differences found (and repaired, if it was a refresh).
+    /// Bytes that differed then, and were repaired.
     pub differences: u64,
+}
+
+impl From<&superblock::Verified> for Verified {
+    fn from(v: &superblock::Verified) -> Verified {
+        let at = rfc3339(v.time).unwrap_or_default();
+        Verified { at, lsn: v.lsn.0, differences: v.differences }
+    }
+}
+
+/// Nanoseconds since 1970 as RFC 3339, to the millisecond; `None` for 0.
+pub fn rfc3339(time: u64) -> Option<String> {
+    let time = jiff::Timestamp::from_millisecond((time / MILLIS) as i64).ok().filter(|_| time > 0)?;
+    Some(format!("{time:.3}"))
 }
 
 /// A comparison of a shadow with its primary. On the primary it is as its shadow last told.
 #[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
 pub struct RefreshStatus {
-    /// Number of the job, drawn at random; another number is another job.
+    /// Number of the job; another number is another job.
     pub job: u64,
     /// The shadow's name.
     pub shadow: String,
@@ -180,6 +197,8 @@ pub struct PeerStatus {
     pub round_trip_seconds: Option<f64>,
     /// Bytes of records sent to it since the start.
     pub sent_bytes: u64,
+    /// On a primary: when that shadow was last proved identical, as it told; not yet: null.
+    pub verified: Option<Verified>,
 }
 
 /// Lag, from seal on the primary to each stage here, by the heartbeat clock.

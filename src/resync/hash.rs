@@ -44,8 +44,8 @@ pub enum Job {
     Hash(HashKey, Bytes),
     /// Make one frame of these.
     Pack(Vec<Bytes>),
-    /// Unpack a frame that must have exactly this many bytes.
-    Unpack(Bytes, usize),
+    /// Unpack a frame that must have exactly this many bytes: leaves, and hash these.
+    Unpack(HashKey, Bytes, usize),
 }
 
 /// Its product.
@@ -55,8 +55,8 @@ pub enum Product {
     Hashed(Hashes),
     /// Of [`Job::Pack`].
     Packed(Bytes),
-    /// Of [`Job::Unpack`]; `None`: it is not such a frame.
-    Unpacked(Option<Bytes>),
+    /// Of [`Job::Unpack`], with the hash of each leaf; `None`: it is not such a frame.
+    Unpacked(Option<(Bytes, Vec<u64>)>),
 }
 
 /// zstd level of leaves on the link.
@@ -68,7 +68,7 @@ impl Job {
         match self {
             Job::Hash(_, bytes) => bytes.len(),
             Job::Pack(parts) => parts.iter().map(Bytes::len).sum(),
-            Job::Unpack(_, raw) => *raw,
+            Job::Unpack(_, _, raw) => *raw,
         }
     }
 
@@ -82,7 +82,10 @@ impl Job {
         match self {
             Job::Hash(key, bytes) => Product::Hashed(hash(&key, &bytes)),
             Job::Pack(parts) => Product::Packed(pack(&parts)),
-            Job::Unpack(frame, raw) => Product::Unpacked(unpack(&frame, raw)),
+            Job::Unpack(key, frame, raw) => Product::Unpacked(unpack(&frame, raw).map(|bytes| {
+                let hashes = hash(&key, &bytes).leaves;
+                (bytes, hashes)
+            })),
         }
     }
 }

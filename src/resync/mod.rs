@@ -5,12 +5,13 @@
 //! shadow by the records it receives. What neither has touched has the same bytes at that LSN and now, so
 //! it can be compared, and repaired, without stopping anybody; what was touched comes by record.
 //!
-//! Owns: `hash` the tree over a window, `touched` the masks, `source` the primary's side, `target` the
+//! Owns: `hash` the tree over a window, `index` its kept roots, `touched` the masks, `source` the primary's side, `target` the
 //! shadow's, `plan` which windows there are, and the pace. Invariants: no sector that a record may have
 //! changed since the window was opened is called different or repaired (I1, I9); memory is bounded by the
 //! windows in flight and the bytes asked for.
 
 pub mod hash;
+pub mod index;
 pub mod plan;
 pub mod source;
 pub mod target;
@@ -41,6 +42,11 @@ pub fn part(window: Extent, size: u64, first: usize, count: usize) -> Option<Ext
     let start = window.start() + first as u64 * size;
     let end = (start + count as u64 * size).min(window.start() + window.len());
     Extent::between(start, end)
+}
+
+/// An extent of a window, by its number.
+pub fn extent_of(window: Extent, number: usize) -> Option<Extent> {
+    part(window, EXTENT, number, 1)
 }
 
 /// Runs of the units that `pick` chooses, each at most `most` long.

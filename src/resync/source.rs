@@ -27,12 +27,14 @@ pub enum Purpose {
 /// What the machine asks for.
 #[derive(Debug)]
 pub enum Task {
-    /// Read this of the image; answer with [`Source::read`].
+    /// Read this of the image; answer with [`Source::read`] and the number.
     Read(u32, Purpose, Extent),
-    /// Do this; answer with [`Source::worked`].
+    /// Do this; answer with [`Source::worked`] and the number.
     Work(u32, Purpose, Job),
     /// Say this.
     Say(Compare),
+    /// The extents (by number) of this window have these roots now.
+    Learn(Extent, Vec<(usize, Root)>),
 }
 
 struct Batch {
@@ -42,6 +44,8 @@ struct Batch {
 }
 
 struct Window {
+    /// Its own number, for reads and work: a shadow may give one of its numbers to several windows in turn.
+    id: u32,
     extent: Extent,
     touched: Touched,
     wanted: Vec<bool>,
@@ -66,9 +70,11 @@ struct Window {
 pub struct Source {
     key: HashKey,
     windows: BTreeMap<u32, Window>,
-    /// Parts of batches to be read.
+    /// Parts of batches to be read: window's id, batch, part.
     parts: VecDeque<(u32, u32, usize, Extent)>,
     reading: u64,
+    /// Windows opened so far.
+    opened: u32,
 }
 
 type Refusal = &'static str;
@@ -76,7 +82,7 @@ type Refusal = &'static str;
 impl Source {
     /// No window is open.
     pub fn new(key: HashKey) -> Source {
-        Source { key, windows: BTreeMap::new(), parts: VecDeque::new(), reading: 0 }
+        Source { key, windows: BTreeMap::new(), parts: VecDeque::new(), reading: 0, opened: 0 }
     }
 
     /// No window is open.
@@ -110,7 +116,9 @@ impl Source {
         let indexed: Vec<_> = (0..count).map(|i| index(i).filter(|_| wanted[i])).collect();
         let per_read = (CHUNK / EXTENT) as usize;
         let chunks = runs(count, per_read, |i| wanted[i] && !(quick && indexed[i].is_some())).into();
+        self.opened = self.opened.wrapping_add(1);
         let window = Window {
+            id: self.opened,
             extent,
             touched,
             roots: if quick { indexed.clone() } else { vec![None; count] },
@@ -162,8 +170,9 @@ impl Source {
             }
             Compare::AskData { window, batch, runs } => self.ask_data(*window, *batch, runs)?,
             Compare::Close { window } => {
-                self.windows.remove(window).ok_or("a window that is not open")?;
-                self.parts.retain(|(w, ..)| w != window);
+                let w = self.windows.remove(window).ok_or("a window that is not open")?;
+                self.parts.retain(|(id, ..)| *id != w.id);
+                out.push(Task::Learn(w.extent, w.learned().collect()));
             }
             _ => return Err("a word that a shadow does not say"),
         }
@@ -187,7 +196,7 @@ impl Source {
         }
         for (i, (first, count)) in asked.iter().enumerate() {
             let extent = part(w.extent, LEAF, usize::from(*first), usize::from(*count));
-            self.parts.push_back((window, batch, i, extent.expect("bounds were checked")));
+            self.parts.push_back((w.id, batch, i, extent.expect("bounds were checked")));
         }
         let parts = vec![Bytes::new(); asked.len()];
         w.batches.insert(batch, Batch { parts, missing: asked.len(), leaves: list });
@@ -195,16 +204,17 @@ impl Source {
     }
 
     /// The answer to a [`Task::Read`].
-    pub fn read(&mut self, number: u32, purpose: Purpose, bytes: Bytes, out: &mut Vec<Task>) {
+    pub fn read(&mut self, id: u32, purpose: Purpose, bytes: Bytes, out: &mut Vec<Task>) {
+        let window = self.windows.values_mut().find(|w| w.id == id);
         // What waits to be hashed is in memory, too.
-        let work = matches!(purpose, Purpose::Hash(_)) && self.windows.contains_key(&number);
+        let work = matches!(purpose, Purpose::Hash(_)) && window.is_some();
         if !work {
             self.reading -= bytes.len() as u64;
         }
-        if let Some(w) = self.windows.get_mut(&number) {
+        if let Some(w) = window {
             match purpose {
                 Purpose::Hash(_) => {
-                    out.push(Task::Work(number, purpose, Job::Hash(self.key, bytes)));
+                    out.push(Task::Work(id, purpose, Job::Hash(self.key, bytes)));
                 }
                 Purpose::Leaves(batch, i) => {
                     if let Some(b) = w.batches.get_mut(&batch) {
@@ -212,7 +222,7 @@ impl Source {
                         b.missing -= 1;
                         if b.missing == 0 {
                             let job = Job::Pack(std::mem::take(&mut b.parts));
-                            out.push(Task::Work(number, Purpose::Batch(batch), job));
+                            out.push(Task::Work(id, Purpose::Batch(batch), job));
                         }
                     }
                 }
@@ -228,11 +238,11 @@ impl Source {
     }
 
     /// The answer to a [`Task::Work`].
-    pub fn worked(&mut self, number: u32, purpose: Purpose, product: Product, out: &mut Vec<Task>) {
+    pub fn worked(&mut self, id: u32, purpose: Purpose, product: Product, out: &mut Vec<Task>) {
         if let Product::Hashed(hashes) = &product {
             self.reading -= hashes.len;
         }
-        if let Some(w) = self.windows.get_mut(&number) {
+        if let Some((&number, w)) = self.windows.iter_mut().find(|(_, w)| w.id == id) {
             match (purpose, product) {
                 (Purpose::Hash(first), Product::Hashed(hashes)) => {
                     w.hashed(first, &hashes);
@@ -267,7 +277,7 @@ impl Source {
             |(i, root): (usize, &Option<Root>)| if is_touched(i) { zero } else { root.unwrap_or(zero) };
         let roots: Vec<Root> = w.roots.iter().enumerate().map(counted).collect();
         let root = window_root(&self.key, roots.iter());
-        let rotten = std::mem::take(&mut w.rotten);
+        let rotten = w.rotten.clone();
         out.push(Task::Say(Compare::Root { window: number, touched, root, rotten }));
     }
 
@@ -282,6 +292,7 @@ impl Source {
                 index: *i,
                 touched: w.touched.extent(usize::from(*i)),
                 hashes: std::array::from_fn(hash),
+                rotten: w.rotten.contains(i),
             }
         };
         let extents = list.iter().map(leaves).collect();
@@ -291,17 +302,17 @@ impl Source {
     /// Begins what may be read now: first what completes windows.
     fn pump(&mut self, out: &mut Vec<Task>) {
         while self.reading < READING {
-            if let Some((window, batch, i, extent)) = self.parts.pop_front() {
+            if let Some((id, batch, i, extent)) = self.parts.pop_front() {
                 self.reading += extent.len();
-                out.push(Task::Read(window, Purpose::Leaves(batch, i), extent));
+                out.push(Task::Read(id, Purpose::Leaves(batch, i), extent));
                 continue;
             }
-            let next = self.windows.iter_mut().find_map(|(n, w)| Some((*n, w.chunks.pop_front()?, w)));
-            let Some((number, (first, count), w)) = next else { break };
+            let next = self.windows.values_mut().find_map(|w| Some((w.chunks.pop_front()?, w)));
+            let Some(((first, count), w)) = next else { break };
             w.hashing += 1;
             let extent = part(w.extent, EXTENT, first, count).expect("chunks lie in the window");
             self.reading += extent.len();
-            out.push(Task::Read(number, Purpose::Hash(first), extent));
+            out.push(Task::Read(w.id, Purpose::Hash(first), extent));
         }
         let unrooted: Vec<u32> = self.windows.iter().filter(|(_, w)| !w.rooted).map(|(n, _)| *n).collect();
         for number in unrooted {
@@ -311,6 +322,13 @@ impl Source {
 }
 
 impl Window {
+    /// Extents that were read and not written since the window was opened.
+    fn learned(&self) -> impl Iterator<Item = (usize, Root)> {
+        let read = self.has_leaves.iter().zip(&self.roots).enumerate().filter(|(_, (read, _))| **read);
+        let read = read.filter_map(|(i, (_, root))| Some((i, (*root)?)));
+        read.filter(|(i, _)| !self.touched.is_touched(*i) && !self.rotten.contains(&(*i as u16)))
+    }
+
     fn hashed(&mut self, first: usize, hashes: &Hashes) {
         self.hashing -= 1;
         let at = first * EXTENT_LEAVES;

@@ -7,7 +7,7 @@
 use super::hash::{HashKey, Hashes, Job, Product, window_root};
 use super::source::{Purpose, Task};
 use super::touched::{Touched, whole};
-use super::{CHUNK, READING, extents, leaves, part, runs};
+use super::{CHUNK, READING, extent_of, extents, leaves, part, runs};
 use crate::format::compare::{
     Compare, EXTENT, EXTENT_LEAVES, ExtentLeaves, LEAF, MAX_BATCH, Root, WINDOW_EXTENTS,
 };
@@ -31,12 +31,21 @@ enum Stage {
     Filling,
 }
 
+/// Why the bytes of a leaf are asked for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Want {
+    /// It differs; theirs has this hash.
+    Other(u64),
+    /// It may differ: ours has to be looked at first.
+    Look,
+}
+
 struct Batch {
-    /// Which leaves, and whether ours has to be looked at before it is called different.
-    leaves: Vec<(usize, bool)>,
+    leaves: Vec<(usize, Want)>,
     own: BTreeMap<usize, Bytes>,
     own_missing: usize,
-    data: Option<(Vec<u8>, Option<Bytes>)>,
+    touched: Option<Vec<u8>>,
+    data: Option<(Bytes, Vec<u64>)>,
 }
 
 /// Sectors of a leaf to be written.
@@ -52,6 +61,7 @@ struct Window {
     touched: Touched,
     wanted: Vec<bool>,
     lsn: Option<Lsn>,
+    quick: bool,
     begun: bool,
     roots: Vec<Option<Root>>,
     indexed: Vec<Option<Root>>,
@@ -65,7 +75,7 @@ struct Window {
     stage: Stage,
     asked: Vec<u16>,
     their_leaves: Option<Vec<ExtentLeaves>>,
-    need: VecDeque<(usize, bool)>,
+    need: VecDeque<(usize, Want)>,
     batches: BTreeMap<u32, Batch>,
     next_batch: u32,
     repairing: usize,
@@ -97,13 +107,14 @@ pub struct Target {
     key: HashKey,
     /// Only compare.
     verify: bool,
+    /// Its windows have this number at least; what comes of others was for a job before.
+    first: u32,
     windows: BTreeMap<u32, Window>,
     parts: VecDeque<(u32, u32, usize, Extent)>,
     repairs: VecDeque<Repair>,
     submitted: Vec<(u32, u64)>,
     reading: u64,
     asking: u64,
-    applied: Lsn,
     finished: Vec<Finished>,
     /// Bytes repaired since the start.
     pub repaired: u64,
@@ -112,18 +123,18 @@ pub struct Target {
 type Refusal = &'static str;
 
 impl Target {
-    /// Nothing is open.
-    pub fn new(key: HashKey, verify: bool) -> Target {
+    /// Nothing is open. Windows will have the numbers from `first` on, which no other of this link had.
+    pub fn new(key: HashKey, verify: bool, first: u32) -> Target {
         Target {
             key,
             verify,
+            first,
             windows: BTreeMap::new(),
             parts: VecDeque::new(),
             repairs: VecDeque::new(),
             submitted: Vec::new(),
             reading: 0,
             asking: 0,
-            applied: Lsn(0),
             finished: Vec::new(),
             repaired: 0,
         }
@@ -144,37 +155,24 @@ impl Target {
         self.windows.values().map(|w| w.extent.start()).min()
     }
 
-    /// Opens a window. `index` is what the hash index knows of its extents.
-    pub fn open(
-        &mut self,
-        number: u32,
-        extent: Extent,
-        wanted: Vec<u8>,
-        quick: bool,
-        index: impl Fn(usize) -> Option<Root>,
-        out: &mut Vec<Task>,
-    ) {
+    /// Opens a window.
+    pub fn open(&mut self, number: u32, extent: Extent, wanted: Vec<u8>, quick: bool, out: &mut Vec<Task>) {
         let count = extents(extent);
         let is_wanted =
             |i: usize| wanted.is_empty() || wanted.get(i / 8).is_some_and(|b| b >> (i % 8) & 1 == 1);
-        let flags: Vec<bool> = (0..count).map(is_wanted).collect();
-        let indexed: Vec<_> = (0..count).map(|i| index(i).filter(|_| flags[i])).collect();
-        let read = |i: usize| flags[i] && !(quick && indexed[i].is_some());
-        let chunks: VecDeque<_> = runs(count, (CHUNK / EXTENT) as usize, read).into();
-        let passed = (0..count).filter(|i| !read(*i)).filter_map(|i| part(extent, EXTENT, i, 1));
-        let skipped = passed.map(Extent::len).sum();
         let window = Window {
             extent,
             touched: Touched::new(extent),
             lsn: None,
+            quick,
             begun: false,
-            roots: if quick { indexed.clone() } else { vec![None; count] },
+            roots: vec![None; count],
             leaves: vec![0; leaves(extent)],
             has_leaves: vec![false; count],
-            skipped,
-            chunks,
-            wanted: flags,
-            indexed,
+            skipped: 0,
+            chunks: VecDeque::new(),
+            wanted: (0..count).map(is_wanted).collect(),
+            indexed: vec![None; count],
             hashing: 0,
             theirs: None,
             their_rotten: Vec::new(),
@@ -199,10 +197,16 @@ impl Target {
         }
     }
 
-    /// Every record up to `lsn` is in the image, and none of them is being written.
-    pub fn applied(&mut self, lsn: Lsn, out: &mut Vec<Task>) {
-        if self.applied < lsn {
-            self.applied = lsn;
+    /// Every record up to `lsn` is in the image, and none of them is being written: windows up to there
+    /// begin. `index` is what the hash index knows of an extent now.
+    pub fn applied(&mut self, lsn: Lsn, index: impl Fn(Extent) -> Option<Root>, out: &mut Vec<Task>) {
+        let ready = |w: &Window| !w.begun && w.lsn.is_some_and(|at| at <= lsn);
+        let mut begun = false;
+        for w in self.windows.values_mut().filter(|w| ready(w)) {
+            w.begin(&index);
+            begun = true;
+        }
+        if begun {
             self.pump(out);
         }
     }
@@ -210,6 +214,9 @@ impl Target {
     /// A word of the primary.
     pub fn heard(&mut self, word: Compare, out: &mut Vec<Task>) -> Result<(), Refusal> {
         const CLOSED: Refusal = "of a window that is not open";
+        if word.window().is_some_and(|w| w < self.first) {
+            return Ok(());
+        }
         match word {
             Compare::At { window, lsn } => {
                 let w = self.windows.get_mut(&window).ok_or(CLOSED)?;
@@ -249,14 +256,18 @@ impl Target {
             Compare::Data { window, batch, touched, payload } => {
                 let w = self.windows.get_mut(&window).ok_or(CLOSED)?;
                 let extent = w.extent;
-                let b = w.batches.get_mut(&batch).filter(|b| b.data.is_none());
+                let b = w.batches.get_mut(&batch).filter(|b| b.touched.is_none());
                 let b = b.ok_or("bytes that were not asked for")?;
                 if touched.len() != b.leaves.len() {
                     return Err("bytes of another shape than was asked for");
                 }
-                b.data = Some((touched, None));
+                b.touched = Some(touched);
                 let raw: u64 = b.leaves.iter().map(|(leaf, _)| leaf_len(extent, *leaf)).sum();
-                out.push(Task::Work(window, Purpose::Batch(batch), Job::Unpack(payload, raw as usize)));
+                out.push(Task::Work(
+                    window,
+                    Purpose::Batch(batch),
+                    Job::Unpack(self.key, payload, raw as usize),
+                ));
             }
             _ => return Err("a word that a primary does not say"),
         }
@@ -265,7 +276,14 @@ impl Target {
     }
 
     /// The answer to a [`Task::Read`].
-    pub fn read(&mut self, number: u32, purpose: Purpose, bytes: Bytes, out: &mut Vec<Task>) {
+    pub fn read(
+        &mut self,
+        number: u32,
+        purpose: Purpose,
+        bytes: Bytes,
+        out: &mut Vec<Task>,
+    ) -> Result<(), Refusal> {
+        let mut filled = Ok(());
         // What waits to be hashed is in memory, too.
         let work = matches!(purpose, Purpose::Hash(_)) && self.windows.contains_key(&number);
         if !work {
@@ -277,12 +295,13 @@ impl Target {
                 if let Some(b) = w.batches.get_mut(&batch) {
                     b.own.insert(leaf, bytes);
                     b.own_missing -= 1;
-                    self.fill(number, batch);
+                    filled = self.fill(number, batch);
                 }
             }
             _ => {}
         }
         self.pump(out);
+        filled
     }
 
     /// The answer to a [`Task::Work`].
@@ -304,9 +323,9 @@ impl Target {
             }
             (Purpose::Batch(batch), Product::Unpacked(bytes), Some(w)) => {
                 let bytes = bytes.ok_or("bytes that can't be unpacked to what was asked for")?;
-                if let Some(Batch { data: Some((_, slot)), .. }) = w.batches.get_mut(&batch) {
-                    *slot = Some(bytes);
-                    self.fill(number, batch);
+                if let Some(b) = w.batches.get_mut(&batch) {
+                    b.data = Some(bytes);
+                    self.fill(number, batch)?;
                 }
             }
             _ => {}
@@ -359,26 +378,34 @@ impl Target {
     }
 
     /// A batch's bytes are there, and ours where they have to be looked at.
-    fn fill(&mut self, number: u32, batch: u32) {
-        let Some(w) = self.windows.get_mut(&number) else { return };
-        let whole_batch = |b: &&mut Batch| b.own_missing == 0 && matches!(b.data, Some((_, Some(_))));
-        if w.batches.get_mut(&batch).filter(whole_batch).is_none() {
-            return;
+    fn fill(&mut self, number: u32, batch: u32) -> Result<(), Refusal> {
+        let Some(w) = self.windows.get_mut(&number) else { return Ok(()) };
+        let there = |b: &&mut Batch| b.own_missing == 0 && b.touched.is_some() && b.data.is_some();
+        if w.batches.get_mut(&batch).filter(there).is_none() {
+            return Ok(());
         }
-        let Some(Batch { leaves, own, data: Some((touched, Some(bytes))), .. }) = w.batches.remove(&batch)
+        let Some(Batch { leaves, own, touched: Some(touched), data: Some((bytes, hashes)), .. }) =
+            w.batches.remove(&batch)
         else {
-            return;
+            return Ok(());
         };
         let mut at = 0;
-        for ((leaf, check), touched) in leaves.into_iter().zip(touched) {
+        for (((leaf, want), touched), hash) in leaves.into_iter().zip(touched).zip(hashes) {
             let len = leaf_len(w.extent, leaf) as usize;
             let theirs = bytes.slice(at..at + len);
             at += len;
             let mut sectors = whole(w.extent, leaf) & !touched & !w.touched.leaf(leaf);
-            if check {
-                sectors &= own.get(&leaf).map_or(0xff, |own| differing(own, &theirs));
-                if sectors != 0 {
-                    w.different.push(leaf);
+            match want {
+                // What was written since may be in the bytes, and was not in the hash.
+                Want::Other(said) if touched == 0 && hash != said => {
+                    return Err("other bytes than those whose hash it gave");
+                }
+                Want::Other(_) => {}
+                Want::Look => {
+                    sectors &= own.get(&leaf).map_or(0xff, |own| differing(own, &theirs));
+                    if sectors != 0 {
+                        w.different.push(leaf);
+                    }
                 }
             }
             if sectors == 0 || self.verify {
@@ -388,6 +415,7 @@ impl Target {
             w.repairing += 1;
             self.repairs.push_back(Repair { window: number, leaf, sectors, bytes: theirs });
         }
+        Ok(())
     }
 
     /// Something waits to be repaired.
@@ -447,9 +475,6 @@ impl Target {
     }
 
     fn begin_reads(&mut self, out: &mut Vec<Task>) {
-        for w in self.windows.values_mut() {
-            w.begun |= w.lsn.is_some_and(|lsn| lsn <= self.applied);
-        }
         while self.reading < READING {
             if let Some((window, batch, leaf, extent)) = self.parts.pop_front() {
                 self.reading += extent.len();
@@ -478,18 +503,18 @@ impl Target {
             let batch = w.next_batch;
             w.next_batch += 1;
             let mut asked: Vec<(u16, u16)> = Vec::new();
-            for (leaf, check) in &list {
+            for (leaf, want) in &list {
                 match asked.last_mut() {
                     Some((first, n)) if usize::from(*first + *n) == *leaf => *n += 1,
                     _ => asked.push((*leaf as u16, 1)),
                 }
-                if *check {
+                if *want == Want::Look {
                     let extent = part(w.extent, LEAF, *leaf, 1).expect("leaves lie in the window");
                     self.parts.push_back((number, batch, *leaf, extent));
                 }
             }
-            let own_missing = list.iter().filter(|(_, check)| *check).count();
-            let b = Batch { leaves: list, own: BTreeMap::new(), own_missing, data: None };
+            let own_missing = list.iter().filter(|(_, want)| *want == Want::Look).count();
+            let b = Batch { leaves: list, own: BTreeMap::new(), own_missing, touched: None, data: None };
             w.batches.insert(batch, b);
             out.push(Task::Say(Compare::AskData { window: number, batch, runs: asked }));
         }
@@ -523,12 +548,8 @@ impl Target {
             different: different.iter().filter_map(|(f, n)| part(w.extent, LEAF, *f, *n)).collect(),
             skipped: w.skipped,
             learned: (0..count).filter(same).filter_map(|i| Some((i, w.roots[i]?))).collect(),
-            rotten: (0..count).filter(rotten).filter_map(|i| part(w.extent, EXTENT, i, 1)).collect(),
-            their_rotten: w
-                .their_rotten
-                .iter()
-                .filter_map(|i| part(w.extent, EXTENT, (*i).into(), 1))
-                .collect(),
+            rotten: (0..count).filter(rotten).filter_map(|i| extent_of(w.extent, i)).collect(),
+            their_rotten: w.their_rotten.iter().filter_map(|i| extent_of(w.extent, (*i).into())).collect(),
         });
         out.push(Task::Say(Compare::Close { window: number }));
     }
@@ -549,6 +570,21 @@ impl Target {
 }
 
 impl Window {
+    /// Its LSN is in the image: what is not known is to be read.
+    fn begin(&mut self, index: impl Fn(Extent) -> Option<Root>) {
+        self.begun = true;
+        let count = self.wanted.len();
+        let known = |i: usize| extent_of(self.extent, i).filter(|_| self.wanted[i]).and_then(&index);
+        self.indexed = (0..count).map(known).collect();
+        if self.quick {
+            self.roots.clone_from(&self.indexed);
+        }
+        let read = |i: usize| self.wanted[i] && !(self.quick && self.indexed[i].is_some());
+        self.chunks = runs(count, (CHUNK / EXTENT) as usize, read).into();
+        let passed = (0..count).filter(|i| !read(*i)).filter_map(|i| extent_of(self.extent, i));
+        self.skipped = passed.map(Extent::len).sum();
+    }
+
     /// Whether a record (here) or an accepted write (there) has touched an extent that counts.
     fn is_touched(&self, i: usize) -> bool {
         let theirs = self.theirs.as_ref().is_some_and(|(touched, _)| touched[i / 8] >> (i % 8) & 1 == 1);
@@ -583,6 +619,9 @@ impl Window {
         let index = usize::from(theirs.index);
         let first = index * EXTENT_LEAVES;
         let last = (first + EXTENT_LEAVES).min(self.leaves.len());
+        if theirs.rotten && !self.their_rotten.contains(&theirs.index) {
+            self.their_rotten.push(theirs.index);
+        }
         let before = (self.need.len(), self.different.len());
         let mut touched_any = false;
         for leaf in first..last {
@@ -592,11 +631,11 @@ impl Window {
                 continue; // all of it comes by record
             }
             if touched != 0 {
-                self.need.push_back((leaf, true));
+                self.need.push_back((leaf, Want::Look));
             } else if theirs.hashes[leaf - first] != self.leaves[leaf] {
                 self.different.push(leaf);
                 if !verify && !self.their_rotten.contains(&theirs.index) {
-                    self.need.push_back((leaf, false));
+                    self.need.push_back((leaf, Want::Other(theirs.hashes[leaf - first])));
                 }
             }
         }
@@ -605,7 +644,7 @@ impl Window {
         let same = (self.need.len(), self.different.len()) == before;
         let believed = !touched_any && !self.their_rotten.contains(&theirs.index);
         if same && believed && listed.is_some_and(|root| Some(*root) != self.roots[index]) {
-            self.need.extend((first..last).map(|leaf| (leaf, true)));
+            self.need.extend((first..last).map(|leaf| (leaf, Want::Look)));
         }
     }
 }

@@ -3,7 +3,7 @@
 use super::{Place, volrep};
 
 /// Each verb, and a command line that is complete but names a group that does not exist.
-const VERBS: [(&str, &[&str], &[&str]); 8] = [
+const VERBS: [(&str, &[&str], &[&str]); 10] = [
     (
         "init",
         &["init", "g", "--volume", "a=/x"],
@@ -42,6 +42,12 @@ const VERBS: [(&str, &[&str], &[&str]); 8] = [
     ("detach", &["detach", "g"], &["--dry-run"]),
     ("status", &["status", "g"], &["--watch"]),
     ("promote", &["promote", "g"], &["--dry-run", "--i-fenced-the-old-primary", "--yes"]),
+    (
+        "refresh",
+        &["refresh", "g"],
+        &["--peer", "--quick", "--rate", "--no-wait", "--stop", "--dry-run", "--in-place", "--yes"],
+    ),
+    ("verify", &["verify", "g"], &["--peer", "--quick", "--rate", "--no-wait", "--stop"]),
 ];
 const SHARED: [&str; 6] = ["--json", "--config", "--state-dir", "--run-dir", "--shm-dir", "--dev-dir"];
 

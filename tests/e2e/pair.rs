@@ -244,9 +244,15 @@ impl Pair {
     #[track_caller]
     pub fn drain(&self) {
         self.primary.place.run(&["detach", "g"]).expect(0, &[]);
-        until("the shadow has applied everything", || {
+        self.settle();
+    }
+
+    /// Waits until both have everything in their backings; the devices stay.
+    #[track_caller]
+    pub fn settle(&self) {
+        until("both have applied everything", || {
             let (p, s) = (self.primary.status(), self.shadow.status());
-            (s["applied_lsn"] == p["tail_lsn"]).then_some(())
+            (s["applied_lsn"] == p["tail_lsn"] && p["applied_lsn"] == p["tail_lsn"]).then_some(())
         });
     }
 

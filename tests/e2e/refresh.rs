@@ -24,13 +24,19 @@ pub fn ask(node: &Node, mut request: Value) -> Value {
     serde_json::from_str(&line).unwrap()
 }
 
+fn wish(quick: bool, verify: bool) -> Value {
+    json!({ "verb": "refresh", "peer": null, "quick": quick, "verify": verify, "rate": 0, "in_place": false })
+}
+
 /// Runs a comparison to its end; how it ended.
 #[track_caller]
 fn refresh(node: &Node, verify: bool) -> Value {
+    run(node, wish(false, verify))
+}
+
+#[track_caller]
+fn run(node: &Node, request: Value) -> Value {
     let before = node.status()["refresh"]["job"].clone();
-    let request = json!({
-        "verb": "refresh", "peer": null, "quick": false, "verify": verify, "rate": 0, "restart": false
-    });
     let reply = ask(node, request);
     assert_eq!(reply["reply"], "done", "{reply}");
     until("the comparison has ended", || {
@@ -130,6 +136,173 @@ fn a_refresh_under_writes_finds_what_was_spoilt_and_nothing_else() {
         }
         stop.store(true, Ordering::Relaxed);
         writer.join().unwrap();
+    });
+    pair.finish();
+}
+
+/// The three checkpoints that it takes until what was read is in the index.
+fn wait_indexed(pair: &Pair) {
+    let quiet = |node: &Node| {
+        let before = node.status()["checkpoint_lsn"].clone();
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        node.status()["checkpoint_lsn"] == before
+    };
+    until("nothing moves", || (quiet(&pair.primary) && quiet(&pair.shadow)).then_some(()));
+}
+
+#[test]
+fn a_quick_refresh_reads_only_what_was_written_since_and_a_full_one_finds_rot() {
+    let mut pair = Pair::prepare(&Setup { volumes: vec![("data", SIZE)], ..Setup::default() });
+    for node in [&pair.primary, &pair.shadow] {
+        node.configure(|text| text + "\ncheckpoint_after = \"50ms\"\n");
+    }
+    pair.primary.start();
+    pair.shadow.start();
+    pair.wait_following();
+    let mut random = Random(17);
+    pair.primary.attach("nbd-socket");
+    let mut client = Client::connect(&pair.primary.socket(), "data").unwrap();
+    fill(&mut client, &mut random, 300);
+    client.flush().unwrap();
+    pair.settle();
+    let told = run(&pair.primary, wish(true, false));
+    assert_eq!((&told["skipped"], &told["differ"]), (&json!(0), &json!(0)), "nothing is known yet: {told}");
+    // Until both have learned it: then nothing is read.
+    until("all of it is known", || {
+        wait_indexed(&pair);
+        let told = run(&pair.shadow, wish(true, true));
+        assert_eq!(told["differ"], 0, "{told}");
+        (told["skipped"] == SIZE).then_some(())
+    });
+    // A kill keeps it; what is written is forgotten.
+    pair.shadow.kill();
+    pair.shadow.start();
+    pair.primary.kill();
+    pair.primary.start();
+    pair.primary.wait_attached();
+    let mut client = Client::connect(&pair.primary.socket(), "data").unwrap();
+    client.write(5 * MIB + 4096, &[7; 8192]).unwrap();
+    client.flush().unwrap();
+    pair.settle();
+    until("the shadow is up to date", || {
+        (pair.primary.status()["peers"][0]["state"] == "UpToDate").then_some(())
+    });
+    let told = run(&pair.shadow, wish(true, true));
+    assert_eq!((&told["skipped"], &told["differ"]), (&json!(SIZE - (64 << 10)), &json!(0)), "{told}");
+    // Rot: the quick one does not read it, the full one finds, names and mends it.
+    let leaves = spoil(&pair.shadow, &mut random, 20);
+    let told = run(&pair.primary, wish(true, false));
+    assert_eq!(told["differ"], 0, "{told}");
+    let told = refresh(&pair.primary, false);
+    assert_eq!(told["differ"], leaves.len() * 4096, "{told}");
+    let rotten: Vec<u64> = told["rotten"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|r| {
+            assert_eq!((&r["node"], &r["volume"]), (&json!("db2"), &json!("data")), "{r}");
+            r["offset"].as_u64().unwrap() / 65536
+        })
+        .collect();
+    let known = leaves.iter().map(|leaf| leaf / 16).filter(|e| *e != 5 * MIB / 65536);
+    assert_eq!(rotten, known.collect::<std::collections::BTreeSet<_>>().into_iter().collect::<Vec<_>>());
+    pair.finish();
+}
+
+#[test]
+fn rot_on_the_primary_is_named_and_never_copied() {
+    let mut pair = Pair::prepare(&Setup { volumes: vec![("data", SIZE)], ..Setup::default() });
+    for node in [&pair.primary, &pair.shadow] {
+        node.configure(|text| text + "\ncheckpoint_after = \"50ms\"\n");
+    }
+    pair.primary.start();
+    pair.shadow.start();
+    pair.wait_following();
+    let mut random = Random(19);
+    pair.primary.attach("nbd-socket");
+    fill(&mut Client::connect(&pair.primary.socket(), "data").unwrap(), &mut random, 300);
+    pair.settle();
+    until("all of it is known", || {
+        let told = refresh(&pair.primary, true);
+        wait_indexed(&pair);
+        (run(&pair.shadow, wish(true, true))["skipped"] == SIZE && told["differ"] == 0).then_some(())
+    });
+    let before = std::fs::read(pair.shadow.backing("data")).unwrap();
+    let leaves = spoil(&pair.primary, &mut random, 5);
+    let told = refresh(&pair.shadow, false);
+    assert_eq!(
+        (&told["state"], &told["repaired"], &told["lsn"]),
+        (&json!("Done"), &json!(0), &Value::Null),
+        "{told}"
+    );
+    assert!(told["rotten"].as_array().unwrap().iter().all(|r| r["node"] == "db1"), "{told}");
+    assert_eq!(told["differ"], leaves.len() * 4096, "{told}");
+    let s = pair.shadow.status();
+    assert!(
+        s["unrepaired_bytes"].as_u64().unwrap() > 0 && s["action"].as_str().unwrap().contains("refresh"),
+        "{s}"
+    );
+    assert!(std::fs::read(pair.shadow.backing("data")).unwrap() == before, "the shadow's good bytes stay");
+}
+
+#[test]
+fn a_refresh_goes_on_after_kills_and_cuts_and_its_proof_outlives_them() {
+    let setup = Setup { volumes: vec![("data", SIZE)], journal: "256M", ..Setup::default() };
+    let mut pair = Pair::start(&setup);
+    let mut random = Random(23);
+    pair.primary.attach("nbd-socket");
+    fill(&mut Client::connect(&pair.primary.socket(), "data").unwrap(), &mut random, 300);
+    pair.settle();
+    let rounds = if crate::pair::long() { 200 } else { 8 };
+    let mut interrupted = 0;
+    for round in 0..rounds {
+        pair.wait_following();
+        spoil(&pair.shadow, &mut random, 100);
+        let before = pair.shadow.status();
+        // So slow that a kill comes in the middle.
+        let mut request = wish(false, false);
+        request["rate"] = json!(400 * MIB);
+        let reply = ask(&pair.primary, request);
+        assert_eq!(reply["reply"], "done", "{reply}");
+        let job = until("it has begun", || {
+            let told = pair.shadow.status()["refresh"].clone();
+            (told["job"] != before["refresh"]["job"]).then_some(told["job"].clone())
+        });
+        let mut client = Client::connect(&pair.primary.socket(), "data").unwrap();
+        fill(&mut client, &mut random, 10);
+        std::thread::sleep(std::time::Duration::from_micros(random.below(300_000)));
+        let state = pair.shadow.status()["refresh"]["state"].clone();
+        interrupted += u64::from(state == "Running");
+        if random.below(2) == 0 {
+            pair.shadow.kill();
+            pair.shadow.start();
+        } else {
+            pair.primary.kill();
+            pair.primary.start();
+            pair.primary.wait_attached();
+        }
+        let told = until("it has ended", || {
+            let now = pair.shadow.status();
+            let told = now["refresh"].clone();
+            let over = told["state"] == "Done";
+            assert!(told["state"] != "Failed" && told["state"] != "Stopped", "round {round}: {told}");
+            // Of a job that was done before the kill only its proof is left.
+            let proof = &now["verified"];
+            let proved = told.is_null() && !proof.is_null() && *proof != before["verified"];
+            (over || proved).then_some(told)
+        });
+        assert!(told.is_null() || told["job"] == job, "round {round}: another job: {told}");
+    }
+    eprintln!("{interrupted} of {rounds} kills were in the middle");
+    let proof = pair.shadow.status()["verified"].clone();
+    assert!(proof["lsn"].as_u64().unwrap() > 0, "{proof}");
+    pair.shadow.kill();
+    let stopped = pair.shadow.status();
+    assert_eq!((&stopped["state"], &stopped["verified"]), (&json!("Stopped"), &proof));
+    pair.shadow.start();
+    until("it remembers", || (pair.shadow.status()["verified"] == proof).then_some(()));
+    until("the primary knows of it, too", || {
+        (!pair.primary.status()["peers"][0]["verified"].is_null()).then_some(())
     });
     pair.finish();
 }

@@ -225,7 +225,7 @@ fn a_full_stage_stops_the_resync_and_leaves_the_old_image() {
     assert_eq!(first_difference(&pair.shadow.backing("data"), &old), None, "the old image stays");
     small.size("size=300m", MsFlags::MS_REMOUNT);
     let wish = json!({
-        "verb": "refresh", "peer": null, "quick": false, "verify": false, "rate": 0, "restart": false
+        "verb": "refresh", "peer": null, "quick": false, "verify": false, "rate": 0, "in_place": false
     });
     let reply = ask(&pair.shadow, wish);
     assert_eq!(reply["reply"], "done", "{reply}");

@@ -11,7 +11,7 @@ use volrep::format::message::{
     FRAME, FrameHeader, MAX_BODY, MAX_GENERATIONS, MAX_NAME, MAX_VOLUMES, Opening,
 };
 use volrep::format::record::{self, Content, Header, Kind, MAX_RAW, Record};
-use volrep::format::superblock::{MAX_MAPS, MAX_PEERS, MapRange, Peer, SLOT, Superblock, Volume};
+use volrep::format::superblock::{MAX_MAPS, MAX_PEERS, MapRange, Peer, SLOT, Superblock, Verified, Volume};
 use volrep::units::{Lsn, NodeId};
 
 /// Puts the hashes of a record right.
@@ -221,6 +221,7 @@ fn the_fullest_superblock_fits_in_its_slot() {
             durable: Lsn(u64::MAX),
             behind: true,
             resyncing: true,
+            verified: Some(Verified { time: u64::MAX, lsn: Lsn(u64::MAX), differences: u64::MAX }),
         })
         .collect();
     let old = s.resync.as_mut().and_then(|r| r.old.as_mut()).unwrap();

@@ -15,6 +15,7 @@ use volrep::format::message::{FRAME, FrameHeader, Message};
 use volrep::format::record::{Codec, Content, HEADER, Header, Kind, MAX_RAW, Record};
 use volrep::format::segment::SegmentHeader;
 use volrep::format::superblock::{SLOT, Superblock};
+use volrep::format::{message, superblock as superblock_format};
 
 /// A change to bytes: what to overwrite, and what is left.
 type Change = (Vec<(Index, u8)>, Option<Index>, bool);
@@ -103,10 +104,10 @@ proptest! {
 
     /// Right magic, version and hashes around arbitrary bytes.
     #[test]
-    fn arbitrary_fields_are_borne(bytes in vec(any::<u8>(), 600..5000), kind in 0u8..11, small in any::<bool>()) {
+    fn arbitrary_fields_are_borne(bytes in vec(any::<u8>(), 600..5000), kind in 0u8..24, small in any::<bool>()) {
         let mut b = bytes.clone();
         b[..8].copy_from_slice(b"VSUPERBK");
-        b[8..10].copy_from_slice(&1u16.to_le_bytes());
+        b[8..10].copy_from_slice(&superblock_format::VERSION.to_le_bytes());
         let body = b.len() as u32 - 46;
         b[10..14].copy_from_slice(&body.to_le_bytes());
         reseal_superblock(&mut b);
@@ -136,7 +137,7 @@ proptest! {
         record_holds(b);
 
         let mut b = bytes;
-        (b[4], b[5], b[6], b[7]) = (kind, 1, 0, 0);
+        (b[4], b[5], b[6], b[7]) = (kind, message::VERSION, 0, 0);
         reseal_frame(&mut b, true);
         frame_holds(b);
     }

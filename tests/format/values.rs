@@ -4,11 +4,12 @@
 
 use bytes::Bytes;
 use volrep::disk::aligned;
+use volrep::format::compare::{Compare, ExtentLeaves};
 use volrep::format::message::{Cause, Identity, Message, Opening, Role, Verdict};
 use volrep::format::record::{self, Compressor, Content, EncodeJob, Kind, Record, Stamp};
 use volrep::format::segment::SegmentHeader;
 use volrep::format::superblock::{
-    Anchor, Geometry, MapRange, OldImage, Peer, Resync, ResyncStage, Superblock, Verified, Volume,
+    Anchor, Comparison, Geometry, MapRange, OldImage, Peer, Resync, ResyncStage, Superblock, Verified, Volume,
 };
 use volrep::units::{Address, Extent, Generation, GroupId, Hash, HistoryPoint, Lsn, NodeId, Term};
 
@@ -134,6 +135,7 @@ pub fn superblock() -> Superblock {
                 durable: Lsn(39),
                 behind: false,
                 resyncing: true,
+                verified: None,
             },
             Peer {
                 node: NodeId(0x0909),
@@ -141,6 +143,7 @@ pub fn superblock() -> Superblock {
                 durable: Lsn(11),
                 behind: true,
                 resyncing: false,
+                verified: Some(Verified { time: 0x0e01, lsn: Lsn(0x0e02), differences: 0x0e03 }),
             },
         ],
         resync: Some(Resync {
@@ -155,7 +158,20 @@ pub fn superblock() -> Superblock {
                 sync_set: vec![NodeId(0x0d07)],
             }),
         }),
+        comparison: Some(Comparison {
+            job: 0x0d08,
+            verify: false,
+            quick: true,
+            rate: 0x0d09,
+            progress: 0x0d0a,
+            differ: 0x0d0b,
+            repaired: 0x0d0c,
+            skipped: 0x0d0d,
+            wire: 0x0d0e,
+            spent: 0x0d0f,
+        }),
         verified: Some(Verified { time: 0x0d04, lsn: Lsn(0x0d05), differences: 0x0d06 }),
+        unrepaired: 0x0d10,
     }
 }
 
@@ -209,6 +225,45 @@ pub fn messages() -> Vec<(&'static str, Message)> {
         ("candidates", Message::Candidates { extents: vec![extent(0, 128, 256), extent(3, 0, 1)] }),
         ("rebase", Message::Rebase { at: anchor(19), since: Some(point(18)), members: vec![NodeId(0x0c0c)] }),
         ("resynced", Message::Resynced),
+    ]
+    .into_iter()
+    .chain(words().into_iter().map(|(name, word)| (name, Message::Compare(Box::new(word)))))
+    .collect()
+}
+
+/// Every word of a comparison.
+fn words() -> Vec<(&'static str, Compare)> {
+    let window = 0x0f01;
+    let leaves = ExtentLeaves {
+        index: 0x0102,
+        touched: std::array::from_fn(|i| i as u8 + 1),
+        hashes: std::array::from_fn(|i| 0x0101_0101_0101_0101 * (i as u64 + 1)),
+        rotten: true,
+    };
+    vec![
+        (
+            "compare_open",
+            Compare::Open { window, extent: extent(3, 128, 1024), wanted: vec![0x5a], quick: true },
+        ),
+        ("compare_at", Compare::At { window, lsn: Lsn(0x0f02) }),
+        (
+            "compare_root",
+            Compare::Root { window, touched: vec![0xa5, 0x5a], root: [0x33; 16], rotten: vec![7, 9] },
+        ),
+        ("compare_ask_roots", Compare::AskRoots { window }),
+        ("compare_roots", Compare::Roots { window, roots: vec![[0x44; 16], [0x45; 16]] }),
+        ("compare_ask_leaves", Compare::AskLeaves { window, extents: vec![3, 5] }),
+        ("compare_leaves", Compare::Leaves { window, extents: vec![leaves] }),
+        ("compare_ask_data", Compare::AskData { window, batch: 0x0f03, runs: vec![(4, 2), (9, 1)] }),
+        (
+            "compare_data",
+            Compare::Data { window, batch: 0x0f03, touched: vec![1, 2, 3], payload: pattern(40).into() },
+        ),
+        ("compare_close", Compare::Close { window }),
+        ("compare_fail", Compare::Fail { text: "reading failed".into() }),
+        ("compare_begin", Compare::Begin { quick: true, verify: false, rate: 0x0f04, in_place: true }),
+        ("compare_stop", Compare::Stop),
+        ("compare_report", Compare::Report { json: Bytes::from_static(b"{}") }),
     ]
 }
 

@@ -46,7 +46,9 @@ fn superblock(group: GroupId) -> Superblock {
         peers: vec![],
         maps_id: 0,
         resync: None,
+        comparison: None,
         verified: None,
+        unrepaired: 0,
     }
 }
 

@@ -153,6 +153,33 @@ impl World {
                 self.crash(node, false);
                 self.hosts[node].maps.clear();
             }
+            Fault::LostIndex => {
+                let node = self.scenario.rng.below(self.hosts.len() as u64) as usize;
+                self.crash(node, false);
+                self.hosts[node].index.clear();
+            }
+            Fault::Rot => {
+                if let Some(node) = self.some_shadow() {
+                    self.spoil(node);
+                }
+            }
+            Fault::Refresh | Fault::Quick | Fault::Verify => {
+                let (verify, quick) = (fault == Fault::Verify, fault == Fault::Quick);
+                let verify = verify || (quick && self.scenario.rng.permille(300));
+                let there = self.some_shadow().filter(|_| self.scenario.rng.permille(700));
+                return self.ask_comparison(there.unwrap_or(primary), verify, quick);
+            }
+            Fault::StopRefresh => {
+                let there = self.some_shadow().filter(|_| self.scenario.rng.permille(700)).unwrap_or(primary);
+                if self.hosts[there].node.is_some() {
+                    return self.ask(there, AdminOp::RefreshStop, Purpose::Refresh);
+                }
+            }
+            Fault::InPlace => {
+                if let Some(node) = self.some_shadow() {
+                    return self.ask_in_place(node);
+                }
+            }
             Fault::SlowDisk => {
                 let node = self.scenario.rng.below(self.hosts.len() as u64) as usize;
                 self.hosts[node].slow = self.scenario.rng.pick(&[1, 10, 50]);

@@ -19,7 +19,8 @@ pub struct Entry {
     /// The record before.
     pub prev: Hash,
     time: u64,
-    runs: Vec<(usize, u64, Vec<WriteId>)>,
+    /// What it wrote: volume, first sector, of which writes.
+    pub runs: Vec<(usize, u64, Vec<WriteId>)>,
     /// The latest submission of any write up to here.
     newest: u64,
 }

@@ -121,6 +121,7 @@ impl World {
             File::Superblock => "superblock",
             File::Journal => "journal",
             File::DirtyMaps => "maps",
+            File::HashIndex => "index",
             File::Backing(_) => "backing",
             File::Stage(_) => "stage",
             File::StageMap => "stage map",
@@ -139,7 +140,7 @@ impl World {
                 _ => {}
             }
         }
-        let mapped = matches!(request.file, File::DirtyMaps | File::StageMap);
+        let mapped = matches!(request.file, File::DirtyMaps | File::HashIndex | File::StageMap);
         if mapped && !matches!(request.op, DiskOp::Sync) {
             return broken("contract", format!("mapped memory: {}", disk::describe(&request)));
         }
@@ -153,7 +154,11 @@ impl World {
             Ok(ticket) => ticket,
             Err(text) => return broken("I2", text),
         };
-        let slot = if file == File::StageMap { host.stage.as_ref() } else { Some(&host.maps) };
+        let slot = match file {
+            File::StageMap => host.stage.as_ref(),
+            File::HashIndex => Some(&host.index),
+            _ => Some(&host.maps),
+        };
         if let Some(slot) = slot.filter(|_| mapped) {
             host.map_syncs.insert(ticket, (slot.clone(), slot.sync()));
         }

@@ -58,10 +58,24 @@ pub enum Fault {
     StageFull,
     /// A node restarts without its dirty maps.
     LostMaps,
+    /// A node restarts without its hash index.
+    LostIndex,
+    /// A shadow's disk changes by itself.
+    Rot,
+    /// An administrator asks for a refresh.
+    Refresh,
+    /// For one with the hash index.
+    Quick,
+    /// For a comparison alone.
+    Verify,
+    /// For the end of the one under way.
+    StopRefresh,
+    /// He gives the old image of a shadow up, should it need a resync.
+    InPlace,
 }
 
 /// Every kind.
-pub const FAULTS: [Fault; 24] = [
+pub const FAULTS: [Fault; 31] = [
     Fault::KillPrimary,
     Fault::PowerPrimary,
     Fault::KillShadow,
@@ -86,6 +100,13 @@ pub const FAULTS: [Fault; 24] = [
     Fault::Away,
     Fault::StageFull,
     Fault::LostMaps,
+    Fault::LostIndex,
+    Fault::Rot,
+    Fault::Refresh,
+    Fault::Quick,
+    Fault::Verify,
+    Fault::StopRefresh,
+    Fault::InPlace,
 ];
 
 /// How the primary is lost before the promotion.
@@ -217,6 +238,14 @@ impl Plan {
             });
             let more: Vec<_> = more.collect();
             faults.extend(more);
+            faults.sort_unstable();
+        }
+        if rng.permille(300) {
+            // A course of comparisons: with some rot between, and the index of the one used by the next.
+            let kinds =
+                [Fault::Refresh, Fault::Quick, Fault::Quick, Fault::Verify, Fault::Rot, Fault::KillShadow];
+            let count = rng.within(2, 8);
+            faults.extend((0..count).map(|_| (rng.within(1, mix.requests), rng.pick(&kinds))));
             faults.sort_unstable();
         }
         Plan {

@@ -21,7 +21,7 @@ const PATIENCE: u64 = 120 * SECONDS;
 
 /// What is going on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Phase {
+pub enum Phase {
     Join,
     Work,
     Promote,
@@ -84,6 +84,10 @@ impl Scenario {
             returned: None,
         }
     }
+    /// What is going on.
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
     /// Nothing more to see.
     pub fn over(&self) -> bool {
         self.phase == Phase::Over
@@ -130,13 +134,16 @@ impl World {
             Phase::Work => self.work_on()?,
             Phase::Promote => self.promote_on()?,
             Phase::Settle if self.all_current(false) => {
-                self.enter(Phase::Drain);
-                self.ask(self.scenario.primary, AdminOp::Drain, Purpose::Drain)?;
+                if self.all_mended()? {
+                    self.enter(Phase::Drain);
+                    self.ask(self.scenario.primary, AdminOp::Drain, Purpose::Drain)?;
+                }
             }
             Phase::Settle => self.resume_resyncs()?,
             Phase::Rest if self.all_at_rest() => {
                 self.last_look()?;
                 self.enter(Phase::Over);
+                return self.check_indexes_at_rest();
             }
             _ => {}
         }
@@ -214,6 +221,7 @@ impl World {
         let Some(s) = self.poll(node)? else {
             return Ok(());
         };
+        self.check_told(node, &s)?;
         let watch = &self.hosts[node].watch;
         let ordered =
             s.checkpoint_lsn <= s.applied_lsn && s.applied_lsn <= s.tail_lsn && s.durable_lsn <= s.tail_lsn;

@@ -7,10 +7,11 @@ use crate::world::{Outcome, World, broken};
 use bytes::Bytes;
 use std::collections::BTreeMap;
 use volrep::disk::File;
+use volrep::format::mapped::Owner;
 use volrep::format::message::{Message, Role};
 use volrep::format::record::Record;
 use volrep::format::superblock::{ResyncStage, SLOT, Superblock};
-use volrep::journal::maps::{Maps, MapsId};
+use volrep::journal::maps::Maps;
 use volrep::units::{Address, Extent, Hash, HistoryPoint, Term};
 
 /// What is known of a host.
@@ -38,6 +39,8 @@ pub struct Watch {
     base_segment: u64,
     stage: Option<ResyncStage>,
     consistent: bool,
+    /// An administrator gave its old image up.
+    pub in_place: bool,
     /// The record at which its usable image stands.
     shown: u64,
 }
@@ -59,6 +62,7 @@ impl Default for Watch {
             base_segment: 1,
             stage: None,
             consistent: true,
+            in_place: false,
             shown: 0,
         }
     }
@@ -180,7 +184,7 @@ impl World {
             self.counts.met(&format!("resync: {:?} -> {stage:?}", watch.stage));
             let lost = watch.stage == Some(ResyncStage::Merging) && stage == Some(ResyncStage::Copying);
             let whole = watch.consistent && watch.shown > 0;
-            if whole && !s.consistent && !lost {
+            if whole && !s.consistent && !lost && !watch.in_place {
                 return broken("I1", "a usable image was given up for one that is not whole");
             }
             watch.stage = stage;
@@ -189,6 +193,7 @@ impl World {
             }
             step = true;
         }
+        watch.in_place &= !s.consistent || watch.consistent;
         watch.consistent = s.consistent;
         watch.shown = shown(&s);
         if s.role == Role::Primary && s.generation.term.node == host.id {
@@ -220,8 +225,8 @@ impl World {
             return Ok(());
         };
         let sizes: Vec<_> = s.volumes.iter().map(|v| (v.number, v.size)).collect();
-        let id = MapsId { group: s.group, node: s.node, number: s.maps_id };
-        let nobody = MapsId { number: u64::MAX, ..id };
+        let id = Owner { group: s.group, node: s.node, number: s.maps_id };
+        let nobody = Owner { number: u64::MAX, ..id };
         let memory = Box::new(host.maps.content());
         let maps = Maps::new(memory, &sizes, s.maps.clone(), first.from, (id, nobody));
         let maps = maps.or_else(|text| broken("I9", text))?;

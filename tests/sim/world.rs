@@ -19,10 +19,10 @@ use volrep::disk::{File, Token};
 use volrep::format::message::Role;
 use volrep::format::record::{Compressor, Encoded, origin};
 use volrep::format::superblock::{Anchor, Geometry, SLOT, Superblock, Volume};
-use volrep::node::Node;
 use volrep::node::config::{NodeConfig, PeerConfig, VolumeConfig};
 use volrep::node::event::{Actions, AdminId, AdminOp, Event};
 use volrep::node::status::Status;
+use volrep::node::{Memories, Node};
 use volrep::resync::hash::Product;
 use volrep::units::{Address, Extent, Generation, GroupId, HistoryPoint, Lsn, NodeId, Now, SECONDS, Term};
 
@@ -110,7 +110,11 @@ pub struct Host {
     ring: Slot,
     /// Its dirty maps.
     pub maps: Slot,
-    /// Syncs of the maps in flight, by ticket.
+    /// Its hash index.
+    pub index: Slot,
+    /// What was spoilt on its disk.
+    pub rot: crate::compare::Rot,
+    /// Syncs of mapped files in flight, by ticket.
     pub map_syncs: BTreeMap<u64, (Slot, u64)>,
     /// What says which sectors are in the stage, if there is one.
     pub stage: Option<Slot>,
@@ -384,9 +388,12 @@ impl World {
             self.hosts[node].away = None;
         }
         self.check_maps(node)?;
+        self.check_index(node)?;
         let host = &mut self.hosts[node];
         host.incarnation += 1;
-        let mut new = Node::new(host.config.clone(), Some(host.ring.lend()), host.maps.lend());
+        let memories =
+            Memories { ring: Some(host.ring.lend()), maps: host.maps.lend(), index: host.index.lend() };
+        let mut new = Node::new(host.config.clone(), memories);
         self.trace.note(at, node, "boot", [u64::from(host.incarnation), 0, 0]);
         host.watch.booted();
         let mut actions = Actions::default();
@@ -459,6 +466,7 @@ impl World {
         if power {
             host.disk.power_loss(&mut self.rng);
             host.maps.power_loss(&mut self.rng);
+            host.index.power_loss(&mut self.rng);
             if let Some(stage) = &host.stage {
                 stage.power_loss(&mut self.rng);
             }
@@ -493,6 +501,8 @@ fn host(plan: &Plan, n: usize, ids: &[NodeId], group: GroupId, key: [u8; 32], rn
         disk,
         ring: Slot::new(volrep::cache::ring_len(plan.cache) as usize),
         maps,
+        rot: crate::compare::Rot::default(),
+        index: Slot::new(volrep::resync::index::index_len(&sizes) as usize),
         config,
         map_syncs: BTreeMap::new(),
         stage: None,
@@ -591,7 +601,9 @@ fn superblock(
         peers: Vec::new(),
         maps_id: 0,
         resync: None,
+        comparison: None,
         verified: None,
+        unrepaired: 0,
     }
 }
 
