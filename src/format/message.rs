@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! frame: length of body u32, kind u8, version u8, reserved u16 (0), check u64, body
-//! check = first 8 bytes of blake3(bytes 0..8 of the frame, body); for a record, whose body has its
+//! check = first 8 bytes of blake3(bytes 0..8 of the frame, body); for a record or a copy of one, whose body has its
 //! own hashes, of blake3(bytes 0..8) alone
 //! ```
 //! The first message on a connection is the acceptor's [`Message::Challenge`]; the dialler answers
@@ -215,6 +215,18 @@ pub enum Message {
     },
     /// The shadow: my image is that of my history again.
     Resynced,
+    /// The shadow: I can't read this record of yours any more. Have you got it?
+    AskCopy {
+        /// Which.
+        lsn: Lsn,
+    },
+    /// The primary: here.
+    Copy(Record),
+    /// The primary: no.
+    NoCopy {
+        /// Which.
+        lsn: Lsn,
+    },
     /// Either: a word of the comparison of their images.
     Compare(Box<Compare>),
 }
@@ -230,6 +242,7 @@ pub struct FrameHeader {
 }
 
 const RECORD: u8 = 6;
+const COPY: u8 = 15;
 const COMPARE: u8 = 20;
 const LAST: u8 = COMPARE;
 
@@ -256,7 +269,7 @@ impl FrameHeader {
         if body.len() != self.len {
             return Err(FormatError::Short);
         }
-        let covered: &[u8] = if self.kind == RECORD { &[] } else { &body };
+        let covered: &[u8] = if matches!(self.kind, RECORD | COPY) { &[] } else { &body };
         if check(&self.head, covered) != self.check {
             return Err(FormatError::Checksum);
         }
@@ -283,7 +296,10 @@ impl Message {
     pub fn encode(&self) -> Frame {
         let mut w = Writer(vec![0; FRAME]);
         let kind = self.write(&mut w);
-        let record = if let Message::Record(r) = self { r.wire() } else { Bytes::new() };
+        let record = match self {
+            Message::Record(r) | Message::Copy(r) => r.wire(),
+            _ => Bytes::new(),
+        };
         let mut head = w.0;
         let len = (head.len() - FRAME + record.len()) as u32;
         head[..4].copy_from_slice(&len.to_le_bytes());
@@ -355,6 +371,15 @@ impl Message {
                 12
             }
             Message::Resynced => 13,
+            Message::AskCopy { lsn } => {
+                w.lsn(*lsn);
+                14
+            }
+            Message::Copy(_) => COPY,
+            Message::NoCopy { lsn } => {
+                w.lsn(*lsn);
+                16
+            }
             Message::Compare(word) => {
                 word.write(w);
                 COMPARE
@@ -363,10 +388,12 @@ impl Message {
     }
 
     fn decode(kind: u8, body: Bytes) -> Result<Message, FormatError> {
-        if kind == RECORD {
+        if let RECORD | COPY = kind {
             let record = Record::decode(body.clone())?;
-            let whole = record.wire().len() == body.len();
-            return if whole { Ok(Message::Record(record)) } else { Err(FormatError::Field("length")) };
+            if record.wire().len() != body.len() {
+                return Err(FormatError::Field("length"));
+            }
+            return Ok(if kind == COPY { Message::Copy(record) } else { Message::Record(record) });
         }
         let mut r = Reader(&body);
         let message = match kind {
@@ -405,6 +432,8 @@ impl Message {
                 members: r.list(MAX_PEERS, "members", Reader::node)?,
             },
             13 => Message::Resynced,
+            14 => Message::AskCopy { lsn: r.lsn()? },
+            16 => Message::NoCopy { lsn: r.lsn()? },
             COMPARE => Message::Compare(Box::new(Compare::read(&mut r)?)),
             _ => return Err(FormatError::Magic),
         };

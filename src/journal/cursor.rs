@@ -71,6 +71,18 @@ impl Cursor {
         self.chunk = bytes;
     }
 
+    /// Goes on behind `record`, which belongs at `place`.
+    pub fn pass(&mut self, record: &Record, place: Place) {
+        self.place = Place { offset: place.offset + record.padded_len(), ..place };
+        (self.last, self.gap) = (record.point(), None);
+    }
+
+    /// Goes on behind the header of the segment at whose start it is, which continues the chain.
+    pub fn pass_header(&mut self) {
+        self.place.offset = BLOCK;
+        self.gap = None;
+    }
+
     /// What is there, or what is needed to know. `end`: nothing beyond it needs to be read.
     pub fn step(&mut self, end: Option<Place>) -> Step {
         loop {

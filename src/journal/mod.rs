@@ -8,6 +8,7 @@
 pub mod cursor;
 pub mod maps;
 pub mod recovery;
+pub mod scrub;
 
 use crate::disk::{DiskOp, DiskRequest, DiskResult, File, IoError, Token, aligned, freeze};
 use crate::format::record::{MAX_PADDED, Record};
@@ -24,6 +25,10 @@ pub struct Segment {
     pub sequence: u64,
     /// The record before its first.
     pub before: HistoryPoint,
+    /// That record's generation.
+    pub generation: Generation,
+    /// That record's last write sequence.
+    pub last_write: u64,
     /// That record's time.
     pub time: u64,
 }
@@ -275,8 +280,9 @@ impl Journal {
         if self.head.offset > 0 {
             self.head = Place { segment: self.head.segment + 1, offset: 0 };
         }
-        let (before, time) = (self.tail.point, self.tail.time);
-        self.segments.push_back(Segment { sequence: self.head.segment, before, time });
+        let Tail { point: before, generation, last_write, time, .. } = self.tail;
+        let sequence = self.head.segment;
+        self.segments.push_back(Segment { sequence, before, generation, last_write, time });
         while self.segments.len() > self.geometry.segments as usize {
             self.segments.pop_front();
         }

@@ -448,7 +448,8 @@ impl Recovery {
         while sequence >= self.sb.base_segment
             && let Some(header) = self.headers.get(&sequence)
         {
-            segments.push(Segment { sequence, before: header.before, time: header.time });
+            let SegmentHeader { before, generation, last_write, time, .. } = *header;
+            segments.push(Segment { sequence, before, generation, last_write, time });
             sequence -= 1;
         }
         segments.reverse();

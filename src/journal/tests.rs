@@ -251,7 +251,13 @@ fn what_is_kept_is_found_without_walking_all_segments() {
         let segments = if first_offset == 0 {
             vec![]
         } else {
-            vec![Segment { sequence: 1, before: tail.point, time: 0 }]
+            vec![Segment {
+                sequence: 1,
+                before: tail.point,
+                generation: tail.generation,
+                last_write: 0,
+                time: 0,
+            }]
         };
         let head = cursor::Place { segment: 1, offset: first_offset };
         let mut j = Journal::new(1, sb.group, geometry, head, segments, tail);
@@ -288,4 +294,75 @@ fn what_is_kept_is_found_without_walking_all_segments() {
             laps = j.head.segment / u64::from(geometry.segments);
         }
     }
+}
+
+/// Runs a scrub to its end; what it found. `copies` has the records that the other side still has.
+fn scrub(j: &mut Journal, disk: &mut Disk, copies: &[Record]) -> Vec<String> {
+    let mut scrub = scrub::Scrub::new(j.durable());
+    let mut found = Vec::new();
+    loop {
+        assert!(scrub.hold().is_none_or(|lsn| j.keep <= lsn), "what is read may not be overwritten");
+        match scrub.step(j) {
+            scrub::Step::Done => return found,
+            scrub::Step::Read(op) => scrub.feed(disk.run(&request(op)).unwrap()),
+            scrub::Step::Header(at, op) => {
+                found.push(format!("header {}", at / (2 << 20)));
+                disk.run(&request(op)).unwrap();
+            }
+            scrub::Step::Record(lsn, _) => {
+                found.push(format!("record {lsn}"));
+                match copies.iter().find(|r| r.stamp.lsn == lsn).and_then(|r| scrub.restore(r, j)) {
+                    Some(op) => drop(disk.run(&request(op)).unwrap()),
+                    None => scrub.pass_over(),
+                }
+            }
+        }
+    }
+}
+
+fn request(op: DiskOp) -> DiskRequest {
+    DiskRequest { token: Token::new(1, 0), file: File::Journal, op }
+}
+
+#[test]
+fn what_the_disk_has_spoilt_is_found_and_put_back() {
+    let sb = superblock();
+    let geometry = Geometry { segment: 2 << 20, segments: 24 };
+    let mut disk = Disk(vec![0; geometry.len() as usize]);
+    let tail =
+        Tail { point: sb.checkpoint, generation: sb.generation, last_write: 0, time: 0, durable: Lsn(0) };
+    let head = cursor::Place { segment: 1, offset: 0 };
+    let mut j = Journal::new(1, sb.group, geometry, head, vec![], tail);
+    let mut records = Vec::new();
+    // More than a lap: the oldest are overwritten.
+    for i in 0..120 {
+        j.keep_after(j.durable());
+        records.push(append(&mut j, &mut disk, &sb, [4096, 300 << 10, 900 << 10][i % 3]));
+    }
+    assert_eq!(scrub(&mut j, &mut disk, &records), Vec::<String>::new());
+    let good = disk.0.clone();
+    let retained: Vec<Segment> = j.segments().copied().collect();
+    let at = |sequence: u64, offset: u64| {
+        cursor::Place { segment: sequence, offset }.file_offset(geometry) as usize
+    };
+    // Retained, and with room enough to be held.
+    let chosen = retained[retained.len() - 4];
+    disk.0[at(chosen.sequence, 50)] ^= 1;
+    disk.0[at(chosen.sequence, BLOCK + 100)] ^= 1;
+    disk.0[at(chosen.sequence + 1, BLOCK + 4096 + 70_000)] ^= 1;
+    let first = chosen.before.lsn.next();
+    let found = scrub(&mut j, &mut disk, &records);
+    assert_eq!(found.len(), 3, "{found:?}");
+    assert_eq!(found[..2], [format!("header {}", chosen.sequence % 24), format!("record {first}")]);
+    assert!(disk.0 == good, "every byte is back");
+    assert_eq!(scrub(&mut j, &mut disk, &records), Vec::<String>::new());
+    // Nobody has it: the rest of that segment is passed over, the next one is read.
+    disk.0[at(chosen.sequence, BLOCK + 100)] ^= 1;
+    disk.0[at(chosen.sequence + 1, 60)] ^= 1;
+    let found = scrub(&mut j, &mut disk, &[]);
+    assert_eq!(found, [format!("record {first}"), format!("header {}", (chosen.sequence + 1) % 24)]);
+    // A record of another history is not put there.
+    let other =
+        make(&Tail { point: HistoryPoint { hash: Hash([9; 32]), ..chosen.before }, ..tail }, &sb, 4096);
+    assert_eq!(scrub(&mut j, &mut disk, &[other]), [format!("record {first}")]);
 }

@@ -301,7 +301,7 @@ impl Run {
                     return false;
                 }
                 let cutting = matches!(&self.part, Part::Shadow(s) if s.is_cutting());
-                if cutting || !self.checkpoint_idle() || !self.image.is_idle() {
+                if cutting || !self.checkpoint_idle() || !self.image.is_idle() || self.scrub.is_some() {
                     return false;
                 }
                 let tail = self.journal.tail().point.lsn;

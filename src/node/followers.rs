@@ -5,10 +5,12 @@
 //! sync set counts once its record is durable on both sides (I4).
 
 use super::config::FullPolicy;
+use super::event::Action;
 use super::event::{Level, LinkId};
+use super::feed::Fetched;
 use super::links::{LinkState, PeerView};
-use super::run::{Part, Run};
-use crate::format::message::Role;
+use super::run::{Part, Run, fetch};
+use crate::format::message::{Message, Role};
 use crate::format::record::{Kind, flags};
 use crate::format::superblock::{MAX_PEERS, Peer};
 use crate::link::sender::Sender;
@@ -44,6 +46,62 @@ impl Run {
         self.update_keep();
     }
 
+    /// Sends what the window and the journal have.
+    pub(super) fn feed_shadow(&mut self, id: LinkId) -> bool {
+        let (tail, durable) = (self.journal.tail().point.lsn, self.journal.durable());
+        let mut moved = false;
+        let mut lost = None;
+        let Some(link) = self.links.by_id.get_mut(&id) else { return false };
+        let LinkState::Sending(sender) = &mut link.state else { return false };
+        while let Some(next) = sender.wants().filter(|lsn| *lsn <= tail) {
+            match fetch!(self, link.reader, next) {
+                Fetched::Ready(record) => {
+                    sender.sent(record.wire_len());
+                    self.out.push(Action::Send { link: id, message: Message::Record(record) });
+                    moved = true;
+                }
+                Fetched::Pending => break,
+                Fetched::Lost => {
+                    lost = Some(next);
+                    break;
+                }
+            }
+        }
+        if let Some(lsn) = sender.announce(durable) {
+            self.out.push(Action::Send { link: id, message: Message::Durable { lsn } });
+        }
+        let (sent_bytes, current) = (sender.sent_bytes, sender.sent_to() == tail);
+        if let Some(p) = self.links.peer_of(id) {
+            p.sent_bytes = p.sent_bytes.max(sent_bytes);
+            // Up to date once it has everything, and as long as memory can feed it.
+            if current && p.received.0 + 1000 >= tail.0 && p.state == "CatchingUp" {
+                p.state = "UpToDate";
+                p.reason = None;
+            }
+        }
+        if let Some(lsn) = lost {
+            self.set_peer(id, "Resync", Some(format!("record {lsn} is no longer in the journal here")));
+            self.drop_link(id, "the journal no longer holds what it lacks");
+        }
+        moved
+    }
+
+    /// Sends a record that a shadow asked for once more; whether anything moved.
+    pub(super) fn send_copy(&mut self, id: LinkId) -> bool {
+        let Some(link) = self.links.by_id.get_mut(&id) else { return false };
+        let Some(lsn) = link.copy else { return false };
+        let known = lsn > Lsn(0) && lsn <= self.journal.written();
+        let found = if known { fetch!(self, link.copies, lsn) } else { Fetched::Lost };
+        let message = match found {
+            Fetched::Pending => return false,
+            Fetched::Ready(record) => Message::Copy(record),
+            Fetched::Lost => Message::NoCopy { lsn },
+        };
+        link.copy = None;
+        self.send(id, message);
+        true
+    }
+
     /// The shadow's image is that of its history again.
     pub(super) fn resynced(&mut self, link: LinkId) {
         let Some(p) = self.links.peer_of(link).filter(|p| p.resyncing) else { return };
@@ -64,7 +122,8 @@ impl Run {
                 keep = keep.min(peer.durable);
             }
         }
-        keep = self.links.by_id.values().filter_map(|l| l.held).fold(keep, Lsn::min);
+        let held = self.links.by_id.values().filter_map(|l| l.held).chain(self.scrub_holds());
+        keep = held.fold(keep, Lsn::min);
         self.journal.keep_after(keep);
     }
 

@@ -28,11 +28,15 @@ const MAX_LINES: usize = 16;
 const BATCH: u64 = 4 << 20;
 /// Windows that may be done with while an earlier one is not.
 const AHEAD: usize = 64;
+/// What stands for a volume's name where the journal is spoilt; no volume has it.
+const JOURNAL: &str = "(journal)";
 
 /// What the job is at.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Phase {
     Comparing,
+    /// The journal is read again.
+    Scrubbing,
     /// All windows are done: a checkpoint makes the repairs durable.
     Settling,
     Over,
@@ -54,6 +58,8 @@ pub(super) struct Job {
     spent: u64,
     /// Windows that are done with, while one before them is not.
     ahead: Vec<Finished>,
+    /// Bytes of the journal that could not be put back.
+    journal_lost: u64,
     reported: u64,
     /// Position before which everything is compared, and by a sync under way durable.
     syncing: u64,
@@ -145,6 +151,7 @@ impl Run {
             since: None,
             spent: 0,
             ahead: Vec::new(),
+            journal_lost: 0,
             reported: 0,
             syncing: from,
             saved: None,
@@ -218,6 +225,7 @@ impl Run {
         match (job.phase, connected) {
             (Phase::Comparing, false) => self.suspend_job(),
             (Phase::Comparing, true) => self.pump_windows(),
+            (Phase::Scrubbing, _) => self.scrub_job(),
             (Phase::Settling, _) => self.settle_job(),
             (Phase::Over, _) => false,
         }
@@ -271,9 +279,16 @@ impl Run {
         finished.into_iter().for_each(|w| self.window_done(w));
         let Some(job) = &mut self.compare.job else { return moved };
         if job.target.open_windows() == 0 && job.plan.is_done() {
-            job.phase = Phase::Settling;
+            let (scrub, repair) = (!job.remakes && !job.status.quick, !job.verify);
+            if self.scrub.is_some() {
+                return moved; // that of an earlier job ends with its request
+            }
+            job.phase = if scrub { Phase::Scrubbing } else { Phase::Settling };
             self.image.repaired = true;
             self.hurry_checkpoint();
+            if scrub {
+                self.begin_scrub(repair);
+            }
             return true;
         }
         if let Some(at) = wake {
@@ -383,6 +398,48 @@ impl Run {
         }
     }
 
+    /// The images are equal; now the journal.
+    fn scrub_job(&mut self) -> bool {
+        let turning = matches!(&self.part, Part::Shadow(s) if s.is_cutting() || s.rebase.is_some());
+        if turning || self.admin.is_promoting() || self.scrub.is_none() {
+            // Its end, or all of it, is about to be another one.
+            self.end_scrub();
+            if let Some(job) = &mut self.compare.job {
+                job.phase = Phase::Settling;
+            }
+            return true;
+        }
+        let moved = self.pump_scrub();
+        let found = rfc3339(self.now.wall).unwrap_or_default();
+        let Some(scrub) = &mut self.scrub else { return moved };
+        let (spoilt, over, read) = (std::mem::take(&mut scrub.found), scrub.is_over(), scrub.read());
+        let Some(job) = &mut self.compare.job else { return moved };
+        job.status.journal_read = read;
+        let mut lines = Vec::new();
+        for s in &spoilt {
+            let (volume, node) = (JOURNAL.to_owned(), Some(job.status.shadow.clone()));
+            let range = DifferentRange { volume, offset: s.offset, len: s.len, found: found.clone(), node };
+            job.journal_lost += if s.lost { s.len } else { 0 };
+            if job.status.rotten.len() < MAX_RANGES {
+                job.status.rotten.push(range);
+            }
+            lines.push(format!(
+                "{}: {} bytes at {} of the journal are not what was written{}",
+                job.status.cause,
+                s.len,
+                s.offset,
+                if job.verify || s.lost { "" } else { ": put back" }
+            ));
+        }
+        job.phase = if over { Phase::Settling } else { Phase::Scrubbing };
+        if over {
+            self.end_scrub();
+        }
+        lines.into_iter().for_each(|line| self.log(Level::Warn, line));
+        self.beat_job();
+        moved || over
+    }
+
     /// All windows are done: once the repairs are durable, the outcome is true.
     fn settle_job(&mut self) -> bool {
         if self.image.repaired || !self.checkpoint_idle() {
@@ -393,7 +450,11 @@ impl Run {
         let Some(job) = &mut self.compare.job else { return false };
         let (differ, verify, remakes) = (job.status.differ, job.verify, job.remakes);
         let theirs = job.status.rotten.iter().filter(|r| r.node.as_ref() != Some(&job.status.shadow));
-        let unrepaired = if verify { differ } else { theirs.map(|r| r.len).sum() };
+        let journal = job.status.rotten.iter().filter(|r| r.volume == JOURNAL).map(|r| r.len).sum::<u64>();
+        let unrepaired = match verify {
+            true => differ + journal,
+            false => theirs.map(|r| r.len).sum::<u64>() + job.journal_lost,
+        };
         let identical = unrepaired == 0;
         job.status.compared = job.status.total;
         job.status.lsn = identical.then_some(at.0);
@@ -420,6 +481,7 @@ impl Run {
     pub(super) fn end_job(&mut self, state: &'static str, reason: Option<String>) {
         let (key, now, wire) = (self.compare.key, self.now.mono, self.compare.wire);
         let first = self.compare.windows + 1;
+        self.end_scrub();
         let Some(job) = &mut self.compare.job else { return };
         job.phase = Phase::Over;
         let stopped = job.remakes && state == "Stopped";

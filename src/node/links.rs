@@ -6,9 +6,9 @@
 
 use super::config::NodeConfig;
 use super::event::{Action, Level, LinkId};
-use super::feed::{Fetched, Reader};
+use super::feed::Reader;
 use super::meta::Ticket;
-use super::run::{Part, Run, fetch};
+use super::run::{Part, Run};
 use crate::format::message::{Identity, Message, proof, refuse};
 use crate::format::superblock::{Peer, Superblock};
 use crate::journal::Tail;
@@ -52,6 +52,9 @@ pub enum LinkState {
 pub struct Link {
     pub(super) state: LinkState,
     pub(super) reader: Reader,
+    /// For records that a shadow asks for once more.
+    pub(super) copies: Reader,
+    pub(super) copy: Option<Lsn>,
     dialed: Option<usize>,
     nonce: [u8; 32],
     peer: Option<NodeId>,
@@ -253,7 +256,7 @@ impl Links {
 
     /// Every reader of the journal that a link has.
     pub fn readers(&mut self) -> impl Iterator<Item = &mut Reader> {
-        self.by_id.values_mut().map(|l| &mut l.reader)
+        self.by_id.values_mut().flat_map(|l| [&mut l.reader, &mut l.copies])
     }
 }
 
@@ -266,8 +269,19 @@ impl Run {
         }
         let state = if dialed.is_some() { LinkState::Dialled } else { LinkState::Challenged };
         let (begun, heard, beat) = (self.now.mono, self.now.mono, self.now.mono);
-        let reader = Reader::default();
-        let fresh = Link { state, reader, dialed, nonce, peer: None, begun, heard, beat, held: None };
+        let fresh = Link {
+            state,
+            reader: Reader::default(),
+            copies: Reader::default(),
+            copy: None,
+            dialed,
+            nonce,
+            peer: None,
+            begun,
+            heard,
+            beat,
+            held: None,
+        };
         self.links.by_id.insert(link, fresh);
         if self.fault.is_some() {
             return self.drop_link(link, "this node has failed");
@@ -446,6 +460,9 @@ impl Run {
                 }
             }
             (LinkState::Receiving, Message::Record(record)) => self.received(link, record),
+            (LinkState::Receiving, Message::Copy(record)) => self.copy_came(Some(record)),
+            (LinkState::Receiving, Message::NoCopy { .. }) => self.copy_came(None),
+            (LinkState::Sending(_), Message::AskCopy { lsn }) => l.copy = Some(lsn),
             (LinkState::Receiving, Message::Durable { lsn }) => self.announced(lsn),
             (LinkState::Receiving, Message::Compare(word)) => self.heard_as_shadow(link, *word),
             (LinkState::Sending(_), Message::Compare(word)) => self.heard_as_primary(link, *word),
@@ -553,50 +570,10 @@ impl Run {
         match step {
             1 => self.locate(id),
             2 => self.settle(id),
-            3 => self.feed_shadow(id),
+            3 => self.feed_shadow(id) | self.send_copy(id),
             4 => self.offer(id),
             _ => false,
         }
-    }
-
-    /// Sends what the window and the journal have.
-    fn feed_shadow(&mut self, id: LinkId) -> bool {
-        let (tail, durable) = (self.journal.tail().point.lsn, self.journal.durable());
-        let mut moved = false;
-        let mut lost = None;
-        let Some(link) = self.links.by_id.get_mut(&id) else { return false };
-        let LinkState::Sending(sender) = &mut link.state else { return false };
-        while let Some(next) = sender.wants().filter(|lsn| *lsn <= tail) {
-            match fetch!(self, link.reader, next) {
-                Fetched::Ready(record) => {
-                    sender.sent(record.wire_len());
-                    self.out.push(Action::Send { link: id, message: Message::Record(record) });
-                    moved = true;
-                }
-                Fetched::Pending => break,
-                Fetched::Lost => {
-                    lost = Some(next);
-                    break;
-                }
-            }
-        }
-        if let Some(lsn) = sender.announce(durable) {
-            self.out.push(Action::Send { link: id, message: Message::Durable { lsn } });
-        }
-        let (sent_bytes, current) = (sender.sent_bytes, sender.sent_to() == tail);
-        if let Some(p) = self.links.peer_of(id) {
-            p.sent_bytes = p.sent_bytes.max(sent_bytes);
-            // Up to date once it has everything, and as long as memory can feed it.
-            if current && p.received.0 + 1000 >= tail.0 && p.state == "CatchingUp" {
-                p.state = "UpToDate";
-                p.reason = None;
-            }
-        }
-        if let Some(lsn) = lost {
-            self.set_peer(id, "Resync", Some(format!("record {lsn} is no longer in the journal here")));
-            self.drop_link(id, "the journal no longer holds what it lacks");
-        }
-        moved
     }
 
     /// A shadow dials its primary; a primary those who do not come, for one may have been promoted.

@@ -6,7 +6,7 @@
 //! `boot` finds the journal's end; `run` is the node afterwards: `primary` and `shadow` are its
 //! roles, `image` the backing and its checkpoint, `feed` the way of records to their readers,
 //! `links` the connections, `greeting` their handshake,
-//! `compare`, `job` and `refresh` the comparison of images, `offer`, `rebase` and `remake` the resync of a shadow
+//! `compare`, `job` and `refresh` the comparison of images, `scrub` the journal read again, `offer`, `rebase` and `remake` the resync of a shadow
 //! that its primary's journal can't feed,
 //! `followers` what a primary owes its shadows, `admin` what administrators ask, `report` what they are told.
 
@@ -29,6 +29,7 @@ mod refresh;
 mod remake;
 mod report;
 mod run;
+mod scrub;
 mod sealing;
 mod shadow;
 pub mod status;
@@ -52,6 +53,7 @@ const ENCODE: u8 = 7;
 const COMPARE: u8 = 8;
 const STAGE: u8 = 9;
 const INDEX: u8 = 10;
+const SCRUB: u8 = 11;
 
 /// The mapped files of a node.
 pub struct Memories {

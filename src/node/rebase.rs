@@ -144,7 +144,8 @@ impl Run {
         }
         let applied = self.image.applied.point.lsn;
         let behind = self.links.checkpoint < applied || self.image.repaired;
-        if self.image_waits() || applied < self.meta.sb.limit.min(tail) || !self.image.is_idle() {
+        let busy = self.image_waits() || !self.image.is_idle() || self.scrub.is_some();
+        if busy || applied < self.meta.sb.limit.min(tail) {
             return false;
         }
         if behind || !self.checkpoint_idle() {
@@ -393,7 +394,7 @@ impl Run {
             self.journal.want(tail);
             return false;
         }
-        if !self.image.is_quiet() || !self.abandon_checkpoint() {
+        if self.scrub.is_some() || !self.image.is_quiet() || !self.abandon_checkpoint() {
             return false;
         }
         let Some(resync) = self.meta.sb.resync.take() else { return self.end_retreat() };

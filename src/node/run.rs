@@ -13,7 +13,9 @@ use super::links::Links;
 use super::meta::Meta;
 use super::primary::Primary;
 use super::shadow::Shadow;
-use super::{APPLY, COMPARE, ENCODE, FRONT, INDEX, JOURNAL, JOURNAL_RECOVERY, MAPS, READER, STAGE, SUPER};
+use super::{
+    APPLY, COMPARE, ENCODE, FRONT, INDEX, JOURNAL, JOURNAL_RECOVERY, MAPS, READER, SCRUB, STAGE, SUPER,
+};
 use super::{rebase, remake};
 use crate::disk::{DiskRequest, DiskResult, IoError, Memory, Token};
 use crate::format::message::Role;
@@ -54,6 +56,8 @@ pub struct Run {
     pub(super) fault: Option<String>,
     pub(super) admin: super::admin::Admin,
     pub(super) compare: Comparing,
+    /// The journal is being read again.
+    pub(super) scrub: Option<super::scrub::Scrubbing>,
 }
 
 impl Run {
@@ -87,6 +91,7 @@ impl Run {
             fault: None,
             admin: super::admin::Admin::default(),
             compare: Comparing::new(HashKey::of(cfg.group)),
+            scrub: None,
             cfg,
         };
         run.update_keep();
@@ -208,6 +213,10 @@ impl Run {
             }
             COMPARE => {
                 self.image_read(token.id(), result);
+                Ok(())
+            }
+            SCRUB => {
+                self.scrub_done(token.id(), result);
                 Ok(())
             }
             READER => self.reader_done(token.id(), &result).map_err(|e| ("reading the journal", e)),

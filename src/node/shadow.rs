@@ -292,7 +292,8 @@ impl Run {
 
     fn begin_cut(&mut self) {
         // Nothing may be reading or writing the journal, or moving the image, meanwhile.
-        let quiet = self.journal.is_quiet() && self.image.is_idle() && self.checkpoint_idle();
+        let quiet =
+            self.journal.is_quiet() && self.image.is_idle() && self.checkpoint_idle() && self.scrub.is_none();
         let Part::Shadow(s) = &mut self.part else { return };
         let Some(Cut { at, stage, .. }) = &mut s.cut else { return };
         match stage {

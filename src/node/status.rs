@@ -123,6 +123,8 @@ pub struct RefreshStatus {
     pub differ: u64,
     /// Bytes repaired.
     pub repaired: u64,
+    /// Bytes of the shadow's journal that were read again, once the volumes were done.
+    pub journal_read: u64,
     /// Bytes of messages about it, both directions.
     pub wire: u64,
     /// Bytes a second over the last seconds.
@@ -136,7 +138,8 @@ pub struct RefreshStatus {
     pub lsn: Option<u64>,
     /// Ranges that differed, the first thousand.
     pub ranges: Vec<DifferentRange>,
-    /// Ranges in which a node's disk returned other bytes than were written, as the hash index knows.
+    /// Ranges in which a node's disk returned other bytes than were written, as the hash index knows; those of
+    /// the shadow's journal, as its own hashes know, have the volume "(journal)".
     pub rotten: Vec<DifferentRange>,
 }
 

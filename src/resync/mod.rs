@@ -60,3 +60,6 @@ pub fn runs(count: usize, most: usize, pick: impl Fn(usize) -> bool) -> Vec<(usi
     }
     found
 }
+
+#[cfg(test)]
+mod tests;

@@ -306,3 +306,56 @@ fn a_refresh_goes_on_after_kills_and_cuts_and_its_proof_outlives_them() {
     });
     pair.finish();
 }
+
+/// Spoils `count` records of a node's journal; the bytes of the file at which they begin.
+fn spoil_journal(node: &Node, count: usize) -> Vec<u64> {
+    let path = node.place.config().join("state/g/journal");
+    let bytes = std::fs::read(&path).unwrap();
+    let records: Vec<u64> = (0..bytes.len())
+        .step_by(4096)
+        .filter(|at| bytes[*at..].starts_with(b"VREC"))
+        .map(|at| at as u64)
+        .collect();
+    assert!(records.len() > count * 3, "{} records", records.len());
+    let chosen: Vec<u64> = records.iter().step_by(records.len() / count).take(count).copied().collect();
+    let file = OpenOptions::new().write(true).open(&path).unwrap();
+    for at in &chosen {
+        let at = at + 100; // in its header
+        file.write_all_at(&[!bytes[at as usize]], at).unwrap();
+    }
+    file.sync_all().unwrap();
+    chosen
+}
+
+#[test]
+fn rot_in_the_journal_is_named_and_put_back_from_the_primary() {
+    let mut pair = Pair::prepare(&Setup { volumes: vec![("data", SIZE)], ..Setup::default() });
+    // What memory holds is put back without the primary: here it holds little.
+    pair.shadow.configure(|text| text.replace("feed = \"32M\"", "feed = \"4M\""));
+    pair.primary.start();
+    pair.shadow.start();
+    pair.wait_following();
+    let mut random = Random(29);
+    pair.primary.attach("nbd-socket");
+    let mut client = Client::connect(&pair.primary.socket(), "data").unwrap();
+    for _ in 0..60 {
+        fill(&mut client, &mut random, 10);
+        client.flush().unwrap();
+    }
+    pair.settle();
+    let spoilt = spoil_journal(&pair.shadow, 5);
+    let journal = |told: &Value| -> Vec<u64> {
+        let rotten = told["rotten"].as_array().unwrap();
+        let ours = rotten.iter().filter(|r| r["volume"] == "(journal)" && r["node"] == "db2");
+        ours.map(|r| r["offset"].as_u64().unwrap()).collect()
+    };
+    let told = refresh(&pair.primary, true);
+    assert_eq!(journal(&told), spoilt, "{told}");
+    assert_eq!(told["lsn"], Value::Null, "{told}");
+    let told = refresh(&pair.primary, false);
+    assert_eq!(journal(&told), spoilt, "{told}");
+    assert!(told["lsn"].as_u64().is_some() && told["differ"] == 0, "{told}");
+    let told = refresh(&pair.primary, false);
+    assert!(journal(&told).is_empty() && told["journal_read"].as_u64().unwrap() > 0, "{told}");
+    pair.finish();
+}

@@ -197,11 +197,11 @@ impl Drop for Small {
     }
 }
 
-#[test]
-fn a_full_stage_stops_the_resync_and_leaves_the_old_image() {
+/// A shadow whose resync has stopped, because there was no room for the new image; where the old one was copied.
+fn full_stage() -> Option<(Pair, Small, PathBuf)> {
     if !nix::unistd::geteuid().is_root() {
         eprintln!("skipped: a small tmpfs can only be mounted by root");
-        return;
+        return None;
     }
     let mut pair = left_behind(128 * MIB);
     let old = pair.shadow.place.path().join("old");
@@ -223,6 +223,12 @@ fn a_full_stage_stops_the_resync_and_leaves_the_old_image() {
     assert!(reason.contains("No space left"), "{reason}");
     assert!(pair.shadow.told().contains("volrep refresh g"), "{}", pair.shadow.told());
     assert_eq!(first_difference(&pair.shadow.backing("data"), &old), None, "the old image stays");
+    Some((pair, small, old))
+}
+
+#[test]
+fn a_full_stage_stops_the_resync_and_leaves_the_old_image() {
+    let Some((mut pair, small, _)) = full_stage() else { return };
     small.size("size=300m", MsFlags::MS_REMOUNT);
     let wish = json!({
         "verb": "refresh", "peer": null, "quick": false, "verify": false, "rate": 0, "in_place": false
@@ -231,5 +237,19 @@ fn a_full_stage_stops_the_resync_and_leaves_the_old_image() {
     assert_eq!(reply["reply"], "done", "{reply}");
     wait_current(&pair);
     pour(&mut client(&pair), BUSY, 0..3, &AtomicU64::new(0));
+    pair.finish();
+}
+
+#[test]
+fn a_resync_in_place_needs_no_room_and_is_asked_for_by_name() {
+    let Some((mut pair, _small, old)) = full_stage() else { return };
+    let refused = pair.shadow.place.run(&["refresh", "g", "--in-place"]);
+    refused.expect(2, &["the shadow can't be promoted", "--yes"]);
+    assert_eq!(first_difference(&pair.shadow.backing("data"), &old), None, "nothing has begun");
+    let done = pair.shadow.place.run(&["refresh", "g", "--in-place", "--yes"]);
+    done.expect(0, &["the shadow can't be promoted"]);
+    let told = pair.shadow.status();
+    assert_eq!(told["state"], "UpToDate", "{told}");
+    assert_eq!(stage(&pair.shadow), Vec::<String>::new(), "no stage was made");
     pair.finish();
 }

@@ -86,7 +86,7 @@ fn frame_holds(bytes: Vec<u8>) {
     assert!(allocated < 4 * body.len() + 4096, "{allocated} bytes for {}", body.len());
     let Ok(message) = decoded else { return };
     assert_eq!(frame(&message), bytes);
-    if let Message::Record(r) = message {
+    if let Message::Record(r) | Message::Copy(r) = message {
         record_holds(r.wire().to_vec());
     }
 }

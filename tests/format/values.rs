@@ -225,6 +225,9 @@ pub fn messages() -> Vec<(&'static str, Message)> {
         ("candidates", Message::Candidates { extents: vec![extent(0, 128, 256), extent(3, 0, 1)] }),
         ("rebase", Message::Rebase { at: anchor(19), since: Some(point(18)), members: vec![NodeId(0x0c0c)] }),
         ("resynced", Message::Resynced),
+        ("ask_copy", Message::AskCopy { lsn: Lsn(0x0a06) }),
+        ("copy", Message::Copy(raw_record())),
+        ("no_copy", Message::NoCopy { lsn: Lsn(0x0a07) }),
     ]
     .into_iter()
     .chain(words().into_iter().map(|(name, word)| (name, Message::Compare(Box::new(word)))))

@@ -53,6 +53,9 @@ fn digest(message: &Message) -> (u64, u64) {
         Message::Candidates { extents } => (11, extents.len() as u64),
         Message::Rebase { at, .. } => (12, at.point.lsn.0),
         Message::Resynced => (13, 0),
+        Message::AskCopy { lsn } => (14, lsn.0),
+        Message::Copy(r) => (15, r.stamp.lsn.0),
+        Message::NoCopy { lsn } => (16, lsn.0),
         Message::Compare(word) => (20, word.wire_len()),
     }
 }

@@ -129,15 +129,14 @@ impl World {
         }
         self.counts.check("liveness");
         self.shut_out_old();
+        let settled = self.scenario.phase == Phase::Settle && self.all_current(false) && self.all_mended()?;
         match self.scenario.phase {
             Phase::Join if self.all_current(true) => self.begin_work(),
             Phase::Work => self.work_on()?,
             Phase::Promote => self.promote_on()?,
-            Phase::Settle if self.all_current(false) => {
-                if self.all_mended()? {
-                    self.enter(Phase::Drain);
-                    self.ask(self.scenario.primary, AdminOp::Drain, Purpose::Drain)?;
-                }
+            Phase::Settle if settled => {
+                self.enter(Phase::Drain);
+                self.ask(self.scenario.primary, AdminOp::Drain, Purpose::Drain)?;
             }
             Phase::Settle => self.resume_resyncs()?,
             Phase::Rest if self.all_at_rest() => {
