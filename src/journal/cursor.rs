@@ -51,13 +51,21 @@ pub struct Cursor {
     chunk_at: Place,
     /// The end of a segment's records: the next segment is being tried.
     gap: Option<Place>,
+    /// Bytes read at a time.
+    most: u64,
 }
 
 impl Cursor {
     /// Begins at the start of segment `segment`, whose first record follows `before`.
     pub fn new(geometry: Geometry, group: GroupId, segment: u64, before: HistoryPoint) -> Cursor {
         let place = Place { segment, offset: 0 };
-        Cursor { geometry, group, place, last: before, chunk: Bytes::new(), chunk_at: place, gap: None }
+        let (chunk, chunk_at) = (Bytes::new(), place);
+        Cursor { geometry, group, place, last: before, chunk, chunk_at, gap: None, most: CHUNK }
+    }
+
+    /// Reads more at a time: what is left of a chunk behind its last whole record is read twice.
+    pub fn with_chunks(self, most: u64) -> Cursor {
+        Cursor { most: most.max(CHUNK), ..self }
     }
 
     /// The last record yielded, or where it began.
@@ -150,7 +158,7 @@ impl Cursor {
             }
             _ => rest,
         };
-        let len = known.min(CHUNK).min(rest) as usize;
+        let len = known.min(self.most).min(rest) as usize;
         Step::Read(DiskOp::Read { offset: self.place.file_offset(self.geometry), len })
     }
 }

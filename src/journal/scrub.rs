@@ -15,6 +15,8 @@ use crate::units::{BLOCK, Lsn};
 
 /// Journal bytes that must stay free for what comes meanwhile.
 const ROOM: u64 = 8 << 20;
+/// Bytes read at a time.
+const CHUNK: u64 = 4 << 20;
 
 /// What is to be done next.
 #[derive(Debug)]
@@ -97,6 +99,7 @@ impl Scrub {
         // What is about to be overwritten, whoever needs it, is not worth a throttled writer.
         if journal.hold_after(segment.before.lsn, ROOM) {
             let cursor = Cursor::new(journal.geometry, journal.group, segment.sequence, segment.before);
+            let cursor = cursor.with_chunks(CHUNK);
             self.walk = Some(Walk { cursor, segment, end, gap: None });
         }
         true

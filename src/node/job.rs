@@ -10,6 +10,7 @@ use super::compare::Side;
 use super::event::{Level, Refresh};
 use super::meta::Ticket;
 use super::run::{Part, Run};
+use super::scrub::Spoilt;
 use super::status::{DifferentRange, RefreshStatus, rfc3339};
 use crate::apply::Source;
 use crate::format::compare::{Compare, MAX_REPORT};
@@ -35,11 +36,18 @@ const JOURNAL: &str = "(journal)";
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Phase {
     Comparing,
-    /// The journal is read again.
-    Scrubbing,
     /// All windows are done: a checkpoint makes the repairs durable.
     Settling,
     Over,
+}
+
+/// Whether the journal was read again.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum JournalRead {
+    No,
+    Reading,
+    /// Or it is not to be read.
+    Done,
 }
 
 /// See the module's documentation.
@@ -58,6 +66,7 @@ pub(super) struct Job {
     spent: u64,
     /// Windows that are done with, while one before them is not.
     ahead: Vec<Finished>,
+    journal: JournalRead,
     /// Bytes of the journal that could not be put back.
     journal_lost: u64,
     reported: u64,
@@ -151,6 +160,7 @@ impl Run {
             since: None,
             spent: 0,
             ahead: Vec::new(),
+            journal: if remakes || wish.quick { JournalRead::Done } else { JournalRead::No },
             journal_lost: 0,
             reported: 0,
             syncing: from,
@@ -225,7 +235,6 @@ impl Run {
         match (job.phase, connected) {
             (Phase::Comparing, false) => self.suspend_job(),
             (Phase::Comparing, true) => self.pump_windows(),
-            (Phase::Scrubbing, _) => self.scrub_job(),
             (Phase::Settling, _) => self.settle_job(),
             (Phase::Over, _) => false,
         }
@@ -277,18 +286,13 @@ impl Run {
         let moved = !out.is_empty() || !finished.is_empty();
         self.do_tasks(Side::Target, serial, out);
         finished.into_iter().for_each(|w| self.window_done(w));
+        let moved = moved | self.scrub_job();
         let Some(job) = &mut self.compare.job else { return moved };
-        if job.target.open_windows() == 0 && job.plan.is_done() {
-            let (scrub, repair) = (!job.remakes && !job.status.quick, !job.verify);
-            if self.scrub.is_some() {
-                return moved; // that of an earlier job ends with its request
-            }
-            job.phase = if scrub { Phase::Scrubbing } else { Phase::Settling };
+        let compared = job.target.open_windows() == 0 && job.plan.is_done();
+        if compared && job.journal == JournalRead::Done {
+            job.phase = Phase::Settling;
             self.image.repaired = true;
             self.hurry_checkpoint();
-            if scrub {
-                self.begin_scrub(repair);
-            }
             return true;
         }
         if let Some(at) = wake {
@@ -398,46 +402,50 @@ impl Run {
         }
     }
 
-    /// The images are equal; now the journal.
+    /// Goes on reading the journal; whether anything moved.
     fn scrub_job(&mut self) -> bool {
         let turning = matches!(&self.part, Part::Shadow(s) if s.is_cutting() || s.rebase.is_some());
-        if turning || self.admin.is_promoting() || self.scrub.is_none() {
-            // Its end, or all of it, is about to be another one.
-            self.end_scrub();
-            if let Some(job) = &mut self.compare.job {
-                job.phase = Phase::Settling;
+        let Some(job) = &mut self.compare.job else { return false };
+        let (cause, verify) = (job.status.cause.clone(), job.verify);
+        match job.journal {
+            JournalRead::No if self.scrub.is_none() => {
+                job.journal = JournalRead::Reading;
+                self.begin_scrub(!verify);
             }
-            return true;
+            JournalRead::No | JournalRead::Done => return false, // that of an earlier job ends with its request
+            JournalRead::Reading => {}
         }
-        let moved = self.pump_scrub();
+        let mut moved = self.pump_scrub();
         let found = rfc3339(self.now.wall).unwrap_or_default();
-        let Some(scrub) = &mut self.scrub else { return moved };
-        let (spoilt, over, read) = (std::mem::take(&mut scrub.found), scrub.is_over(), scrub.read());
         let Some(job) = &mut self.compare.job else { return moved };
-        job.status.journal_read = read;
         let mut lines = Vec::new();
-        for s in &spoilt {
-            let (volume, node) = (JOURNAL.to_owned(), Some(job.status.shadow.clone()));
-            let range = DifferentRange { volume, offset: s.offset, len: s.len, found: found.clone(), node };
-            job.journal_lost += if s.lost { s.len } else { 0 };
-            if job.status.rotten.len() < MAX_RANGES {
-                job.status.rotten.push(range);
+        let mut over = true;
+        if let Some(scrub) = &mut self.scrub {
+            job.status.journal_read = scrub.read();
+            // Its end, or all of it, is about to be another one.
+            over = scrub.is_over() || turning || self.admin.is_promoting();
+            for s in scrub.found.drain(..) {
+                let (volume, node) = (JOURNAL.to_owned(), Some(job.status.shadow.clone()));
+                let range =
+                    DifferentRange { volume, offset: s.offset, len: s.len, found: found.clone(), node };
+                job.journal_lost += if s.lost { s.len } else { 0 };
+                if job.status.rotten.len() < MAX_RANGES {
+                    job.status.rotten.push(range);
+                }
+                let back = if verify || s.lost { "" } else { ": put back" };
+                let Spoilt { len, offset, .. } = s;
+                lines.push(format!(
+                    "{cause}: {len} bytes at {offset} of the journal are not what was written{back}"
+                ));
             }
-            lines.push(format!(
-                "{}: {} bytes at {} of the journal are not what was written{}",
-                job.status.cause,
-                s.len,
-                s.offset,
-                if job.verify || s.lost { "" } else { ": put back" }
-            ));
         }
-        job.phase = if over { Phase::Settling } else { Phase::Scrubbing };
         if over {
+            job.journal = JournalRead::Done;
             self.end_scrub();
+            moved = true;
         }
         lines.into_iter().for_each(|line| self.log(Level::Warn, line));
-        self.beat_job();
-        moved || over
+        moved
     }
 
     /// All windows are done: once the repairs are durable, the outcome is true.
