@@ -15,8 +15,9 @@ use serde_json::{Value, json};
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
-/// Between two looks at the job.
+/// Between two looks at the job, at most; a short job is not waited for that long.
 const LOOK: Duration = Duration::from_millis(200);
+const SOON: Duration = Duration::from_millis(5);
 /// Between two lines off a terminal; the first comes sooner.
 const INTERVAL: Duration = Duration::from_secs(10);
 const FIRST: Duration = Duration::from_secs(2);
@@ -142,6 +143,7 @@ impl JobArgs {
             bar
         });
         let mut next = Instant::now() + FIRST;
+        let mut pause = SOON;
         loop {
             if let Some(job) = self.job(places)?.filter(|s| Some(s.job) != before) {
                 if matches!(job.state.as_str(), "Done" | "Failed" | "Stopped") {
@@ -160,7 +162,8 @@ impl JobArgs {
                     }
                 }
             }
-            std::thread::sleep(LOOK);
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(LOOK);
         }
     }
 }

@@ -11,9 +11,9 @@ use super::primary::Primary;
 use super::run::{Part, Run};
 use super::status::RefreshStatus;
 use crate::disk::{DiskOp, DiskRequest, DiskResult, Token, aligned, freeze};
-use crate::format::compare::{Compare, Root};
+use crate::format::compare::{Compare, EXTENT, Root};
 use crate::format::message::{Message, refuse};
-use crate::resync::hash::{HashKey, Job, Product};
+use crate::resync::hash::{HashKey, Job, Product, UNKNOWN};
 use crate::resync::source::{Purpose, Source, Task};
 use crate::resync::target::Target;
 use crate::resync::{MAX_OPEN, extent_of};
@@ -181,11 +181,12 @@ impl Run {
         let serial = *serial;
         let mut out = Vec::new();
         // What the backing lacks, its index does not speak of.
-        let index = |i: usize| {
-            let e = extent_of(extent, i)?;
-            self.index.root(e.address()).filter(|_| cache.read(e).next().is_none())
-        };
-        let opened = source.open(number, extent, wanted, quick, tail.point.lsn, newer, index, &mut out);
+        let mut indexed = self.index.roots(extent);
+        for (e, _) in cache.read(extent) {
+            let at = e.start() - extent.start();
+            indexed[(at / EXTENT) as usize..=((at + e.len() - 1) / EXTENT) as usize].fill(UNKNOWN);
+        }
+        let opened = source.open(number, extent, wanted, quick, tail.point.lsn, newer, indexed, &mut out);
         match opened {
             Ok(()) => self.do_tasks(Side::Source(link), serial, out),
             Err(why) => self.drop_link(link, &format!("it asked for {why}")),

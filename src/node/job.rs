@@ -16,9 +16,10 @@ use crate::apply::Source;
 use crate::format::compare::{Compare, MAX_REPORT};
 use crate::format::record::Record;
 use crate::format::superblock::{Comparison, Verified};
-use crate::resync::MAX_OPEN;
+use crate::resync::hash::UNKNOWN;
 use crate::resync::plan::{Meter, Plan, Throttle};
 use crate::resync::target::{Finished, Target};
+use crate::resync::{FULL_OPEN, MAX_OPEN, extents};
 use crate::units::{Extent, SECONDS};
 
 /// Ranges that are told.
@@ -28,7 +29,7 @@ const MAX_LINES: usize = 16;
 /// Payload bytes of one batch of repairs.
 const BATCH: u64 = 4 << 20;
 /// Windows that may be done with while an earlier one is not.
-const AHEAD: usize = 64;
+const AHEAD: usize = 512;
 /// What stands for a volume's name where the journal is spoilt; no volume has it.
 const JOURNAL: &str = "(journal)";
 
@@ -262,17 +263,21 @@ impl Run {
 
     fn pump_windows(&mut self) -> bool {
         let (applied, now) = (self.image.applied.point.lsn, self.now.mono);
-        // While staging, what is compared is not what the backings hold.
-        let index = (!self.is_staging()).then_some(&self.index);
+        let staging = self.is_staging();
         let Some(job) = &mut self.compare.job else { return false };
         job.since.get_or_insert(now);
         job.status.state = "Running".into();
         job.status.reason = None;
         let serial = job.serial;
         let mut out = Vec::new();
-        job.target.applied(applied, |e: Extent| index?.root(e.address()), &mut out);
+        // While staging, what is compared is not what the backings hold.
+        let nothing = |e| vec![UNKNOWN; extents(e)];
+        let known = |e: Extent| if staging { nothing(e) } else { self.index.roots(e) };
+        job.target.applied(applied, known, &mut out);
         let mut wake = None;
-        while job.target.open_windows() < MAX_OPEN && job.ahead.len() < AHEAD {
+        // Where little is read, a long link is filled with windows.
+        let most = if job.status.quick { MAX_OPEN } else { FULL_OPEN };
+        while job.target.open_windows() < most && job.ahead.len() < AHEAD {
             wake = job.throttle.wait(now);
             if wake.is_some() {
                 break;

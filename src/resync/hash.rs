@@ -15,6 +15,9 @@ use blake3::IncrementCounter;
 use blake3::platform::Platform;
 use bytes::Bytes;
 
+/// In place of a root that is not known (no bytes have it, but for one chance in 2^128).
+pub const UNKNOWN: Root = [0; 16];
+
 /// A key for all hashes of a group.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct HashKey([u8; 32]);
@@ -122,13 +125,18 @@ pub fn hash(key: &HashKey, bytes: &[u8]) -> Hashes {
     hashes
 }
 
-/// The root over a window's extents.
-pub fn window_root<'a>(key: &HashKey, roots: impl Iterator<Item = &'a Root>) -> Root {
-    let mut hasher = blake3::Hasher::new_keyed(&key.0);
-    roots.for_each(|root| {
-        hasher.update(root);
-    });
-    short(hasher.finalize())
+/// The root over a window's extents: those that `touched` (a bit each) names count as zeroes.
+pub fn window_root(key: &HashKey, roots: &[Root], touched: &[u8]) -> Root {
+    if touched.iter().all(|b| *b == 0) {
+        return short(blake3::keyed_hash(&key.0, roots.as_flattened()));
+    }
+    let mut roots = roots.to_vec();
+    for (i, root) in roots.iter_mut().enumerate() {
+        if touched[i / 8] >> (i % 8) & 1 == 1 {
+            *root = UNKNOWN;
+        }
+    }
+    short(blake3::keyed_hash(&key.0, roots.as_flattened()))
 }
 
 fn short(hash: blake3::Hash) -> Root {

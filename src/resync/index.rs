@@ -13,6 +13,7 @@
 //!   set. A write meanwhile takes it off the way;
 //! - a file that is not this node's own becomes so only after one sync has made all its bits durably clear.
 
+use super::hash::UNKNOWN;
 use crate::disk::Memory;
 use crate::extents::Bitmap;
 use crate::format::compare::{EXTENT, Root};
@@ -127,6 +128,28 @@ impl Index {
     /// The root of the extent that begins here, if it is known.
     pub fn root(&self, extent: Address) -> Option<Root> {
         self.get(extent.0 / EXTENT)
+    }
+
+    /// The roots of all extents of a window, which starts at one; [`UNKNOWN`] where it does not know.
+    pub fn roots(&self, window: Extent) -> Vec<Root> {
+        let mut roots = vec![UNKNOWN; window.len().div_ceil(EXTENT) as usize];
+        let first = window.address().offset() / EXTENT;
+        let Some(v) = self.volume(window.address().volume()).filter(|_| self.owned) else { return roots };
+        let bytes = self.memory.bytes();
+        let bits = Bitmap(&bytes[v.bits..v.bits + v.bits_len]);
+        let mut at = first;
+        let end = (first + roots.len() as u64).min(v.extents);
+        while at < end {
+            let run = bits.same(at, end);
+            if bits.get(at) {
+                let from = v.roots + (at * ROOT) as usize;
+                let known = &bytes[from..from + (run * ROOT) as usize];
+                let to = &mut roots[(at - first) as usize..(at - first + run) as usize];
+                to.as_flattened_mut().copy_from_slice(known);
+            }
+            at += run;
+        }
+        roots
     }
 
     /// How many extents are known.
@@ -277,6 +300,11 @@ mod tests {
             index.synced();
         }
         assert_eq!((index.root(at(0, 3)), index.root(at(255, 5))), (Some([7; 16]), Some([8; 16])));
+        for (volume, first, extents) in [(0, 0, 20), (0, 3, 1), (0, 4, 3), (255, 5, 1)] {
+            let window = Extent::new(at(volume, first), extents * EXTENT).unwrap();
+            let one = |i| index.root(at(volume, first + i)).unwrap_or(UNKNOWN);
+            assert_eq!(index.roots(window), (0..extents).map(one).collect::<Vec<_>>());
+        }
         assert!(!index.has_pending() && index.known() == 2);
         assert!(index.sync(), "the bits are not durable yet");
         index.synced();

@@ -5,23 +5,27 @@
 //! shadow by the records it receives. What neither has touched has the same bytes at that LSN and now, so
 //! it can be compared, and repaired, without stopping anybody; what was touched comes by record.
 //!
-//! Owns: `hash` the tree over a window, `index` its kept roots, `touched` the masks, `source` the primary's side, `target` the
-//! shadow's, `plan` which windows there are, and the pace. Invariants: no sector that a record may have
+//! Owns: `hash` the tree over a window, `index` its kept roots, `leaves` what is wanted and read of a window, `touched` the masks, `source` the primary's side, `target` the
+//! shadow's with its `window`s, `plan` which windows there are, and the pace. Invariants: no sector that a record may have
 //! changed since the window was opened is called different or repaired (I1, I9); memory is bounded by the
 //! windows in flight and the bytes asked for.
 
 pub mod hash;
 pub mod index;
+mod leaves;
 pub mod plan;
 pub mod source;
 pub mod target;
 pub mod touched;
+mod window;
 
 use crate::format::compare::{EXTENT, LEAF};
 use crate::units::Extent;
 
 /// Windows that a shadow may have open at once.
-pub const MAX_OPEN: usize = 16;
+pub const MAX_OPEN: usize = 256;
+/// And has, when all of them are read: more would wait for the disks.
+pub const FULL_OPEN: usize = 16;
 /// Bytes of one read of a volume.
 pub const CHUNK: u64 = 1 << 20;
 /// Bytes of such reads in flight on one side.

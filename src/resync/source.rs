@@ -5,13 +5,14 @@
 //! answer carries the touched sectors as they are when it is given, so they include every write that may
 //! be in its bytes.
 
-use super::hash::{HashKey, Hashes, Job, Product, window_root};
+use super::hash::{HashKey, Hashes, Job, Product, UNKNOWN, window_root};
+use super::leaves::{Leaves, Wanted};
 use super::touched::Touched;
 use super::{CHUNK, MAX_OPEN, READING, extents, leaves, part, runs};
 use crate::format::compare::{Compare, EXTENT, EXTENT_LEAVES, ExtentLeaves, LEAF, MAX_BATCH, Root, Run};
 use crate::units::{Extent, Lsn};
 use bytes::Bytes;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// What a read or a piece of work is for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -48,14 +49,13 @@ struct Window {
     id: u32,
     extent: Extent,
     touched: Touched,
-    wanted: Vec<bool>,
+    wanted: Wanted,
     /// Roots that are known; the index's until the bytes are read.
-    roots: Vec<Option<Root>>,
+    roots: Vec<Root>,
     /// Those of the index.
-    indexed: Vec<Option<Root>>,
+    indexed: Vec<Root>,
     rotten: Vec<u16>,
-    leaves: Vec<u64>,
-    has_leaves: Vec<bool>,
+    leaves: Leaves,
     /// Reads to be hashed that are wanted and not begun: (first extent, how many).
     chunks: VecDeque<(usize, usize)>,
     /// Reads and hashings under way.
@@ -75,6 +75,8 @@ pub struct Source {
     reading: u64,
     /// Windows opened so far.
     opened: u32,
+    /// Numbers of those of which something is still to be read.
+    unread: BTreeSet<u32>,
 }
 
 type Refusal = &'static str;
@@ -82,7 +84,14 @@ type Refusal = &'static str;
 impl Source {
     /// No window is open.
     pub fn new(key: HashKey) -> Source {
-        Source { key, windows: BTreeMap::new(), parts: VecDeque::new(), reading: 0, opened: 0 }
+        Source {
+            key,
+            windows: BTreeMap::new(),
+            parts: VecDeque::new(),
+            reading: 0,
+            opened: 0,
+            unread: BTreeSet::new(),
+        }
     }
 
     /// No window is open.
@@ -91,7 +100,7 @@ impl Source {
     }
 
     /// Opens a window at `lsn`, the journal's tail. `newer` are the accepted writes that are not in
-    /// records up to it, `index` what the hash index knows of the window's extents.
+    /// records up to it, `indexed` what the hash index knows of the window's extents.
     #[expect(clippy::too_many_arguments, reason = "what the message says, and what the node knows")]
     pub fn open(
         &mut self,
@@ -101,32 +110,27 @@ impl Source {
         quick: bool,
         lsn: Lsn,
         newer: impl Iterator<Item = Extent>,
-        index: impl Fn(usize) -> Option<Root>,
+        indexed: Vec<Root>,
         out: &mut Vec<Task>,
     ) -> Result<(), Refusal> {
         if self.windows.len() >= MAX_OPEN || self.windows.contains_key(&number) {
             return Err("more windows than it may open");
         }
         let count = extents(extent);
-        let is_wanted =
-            |i: usize| wanted.is_empty() || wanted.get(i / 8).is_some_and(|b| b >> (i % 8) & 1 == 1);
-        let wanted: Vec<bool> = (0..count).map(is_wanted).collect();
+        let wanted = Wanted::new(wanted.to_vec(), count);
         let mut touched = Touched::new(extent);
         newer.for_each(|e| touched.touch(e));
-        let indexed: Vec<_> = (0..count).map(|i| index(i).filter(|_| wanted[i])).collect();
-        let per_read = (CHUNK / EXTENT) as usize;
-        let chunks = runs(count, per_read, |i| wanted[i] && !(quick && indexed[i].is_some())).into();
+        let chunks = wanted.reads(quick, &indexed);
         self.opened = self.opened.wrapping_add(1);
         let window = Window {
             id: self.opened,
             extent,
             touched,
-            roots: if quick { indexed.clone() } else { vec![None; count] },
+            roots: if quick { wanted.only(indexed.clone()) } else { vec![UNKNOWN; count] },
             indexed,
             wanted,
             rotten: Vec::new(),
-            leaves: vec![0; leaves(extent)],
-            has_leaves: vec![false; count],
+            leaves: Leaves::default(),
             chunks,
             hashing: 0,
             rooted: false,
@@ -135,8 +139,10 @@ impl Source {
             batches: BTreeMap::new(),
         };
         self.windows.insert(number, window);
+        self.unread.insert(number);
         out.push(Task::Say(Compare::At { window: number, lsn }));
         self.pump(out);
+        self.answer_root(number, out);
         Ok(())
     }
 
@@ -153,19 +159,19 @@ impl Source {
                 if !w.rooted || std::mem::replace(&mut w.asked_roots, true) {
                     return Err("roots out of turn");
                 }
-                let roots = w.roots.iter().map(|r| r.unwrap_or_default()).collect();
-                out.push(Task::Say(Compare::Roots { window: *window, roots }));
+                out.push(Task::Say(Compare::Roots { window: *window, roots: w.roots.clone() }));
             }
             Compare::AskLeaves { window, extents } => {
                 let w = self.windows.get_mut(window).ok_or("a window that is not open")?;
-                let known = |i: &u16| w.wanted.get(usize::from(*i)) == Some(&true);
+                let known = |i: &u16| w.wanted.has(usize::from(*i));
                 let ascending = extents.windows(2).all(|p| p[0] < p[1]);
                 if !w.rooted || w.asked_leaves.is_some() || !ascending || !extents.iter().all(known) {
                     return Err("leaves that it can't ask for");
                 }
-                let lacking = |i: usize| extents.binary_search(&(i as u16)).is_ok() && !w.has_leaves[i];
+                let lacking = |i: usize| extents.binary_search(&(i as u16)).is_ok() && !w.leaves.has(i);
                 w.chunks.extend(runs(w.wanted.len(), (CHUNK / EXTENT) as usize, lacking));
                 w.asked_leaves = Some(extents.clone());
+                self.unread.insert(*window);
                 self.answer_leaves(*window, out);
             }
             Compare::AskData { window, batch, runs } => self.ask_data(*window, *batch, runs)?,
@@ -185,7 +191,7 @@ impl Source {
         let mut list = Vec::new();
         for (first, count) in asked {
             let (first, count) = (usize::from(*first), usize::from(*count));
-            let fits = count > 0 && first + count <= w.leaves.len() && list.len() + count <= MAX_BATCH;
+            let fits = count > 0 && first + count <= leaves(w.extent) && list.len() + count <= MAX_BATCH;
             if !fits || list.last().is_some_and(|last| *last >= first) {
                 return Err("leaves that it can't ask for");
             }
@@ -267,27 +273,19 @@ impl Source {
             return;
         }
         w.rooted = true;
-        let mut touched = vec![0u8; w.wanted.len().div_ceil(8)];
-        for i in (0..w.wanted.len()).filter(|i| w.wanted[*i] && w.touched.is_touched(*i)) {
-            touched[i / 8] |= 1 << (i % 8);
-        }
-        let is_touched = |i: usize| touched[i / 8] >> (i % 8) & 1 == 1;
-        let zero = Root::default();
-        let counted =
-            |(i, root): (usize, &Option<Root>)| if is_touched(i) { zero } else { root.unwrap_or(zero) };
-        let roots: Vec<Root> = w.roots.iter().enumerate().map(counted).collect();
-        let root = window_root(&self.key, roots.iter());
+        let touched = w.wanted.of(w.touched.extents());
+        let root = window_root(&self.key, &w.roots, &touched);
         let rotten = w.rotten.clone();
         out.push(Task::Say(Compare::Root { window: number, touched, root, rotten }));
     }
 
     fn answer_leaves(&mut self, number: u32, out: &mut Vec<Task>) {
         let Some(w) = self.windows.get_mut(&number) else { return };
-        let whole = |list: &Vec<u16>| list.iter().all(|i| w.has_leaves[usize::from(*i)]);
+        let whole = |list: &Vec<u16>| list.iter().all(|i| w.leaves.has(usize::from(*i)));
         let Some(list) = w.asked_leaves.take_if(|list| whole(list)) else { return };
         let leaves = |i: &u16| {
             let first = usize::from(*i) * EXTENT_LEAVES;
-            let hash = |n| w.leaves.get(first + n).copied().unwrap_or(0);
+            let hash = |n| w.leaves.hash(first + n);
             ExtentLeaves {
                 index: *i,
                 touched: w.touched.extent(usize::from(*i)),
@@ -307,16 +305,16 @@ impl Source {
                 out.push(Task::Read(id, Purpose::Leaves(batch, i), extent));
                 continue;
             }
-            let next = self.windows.values_mut().find_map(|w| Some((w.chunks.pop_front()?, w)));
-            let Some(((first, count), w)) = next else { break };
+            let Some(&number) = self.unread.first() else { break };
+            let window = self.windows.get_mut(&number);
+            let Some((w, (first, count))) = window.and_then(|w| w.chunks.pop_front().map(|c| (w, c))) else {
+                self.unread.remove(&number);
+                continue;
+            };
             w.hashing += 1;
             let extent = part(w.extent, EXTENT, first, count).expect("chunks lie in the window");
             self.reading += extent.len();
             out.push(Task::Read(w.id, Purpose::Hash(first), extent));
-        }
-        let unrooted: Vec<u32> = self.windows.iter().filter(|(_, w)| !w.rooted).map(|(n, _)| *n).collect();
-        for number in unrooted {
-            self.answer_root(number, out);
         }
     }
 }
@@ -324,19 +322,16 @@ impl Source {
 impl Window {
     /// Extents that were read and not written since the window was opened.
     fn learned(&self) -> impl Iterator<Item = (usize, Root)> {
-        let read = self.has_leaves.iter().zip(&self.roots).enumerate().filter(|(_, (read, _))| **read);
-        let read = read.filter_map(|(i, (_, root))| Some((i, (*root)?)));
+        let read = self.leaves.read().map(|i| (i, self.roots[i]));
         read.filter(|(i, _)| !self.touched.is_touched(*i) && !self.rotten.contains(&(*i as u16)))
     }
 
     fn hashed(&mut self, first: usize, hashes: &Hashes) {
         self.hashing -= 1;
-        let at = first * EXTENT_LEAVES;
-        self.leaves[at..at + hashes.leaves.len()].copy_from_slice(&hashes.leaves);
+        self.leaves.put(self.extent, first, hashes);
         for (i, root) in (first..).zip(&hashes.roots) {
-            self.roots[i] = Some(*root);
-            self.has_leaves[i] = true;
-            let other = self.indexed[i].is_some_and(|known| known != *root);
+            self.roots[i] = *root;
+            let other = self.indexed[i] != UNKNOWN && self.indexed[i] != *root;
             if other && !self.touched.is_touched(i) {
                 self.rotten.push(i as u16);
             }

@@ -4,49 +4,21 @@
 //! the window's LSN has touched it on either side, looked at again when the repair is submitted; what the
 //! primary sends is believed only where it was asked for and has the size that it must have.
 
-use super::hash::{HashKey, Hashes, Job, Product, window_root};
+use super::hash::{HashKey, Job, Product, UNKNOWN, window_root};
+use super::leaves::{Leaves, Wanted};
 use super::source::{Purpose, Task};
 use super::touched::{Touched, whole};
-use super::{CHUNK, READING, extent_of, extents, leaves, part, runs};
-use crate::format::compare::{
-    Compare, EXTENT, EXTENT_LEAVES, ExtentLeaves, LEAF, MAX_BATCH, Root, WINDOW_EXTENTS,
-};
+use super::window::{Batch, Stage, Want, Window};
+use super::{READING, extent_of, extents, part, runs};
+use crate::format::compare::{Compare, EXTENT, EXTENT_LEAVES, LEAF, MAX_BATCH, Root};
 use crate::units::{Extent, Lsn, SECTOR};
 use bytes::Bytes;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
+/// Batches of one window that are under way.
+const MAX_BATCHES: usize = 32;
 /// Bytes of leaves asked for and not yet repaired.
 const ASKING: u64 = 16 << 20;
-
-/// Where a window stands.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Stage {
-    /// The roots are awaited, theirs or ours.
-    Rooting,
-    /// The primary's extent roots are awaited.
-    Listing,
-    /// Its leaves (and those of ours that were not read) are awaited.
-    Leafing,
-    /// Bytes are awaited or being repaired.
-    Filling,
-}
-
-/// Why the bytes of a leaf are asked for.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Want {
-    /// It differs; theirs has this hash.
-    Other(u64),
-    /// It may differ: ours has to be looked at first.
-    Look,
-}
-
-struct Batch {
-    leaves: Vec<(usize, Want)>,
-    own: BTreeMap<usize, Bytes>,
-    own_missing: usize,
-    touched: Option<Vec<u8>>,
-    data: Option<(Bytes, Vec<u64>)>,
-}
 
 /// Sectors of a leaf to be written.
 struct Repair {
@@ -54,33 +26,6 @@ struct Repair {
     leaf: usize,
     sectors: u8,
     bytes: Bytes,
-}
-
-struct Window {
-    extent: Extent,
-    touched: Touched,
-    wanted: Vec<bool>,
-    lsn: Option<Lsn>,
-    quick: bool,
-    begun: bool,
-    roots: Vec<Option<Root>>,
-    indexed: Vec<Option<Root>>,
-    leaves: Vec<u64>,
-    has_leaves: Vec<bool>,
-    chunks: VecDeque<(usize, usize)>,
-    hashing: usize,
-    theirs: Option<(Vec<u8>, Root)>,
-    their_rotten: Vec<u16>,
-    their_roots: Vec<Root>,
-    stage: Stage,
-    asked: Vec<u16>,
-    their_leaves: Option<Vec<ExtentLeaves>>,
-    need: VecDeque<(usize, Want)>,
-    batches: BTreeMap<u32, Batch>,
-    next_batch: u32,
-    repairing: usize,
-    different: Vec<usize>,
-    skipped: u64,
 }
 
 /// A window that is done with.
@@ -110,6 +55,12 @@ pub struct Target {
     /// Its windows have this number at least; what comes of others was for a job before.
     first: u32,
     windows: BTreeMap<u32, Window>,
+    /// Those that have an LSN which the image has not reached.
+    waiting: BTreeSet<u32>,
+    /// Those of which something is still to be read.
+    unread: BTreeSet<u32>,
+    /// Those that could ask for bytes if fewer were under way.
+    hungry: BTreeSet<u32>,
     parts: VecDeque<(u32, u32, usize, Extent)>,
     repairs: VecDeque<Repair>,
     submitted: Vec<(u32, u64)>,
@@ -130,6 +81,9 @@ impl Target {
             verify,
             first,
             windows: BTreeMap::new(),
+            waiting: BTreeSet::new(),
+            unread: BTreeSet::new(),
+            hungry: BTreeSet::new(),
             parts: VecDeque::new(),
             repairs: VecDeque::new(),
             submitted: Vec::new(),
@@ -152,27 +106,24 @@ impl Target {
 
     /// The first byte that an open window covers.
     pub fn first_open(&self) -> Option<u64> {
-        self.windows.values().map(|w| w.extent.start()).min()
+        // They are opened in order.
+        self.windows.values().next().map(|w| w.extent.start())
     }
 
     /// Opens a window.
     pub fn open(&mut self, number: u32, extent: Extent, wanted: Vec<u8>, quick: bool, out: &mut Vec<Task>) {
-        let count = extents(extent);
-        let is_wanted =
-            |i: usize| wanted.is_empty() || wanted.get(i / 8).is_some_and(|b| b >> (i % 8) & 1 == 1);
         let window = Window {
             extent,
             touched: Touched::new(extent),
             lsn: None,
             quick,
             begun: false,
-            roots: vec![None; count],
-            leaves: vec![0; leaves(extent)],
-            has_leaves: vec![false; count],
+            roots: Vec::new(),
+            leaves: Leaves::default(),
             skipped: 0,
             chunks: VecDeque::new(),
-            wanted: (0..count).map(is_wanted).collect(),
-            indexed: vec![None; count],
+            wanted: Wanted::new(wanted.clone(), extents(extent)),
+            indexed: Vec::new(),
             hashing: 0,
             theirs: None,
             their_rotten: Vec::new(),
@@ -198,23 +149,26 @@ impl Target {
     }
 
     /// Every record up to `lsn` is in the image, and none of them is being written: windows up to there
-    /// begin. `index` is what the hash index knows of an extent now.
-    pub fn applied(&mut self, lsn: Lsn, index: impl Fn(Extent) -> Option<Root>, out: &mut Vec<Task>) {
-        let ready = |w: &Window| !w.begun && w.lsn.is_some_and(|at| at <= lsn);
-        let mut begun = false;
-        for w in self.windows.values_mut().filter(|w| ready(w)) {
-            w.begin(&index);
-            begun = true;
-        }
-        if begun {
-            self.pump(out);
+    /// begin. `index` is what the hash index knows of a window's extents now.
+    pub fn applied(&mut self, lsn: Lsn, index: impl Fn(Extent) -> Vec<Root>, out: &mut Vec<Task>) {
+        let at = |number: &u32| self.windows.get(number).and_then(|w| w.lsn);
+        let ready: Vec<u32> =
+            self.waiting.iter().copied().filter(|n| at(n).is_none_or(|at| at <= lsn)).collect();
+        for number in ready {
+            self.waiting.remove(&number);
+            if let Some(w) = self.windows.get_mut(&number) {
+                w.begin(index(w.extent));
+                self.unread.insert(number);
+            }
+            self.pump(number, out);
         }
     }
 
     /// A word of the primary.
     pub fn heard(&mut self, word: Compare, out: &mut Vec<Task>) -> Result<(), Refusal> {
         const CLOSED: Refusal = "of a window that is not open";
-        if word.window().is_some_and(|w| w < self.first) {
+        let number = word.window().unwrap_or(0);
+        if number < self.first {
             return Ok(());
         }
         match word {
@@ -223,6 +177,7 @@ impl Target {
                 if w.lsn.replace(lsn).is_some() {
                     return Err("a window's LSN twice");
                 }
+                self.waiting.insert(window);
             }
             Compare::Root { window, touched, root, rotten } => {
                 let w = self.windows.get_mut(&window).ok_or(CLOSED)?;
@@ -271,7 +226,7 @@ impl Target {
             }
             _ => return Err("a word that a primary does not say"),
         }
-        self.pump(out);
+        self.pump(number, out);
         Ok(())
     }
 
@@ -300,7 +255,7 @@ impl Target {
             }
             _ => {}
         }
-        self.pump(out);
+        self.pump(number, out);
         filled
     }
 
@@ -330,7 +285,7 @@ impl Target {
             }
             _ => {}
         }
-        self.pump(out);
+        self.pump(number, out);
         Ok(())
     }
 
@@ -342,14 +297,12 @@ impl Target {
             return;
         }
         let Some((touched, root)) = &w.theirs else { return };
-        let zero = Root::default();
-        let counted = |(i, root): (usize, &Option<Root>)| {
-            if touched[i / 8] >> (i % 8) & 1 == 1 { zero } else { root.unwrap_or(zero) }
-        };
-        let roots: Vec<Root> = w.roots.iter().enumerate().map(counted).collect();
-        if window_root(&key, roots.iter()) == *root {
-            let doubtful = (0..w.wanted.len()).filter(|i| w.is_touched(*i)).map(|i| i as u16).collect();
+        if window_root(&key, &w.roots, touched) == *root {
+            let clean = w.touched.is_clean() && touched.iter().all(|b| *b == 0);
+            let all = if clean { 0..0 } else { 0..w.wanted.len() };
+            let doubtful = all.filter(|i| w.is_touched(*i)).map(|i| i as u16).collect();
             w.descend(number, doubtful, out);
+            self.unread.insert(number);
         } else {
             w.stage = Stage::Listing;
             out.push(Task::Say(Compare::AskRoots { window: number }));
@@ -358,15 +311,16 @@ impl Target {
 
     fn compare_roots(&mut self, number: u32, out: &mut Vec<Task>) {
         let Some(w) = self.windows.get_mut(&number) else { return };
-        let other = |i: &usize| w.wanted[*i] && (w.is_touched(*i) || w.roots[*i] != Some(w.their_roots[*i]));
+        let other = |i: &usize| w.wanted.has(*i) && (w.is_touched(*i) || w.roots[*i] != w.their_roots[*i]);
         let doubtful = (0..w.wanted.len()).filter(other).map(|i| i as u16).collect();
         w.descend(number, doubtful, out);
+        self.unread.insert(number);
     }
 
     fn compare_leaves(&mut self, number: u32, _out: &mut Vec<Task>) {
         let verify = self.verify;
         let Some(w) = self.windows.get_mut(&number) else { return };
-        let known = |i: &u16| w.has_leaves[usize::from(*i)];
+        let known = |i: &u16| w.leaves.has(usize::from(*i));
         if w.stage != Stage::Leafing || !w.asked.iter().all(known) {
             return;
         }
@@ -450,13 +404,15 @@ impl Target {
 
     /// What was taken is in the image.
     pub fn written(&mut self, out: &mut Vec<Task>) {
-        for (window, len) in std::mem::take(&mut self.submitted) {
+        let written = std::mem::take(&mut self.submitted);
+        for (window, len) in &written {
             self.asking -= len;
-            if let Some(w) = self.windows.get_mut(&window) {
+            if let Some(w) = self.windows.get_mut(window) {
                 w.repairing -= 1;
             }
         }
-        self.pump(out);
+        let windows: BTreeSet<u32> = written.into_iter().map(|(window, _)| window).collect();
+        windows.into_iter().for_each(|number| self.pump(number, out));
     }
 
     /// Windows that are done with since the last call.
@@ -464,14 +420,22 @@ impl Target {
         std::mem::take(&mut self.finished)
     }
 
-    fn pump(&mut self, out: &mut Vec<Task>) {
+    /// What may be done now, of this window and of those that wait for others.
+    fn pump(&mut self, number: u32, out: &mut Vec<Task>) {
         self.begin_reads(out);
-        let open: Vec<u32> = self.windows.keys().copied().collect();
-        for number in open {
-            self.compare_root(number, out);
-            self.ask_data(number, out);
-            self.finish(number, out);
+        self.compare_root(number, out);
+        self.ask_data(number, out);
+        self.finish(number, out);
+        while self.may_ask()
+            && let Some(hungry) = self.hungry.pop_first()
+        {
+            self.ask_data(hungry, out);
         }
+    }
+
+    /// There is room for one more batch.
+    fn may_ask(&self) -> bool {
+        self.asking + MAX_BATCH as u64 * LEAF <= ASKING
     }
 
     fn begin_reads(&mut self, out: &mut Vec<Task>) {
@@ -481,11 +445,11 @@ impl Target {
                 out.push(Task::Read(window, Purpose::Leaves(batch, leaf), extent));
                 continue;
             }
-            let mut begun = self.windows.iter_mut().filter(|(_, w)| w.begun);
-            let Some((number, (first, count), w)) =
-                begun.find_map(|(n, w)| Some((*n, w.chunks.pop_front()?, w)))
-            else {
-                break;
+            let Some(&number) = self.unread.first() else { break };
+            let window = self.windows.get_mut(&number);
+            let Some((w, (first, count))) = window.and_then(|w| w.chunks.pop_front().map(|c| (w, c))) else {
+                self.unread.remove(&number);
+                continue;
             };
             w.hashing += 1;
             let extent = part(w.extent, EXTENT, first, count).expect("chunks lie in the window");
@@ -495,8 +459,10 @@ impl Target {
     }
 
     fn ask_data(&mut self, number: u32, out: &mut Vec<Task>) {
-        let Some(w) = self.windows.get_mut(&number) else { return };
-        while !w.need.is_empty() && self.asking + MAX_BATCH as u64 * LEAF <= ASKING && w.batches.len() < 32 {
+        while self.may_ask()
+            && let Some(w) = self.windows.get_mut(&number).filter(|w| !w.need.is_empty())
+            && w.batches.len() < MAX_BATCHES
+        {
             let take = w.need.len().min(MAX_BATCH);
             let list: Vec<_> = w.need.drain(..take).collect();
             self.asking += list.len() as u64 * LEAF;
@@ -518,6 +484,9 @@ impl Target {
             w.batches.insert(batch, b);
             out.push(Task::Say(Compare::AskData { window: number, batch, runs: asked }));
         }
+        if self.windows.get(&number).is_some_and(|w| !w.need.is_empty() && w.batches.len() < MAX_BATCHES) {
+            self.hungry.insert(number);
+        }
         if self.reading < READING && !self.parts.is_empty() {
             self.begin_reads(out);
         }
@@ -532,23 +501,23 @@ impl Target {
         }
         let Some(mut w) = self.windows.remove(&number) else { return };
         w.different.sort_unstable();
-        let different = runs(w.leaves.len(), usize::MAX, |i| w.different.binary_search(&i).is_ok());
+        let different = runs_of(&w.different);
         let same = |i: &usize| {
-            let leaves = i * EXTENT_LEAVES..(i + 1) * EXTENT_LEAVES;
-            w.wanted[*i] && !w.touched.is_touched(*i) && !w.different.iter().any(|l| leaves.contains(l))
+            let first = w.different.partition_point(|leaf| leaf / EXTENT_LEAVES < *i);
+            let other = w.different.get(first).is_some_and(|leaf| leaf / EXTENT_LEAVES == *i);
+            !other && !w.touched.is_touched(*i)
         };
         let rotten = |i: &usize| {
-            let other = w.indexed[*i].is_some_and(|known| w.roots[*i].is_some_and(|read| read != known));
+            let other = w.indexed[*i] != UNKNOWN && w.roots[*i] != w.indexed[*i];
             other && !w.touched.is_touched(*i)
         };
-        let count = w.wanted.len();
         self.finished.push(Finished {
             window: number,
             extent: w.extent,
             different: different.iter().filter_map(|(f, n)| part(w.extent, LEAF, *f, *n)).collect(),
             skipped: w.skipped,
-            learned: (0..count).filter(same).filter_map(|i| Some((i, w.roots[i]?))).collect(),
-            rotten: (0..count).filter(rotten).filter_map(|i| extent_of(w.extent, i)).collect(),
+            learned: w.leaves.read().filter(same).map(|i| (i, w.roots[i])).collect(),
+            rotten: w.leaves.read().filter(rotten).filter_map(|i| extent_of(w.extent, i)).collect(),
             their_rotten: w.their_rotten.iter().filter_map(|i| extent_of(w.extent, (*i).into())).collect(),
         });
         out.push(Task::Say(Compare::Close { window: number }));
@@ -569,88 +538,14 @@ impl Target {
     }
 }
 
-impl Window {
-    /// Its LSN is in the image: what is not known is to be read.
-    fn begin(&mut self, index: impl Fn(Extent) -> Option<Root>) {
-        self.begun = true;
-        let count = self.wanted.len();
-        let known = |i: usize| extent_of(self.extent, i).filter(|_| self.wanted[i]).and_then(&index);
-        self.indexed = (0..count).map(known).collect();
-        if self.quick {
-            self.roots.clone_from(&self.indexed);
-        }
-        let read = |i: usize| self.wanted[i] && !(self.quick && self.indexed[i].is_some());
-        self.chunks = runs(count, (CHUNK / EXTENT) as usize, read).into();
-        let passed = (0..count).filter(|i| !read(*i)).filter_map(|i| extent_of(self.extent, i));
-        self.skipped = passed.map(Extent::len).sum();
-    }
-
-    /// Whether a record (here) or an accepted write (there) has touched an extent that counts.
-    fn is_touched(&self, i: usize) -> bool {
-        let theirs = self.theirs.as_ref().is_some_and(|(touched, _)| touched[i / 8] >> (i % 8) & 1 == 1);
-        self.wanted[i] && (theirs || self.touched.is_touched(i))
-    }
-
-    fn descend(&mut self, number: u32, doubtful: Vec<u16>, out: &mut Vec<Task>) {
-        debug_assert!(doubtful.len() <= WINDOW_EXTENTS);
-        if doubtful.is_empty() {
-            self.stage = Stage::Filling;
-            return;
-        }
-        let lacking = |i: usize| doubtful.binary_search(&(i as u16)).is_ok() && !self.has_leaves[i];
-        self.chunks.extend(runs(self.wanted.len(), (CHUNK / EXTENT) as usize, lacking));
-        self.stage = Stage::Leafing;
-        self.asked.clone_from(&doubtful);
-        out.push(Task::Say(Compare::AskLeaves { window: number, extents: doubtful }));
-    }
-
-    fn hashed(&mut self, first: usize, hashes: &Hashes) {
-        self.hashing -= 1;
-        let at = first * EXTENT_LEAVES;
-        self.leaves[at..at + hashes.leaves.len()].copy_from_slice(&hashes.leaves);
-        for (i, root) in (first..).zip(&hashes.roots) {
-            self.roots[i] = Some(*root);
-            self.has_leaves[i] = true;
-        }
-    }
-
-    /// Which leaves of an extent are wanted: those that differ, and those that were partly written.
-    fn compare_extent(&mut self, theirs: &ExtentLeaves, verify: bool) {
-        let index = usize::from(theirs.index);
-        let first = index * EXTENT_LEAVES;
-        let last = (first + EXTENT_LEAVES).min(self.leaves.len());
-        if theirs.rotten && !self.their_rotten.contains(&theirs.index) {
-            self.their_rotten.push(theirs.index);
-        }
-        let before = (self.need.len(), self.different.len());
-        let mut touched_any = false;
-        for leaf in first..last {
-            let touched = theirs.touched[leaf - first] | self.touched.leaf(leaf);
-            touched_any |= touched != 0;
-            if touched & whole(self.extent, leaf) == whole(self.extent, leaf) {
-                continue; // all of it comes by record
-            }
-            if touched != 0 {
-                self.need.push_back((leaf, Want::Look));
-            } else if theirs.hashes[leaf - first] != self.leaves[leaf] {
-                self.different.push(leaf);
-                if !verify && !self.their_rotten.contains(&theirs.index) {
-                    self.need.push_back((leaf, Want::Other(theirs.hashes[leaf - first])));
-                }
-            }
-        }
-        // The roots cover whole hashes: where no short one differs, all leaves are looked at.
-        let listed = self.their_roots.get(index);
-        let same = (self.need.len(), self.different.len()) == before;
-        let believed = !touched_any && !self.their_rotten.contains(&theirs.index);
-        if same && believed && listed.is_some_and(|root| Some(*root) != self.roots[index]) {
-            self.need.extend((first..last).map(|leaf| (leaf, Want::Look)));
-        }
-    }
-}
-
 fn leaf_len(window: Extent, leaf: usize) -> u64 {
     (window.len() - leaf as u64 * LEAF).min(LEAF)
+}
+
+/// Runs of numbers that follow each other: (first, how many).
+fn runs_of(sorted: &[usize]) -> Vec<(usize, usize)> {
+    let chunks = sorted.chunk_by(|a, b| a + 1 == *b || a == b);
+    chunks.map(|c| (c[0], c[c.len() - 1] - c[0] + 1)).collect()
 }
 
 /// The sectors in which two leaves differ.

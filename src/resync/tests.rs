@@ -1,10 +1,10 @@
 //! Both sides of the comparison against each other, over images in memory.
 
-use super::hash::{HashKey, Job, Product};
+use super::hash::{HashKey, Job, Product, UNKNOWN};
 use super::source::{Purpose, Source, Task};
 use super::target::Target;
 use crate::disk::{aligned, freeze};
-use crate::format::compare::{Compare, EXTENT, EXTENT_LEAVES, ExtentLeaves, LEAF, WINDOW_LEAVES};
+use crate::format::compare::{Compare, EXTENT, EXTENT_LEAVES, ExtentLeaves, LEAF, Root, WINDOW_LEAVES};
 use crate::units::{Address, Extent, GroupId, Lsn, SECTOR};
 use bytes::Bytes;
 use proptest::prelude::*;
@@ -15,6 +15,11 @@ const SIZE: u64 = 5 * EXTENT + 2 * LEAF + 512;
 
 fn extent(at: u64, len: u64) -> Extent {
     Extent::new(Address(at), len).unwrap()
+}
+
+/// No index.
+fn unknown() -> Vec<Root> {
+    vec![UNKNOWN; super::extents(extent(0, SIZE))]
 }
 
 fn key() -> HashKey {
@@ -140,7 +145,7 @@ impl Pair {
         let heard = match &word {
             Compare::Open { window, extent, wanted, quick } => {
                 let (w, e, lsn) = (*window, *extent, self.tail);
-                self.source.open(w, e, wanted, *quick, lsn, std::iter::empty(), |_| None, &mut out)
+                self.source.open(w, e, wanted, *quick, lsn, std::iter::empty(), unknown(), &mut out)
             }
             word => self.source.heard(word, &mut out),
         };
@@ -215,7 +220,7 @@ impl Pair {
             }
         }
         let mut more = Vec::new();
-        self.target.applied(self.applied, |_| None, &mut more);
+        self.target.applied(self.applied, |_| unknown(), &mut more);
         self.target_tasks(more);
         for window in self.target.take_finished() {
             for (i, root) in &window.learned {
@@ -416,7 +421,7 @@ fn a_shadow_that_asks_for_what_it_may_not_is_refused() {
         pair.finish().unwrap();
         let mut out = Vec::new();
         pair.source
-            .open(9, extent(0, SIZE), &[], false, Lsn(7), std::iter::empty(), |_| None, &mut out)
+            .open(9, extent(0, SIZE), &[], false, Lsn(7), std::iter::empty(), unknown(), &mut out)
             .unwrap();
         pair.source_tasks(out);
         pair.to_target.clear();
@@ -450,9 +455,10 @@ fn a_shadow_that_asks_for_what_it_may_not_is_refused() {
     assert!(heard(Compare::At { window, lsn: Lsn(1) }).is_err(), "a primary's word");
     let mut s = source();
     let mut out = Vec::new();
-    let mut open = |n| s.open(n, extent(0, SIZE), &[], false, Lsn(7), std::iter::empty(), |_| None, &mut out);
+    let mut open =
+        |n| s.open(n, extent(0, SIZE), &[], false, Lsn(7), std::iter::empty(), unknown(), &mut out);
     assert!(open(9).is_err(), "open already");
-    assert_eq!((10..40).filter(|n| open(*n).is_ok()).count(), super::MAX_OPEN - 1);
+    assert_eq!((10..600).filter(|n| open(*n).is_ok()).count(), super::MAX_OPEN - 1);
 }
 
 #[test]
@@ -461,13 +467,13 @@ fn an_answer_for_a_window_that_was_closed_is_not_that_of_the_next() {
     let mut pair = Pair::new(theirs, ours, false);
     let mut out = Vec::new();
     let none = std::iter::empty::<Extent>;
-    pair.source.open(1, extent(0, SIZE), &[], false, Lsn(7), none(), |_| None, &mut out).unwrap();
+    pair.source.open(1, extent(0, SIZE), &[], false, Lsn(7), none(), unknown(), &mut out).unwrap();
     let old: BTreeMap<u32, (Purpose, Extent)> = out
         .drain(..)
         .filter_map(|t| if let Task::Read(id, p, e) = t { Some((id, (p, e))) } else { None })
         .collect();
     pair.source.heard(&Compare::Close { window: 1 }, &mut out).unwrap();
-    pair.source.open(1, extent(0, SIZE), &[], false, Lsn(7), none(), |_| None, &mut out).unwrap();
+    pair.source.open(1, extent(0, SIZE), &[], false, Lsn(7), none(), unknown(), &mut out).unwrap();
     for (id, (purpose, e)) in old {
         let mut late = Vec::new();
         pair.source.read(id, purpose, Bytes::from(vec![0; e.len() as usize]), &mut late);

@@ -1,8 +1,8 @@
 //! Which sectors of a window were written since it was opened.
 //!
-//! Owns: eight bits per leaf. Invariant: a bit that is set is never cleared.
+//! Owns: eight bits per leaf, once there are any. Invariant: a bit that is set is never cleared.
 
-use super::leaves;
+use super::{extents, leaves};
 use crate::format::compare::{EXTENT_LEAVES, LEAF};
 use crate::units::{Extent, SECTOR};
 
@@ -16,7 +16,7 @@ pub struct Touched {
 impl Touched {
     /// Nothing is touched.
     pub fn new(window: Extent) -> Touched {
-        Touched { window, masks: vec![0; leaves(window)] }
+        Touched { window, masks: Vec::new() }
     }
 
     /// Marks the part of `extent` that lies in the window.
@@ -31,6 +31,9 @@ impl Touched {
         if start >= end {
             return;
         }
+        if self.masks.is_empty() {
+            self.masks = vec![0; leaves(self.window)];
+        }
         for leaf in start / LEAF..end.div_ceil(LEAF) {
             let first = start.max(leaf * LEAF) - leaf * LEAF;
             let last = end.min((leaf + 1) * LEAF) - leaf * LEAF;
@@ -41,7 +44,7 @@ impl Touched {
 
     /// The touched sectors of a leaf: bit `i` is sector `i`.
     pub fn leaf(&self, leaf: usize) -> u8 {
-        self.masks[leaf]
+        self.masks.get(leaf).copied().unwrap_or(0)
     }
 
     /// The masks of an extent's leaves.
@@ -49,10 +52,26 @@ impl Touched {
         std::array::from_fn(|i| self.masks.get(index * EXTENT_LEAVES + i).copied().unwrap_or(0))
     }
 
+    /// Nothing is touched at all.
+    pub fn is_clean(&self) -> bool {
+        self.masks.is_empty()
+    }
+
     /// Whether any sector of an extent is touched.
     pub fn is_touched(&self, index: usize) -> bool {
-        let masks = self.masks.chunks(EXTENT_LEAVES).nth(index);
-        masks.is_some_and(|masks| masks.iter().any(|m| *m != 0))
+        let from = (index * EXTENT_LEAVES).min(self.masks.len());
+        let to = (from + EXTENT_LEAVES).min(self.masks.len());
+        self.masks[from..to].iter().any(|m| *m != 0)
+    }
+
+    /// A bit for each extent of the window that is touched.
+    pub fn extents(&self) -> Vec<u8> {
+        let mut bits = vec![0; extents(self.window).div_ceil(8)];
+        if !self.is_clean() {
+            let touched = (0..extents(self.window)).filter(|i| self.is_touched(*i));
+            touched.for_each(|i| bits[i / 8] |= 1 << (i % 8));
+        }
+        bits
     }
 }
 
