@@ -182,7 +182,8 @@ impl Loop {
                 Operation::Write { fd, offset: extent.address().offset(), data, dsync: fua }
             }
             Ok(Op::Zero { extent, .. }) => {
-                let mode = (FallocateFlags::FALLOC_FL_ZERO_RANGE | FallocateFlags::FALLOC_FL_KEEP_SIZE).bits();
+                let mode =
+                    (FallocateFlags::FALLOC_FL_ZERO_RANGE | FallocateFlags::FALLOC_FL_KEEP_SIZE).bits();
                 Operation::Fallocate { fd, mode, offset: extent.address().offset(), len: extent.len() }
             }
             Ok(Op::Flush) => Operation::Sync { fd },

@@ -129,7 +129,7 @@ class Volrep(Subject):
         return run("volrep", "--config", f"{self.place}/c", *words, **options)
 
     def begin(self):
-        format_it = f"mkfs.ext4 -Fq -E nodiscard,lazy_itable_init=0 {ASIDE} && mkdir -p {self.place} && mount {ASIDE} {self.place}"
+        format_it = f"mkfs.ext4 -Fq -b 4096 -E nodiscard,lazy_itable_init=0 {ASIDE} && mkdir -p {self.place} && mount {ASIDE} {self.place}"
         run("bash", "-c", format_it)
         peer(format_it)
         sync = ["--sync", "guest2"] if self.durable else []

@@ -418,6 +418,7 @@ impl Run {
         let durable = self.journal.durable();
         let committed = durable.min(self.links.sync_durable(&self.meta.sb.sync_set));
         let Part::Primary(p) = &mut self.part else { return false };
+        p.pipeline.durable(durable, self.now.mono);
         while let Some((_, seq)) = p.undurable.pop_front_if(|(lsn, _)| *lsn <= durable) {
             p.durable_write = seq;
         }

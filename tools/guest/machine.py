@@ -134,10 +134,8 @@ class Guest:
             words += ["-chardev", f"file,id=out,path=/dev/fd/{out}", "-device", "virtserialport,chardev=out,name=out"]
         cache = "none,aio=native" if direct_works(folder) else "writeback"
         for number, (path, _) in enumerate(self.disks()):
-            # A thread of its own: requests don't wait for the lock that the emulated processors share.
             words += ["-drive", f"if=none,id=d{number},format=raw,file={path},cache={cache},discard=unmap",
-                      "-object", f"iothread,id=io{number}",
-                      "-device", f"virtio-blk-pci,drive=d{number},iothread=io{number},serial=disk{number + 1}"]
+                      "-device", f"virtio-blk-pci,drive=d{number},serial=disk{number + 1}"]
         for name, path in [("root", f"{self.image}/root.ext4"), ("run", f"{folder}/run.tar")]:
             words += ["-drive", f"if=none,id={name},format=raw,file={path},readonly=on",
                       "-device", f"virtio-blk-pci,drive={name},serial={name}"]
