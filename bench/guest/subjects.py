@@ -54,6 +54,18 @@ def until(what, condition, limit=60.0):
         time.sleep(0.02)
 
 
+def all_of(*steps):
+    """Takes every step, also after one that failed; then raises the first failure."""
+    failures = []
+    for step in steps:
+        try:
+            step()
+        except Exception as why:
+            failures.append(why)
+    if failures:
+        raise failures[0]
+
+
 def blank(megabytes):
     """Zeroes on all disks of both guests, written, so that nobody pays for the allocation in the host's file."""
     zeroes = f"for disk in {DATA} {ASIDE}; do dd if=/dev/zero of=$disk bs=1M count={megabytes} oflag=direct status=none; done"
@@ -102,7 +114,7 @@ class Subject:
 
 class Passthrough(Subject):
     """A ublk device on the disk that does nothing of its own."""
-    name = "ublk passthrough"
+    name, server = "ublk passthrough", None
 
     def begin(self):
         self.server = subprocess.Popen(["passthrough", DATA], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -111,6 +123,8 @@ class Passthrough(Subject):
             raise Failed("passthrough has made no device")
 
     def end(self):
+        if not self.server:
+            return
         self.server.stdin.close()
         try:
             status = self.server.wait(30)
@@ -124,6 +138,7 @@ class Passthrough(Subject):
 class Volrep(Subject):
     """A primary here and a shadow there; `durable` has it in the sync set."""
     place, group, durable = "/srv/volrep", "g", False
+    daemon = there = None
 
     def verb(self, *words, **options):
         return run("volrep", "--config", f"{self.place}/c", *words, **options)
@@ -165,13 +180,15 @@ class Volrep(Subject):
         print(peer("tail -c 3000 /run/volrep.log"))
 
     def end(self):
-        try:
-            self.verb("detach", self.group)
-        finally:
+        def stop():
             self.daemon.terminate()
-            peer(f"kill {self.there}; while [ -e /proc/{self.there} ]; do sleep 0.05; done; umount {self.place}")
             self.daemon.wait(60)
-            run("umount", self.place)
+
+        unmount = f"mountpoint -q {self.place} && umount {self.place}; true"
+        steps = [lambda: self.verb("detach", self.group), stop] if self.daemon else []
+        if self.there:
+            steps.append(lambda: peer(f"kill {self.there}; while [ -e /proc/{self.there} ]; do sleep 0.05; done"))
+        all_of(*steps, lambda: run("bash", "-c", unmount), lambda: peer(unmount))
 
 
 class VolrepAsync(Volrep):
@@ -219,8 +236,7 @@ resource r0 {{
         print(self.state(), "--- the second guest:", peer("cat /proc/drbd; dmesg | tail -n 20"), sep="\n")
 
     def end(self):
-        run("drbdadm", "down", "r0")
-        peer("drbdadm down r0")
+        all_of(lambda: run("drbdadm", "down", "r0"), lambda: peer("drbdadm down r0"))
 
 
 class DrbdA(Drbd):
