@@ -26,6 +26,8 @@ pub struct Sender {
     /// Last received, durable, applied there.
     positions: [Lsn; 3],
     announced: Lsn,
+    /// What is to be announced, and since when.
+    news: Option<(Lsn, u64)>,
     /// Bytes of records sent.
     pub sent_bytes: u64,
 }
@@ -41,6 +43,7 @@ impl Sender {
             flying_bytes: 0,
             positions: [held, held, Lsn(0)],
             announced: Lsn(0),
+            news: None,
             sent_bytes: 0,
         }
     }
@@ -55,8 +58,10 @@ impl Sender {
         self.next.prev()
     }
 
-    /// That record was sent.
-    pub fn sent(&mut self, bytes: u64) {
+    /// That record was sent; it says itself what was durable on the primary when it was sealed.
+    pub fn sent(&mut self, bytes: u64, carries: Lsn) {
+        self.announced = self.announced.max(carries);
+        self.news.take_if(|(lsn, _)| *lsn <= carries);
         self.flying.push_back((self.next, bytes));
         self.flying_bytes += bytes;
         self.sent_bytes += bytes;
@@ -90,12 +95,20 @@ impl Sender {
         (self.positions[0], self.positions[1], self.positions[2])
     }
 
-    /// What is to be announced as durable on the primary: news, about records that were sent.
-    pub fn announce(&mut self, durable: Lsn) -> Option<Lsn> {
+    /// What is to be announced as durable on the primary: news, about records that were sent. It waits
+    /// for `patience` ns first, because the next record may carry it; then the error says until when.
+    pub fn announce(&mut self, durable: Lsn, now: u64, patience: u64) -> Result<Option<Lsn>, u64> {
         let lsn = durable.min(self.sent_to());
-        let news = lsn > self.announced;
-        self.announced = self.announced.max(lsn);
-        news.then_some(lsn)
+        if lsn <= self.announced {
+            return Ok(None);
+        }
+        let (_, since) = *self.news.get_or_insert((lsn, now));
+        if now < since + patience {
+            return Err(since + patience);
+        }
+        self.announced = lsn;
+        self.news = None;
+        Ok(Some(lsn))
     }
 }
 
@@ -108,7 +121,7 @@ mod tests {
         let mut s = Sender::new(Lsn(5), 1000);
         for _ in 0..3 {
             assert!(s.wants().is_some());
-            s.sent(400);
+            s.sent(400, Lsn(0));
         }
         assert_eq!((s.wants(), s.sent_to()), (None, Lsn(7)));
         assert!(s.acknowledged(Lsn(8), Lsn(4), Lsn(0)).is_err());
@@ -123,9 +136,25 @@ mod tests {
     #[test]
     fn only_what_was_sent_is_announced_and_once() {
         let mut s = Sender::new(Lsn(5), 1000);
-        assert_eq!(s.announce(Lsn(9)), Some(Lsn(4)));
-        s.sent(1);
-        assert_eq!(s.announce(Lsn(9)), Some(Lsn(5)));
-        assert_eq!(s.announce(Lsn(9)), None);
+        assert_eq!(s.announce(Lsn(9), 0, 0), Ok(Some(Lsn(4))));
+        s.sent(1, Lsn(0));
+        assert_eq!(s.announce(Lsn(9), 0, 0), Ok(Some(Lsn(5))));
+        assert_eq!(s.announce(Lsn(9), 0, 0), Ok(None));
+    }
+
+    #[test]
+    fn news_that_the_next_record_carries_is_not_announced() {
+        let mut s = Sender::new(Lsn(5), 1000);
+        s.sent(1, Lsn(4));
+        assert_eq!(s.announce(Lsn(4), 0, 0), Ok(None));
+        assert_eq!(s.announce(Lsn(5), 10, 7), Err(17));
+        s.sent(1, Lsn(5));
+        assert_eq!(s.announce(Lsn(5), 12, 7), Ok(None));
+        // The wait of what comes later is its own.
+        assert_eq!(s.announce(Lsn(6), 15, 7), Err(22));
+        s.sent(1, Lsn(5));
+        assert_eq!(s.announce(Lsn(7), 21, 7), Err(22));
+        assert_eq!(s.announce(Lsn(7), 22, 7), Ok(Some(Lsn(7))));
+        assert_eq!(s.announce(Lsn(7), 40, 7), Ok(None));
     }
 }

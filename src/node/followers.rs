@@ -56,7 +56,7 @@ impl Run {
         while let Some(next) = sender.wants().filter(|lsn| *lsn <= tail) {
             match fetch!(self, link.reader, next) {
                 Fetched::Ready(record) => {
-                    sender.sent(record.wire_len());
+                    sender.sent(record.wire_len(), record.stamp.durable);
                     self.out.push(Action::Send { link: id, message: Message::Record(record) });
                     moved = true;
                 }
@@ -67,9 +67,12 @@ impl Run {
                 }
             }
         }
-        if let Some(lsn) = sender.announce(durable) {
-            self.out.push(Action::Send { link: id, message: Message::Durable { lsn } });
-        }
+        // A record that is on its way will carry it.
+        let patience = match &self.part {
+            Part::Primary(p) if !p.is_sealed() => p.pipeline.commit_takes(),
+            Part::Primary(_) | Part::Shadow(_) => 0,
+        };
+        let news = sender.announce(durable, self.now.mono, patience);
         let (sent_bytes, current) = (sender.sent_bytes, sender.sent_to() == tail);
         if let Some(p) = self.links.peer_of(id) {
             p.sent_bytes = p.sent_bytes.max(sent_bytes);
@@ -78,6 +81,11 @@ impl Run {
                 p.state = "UpToDate";
                 p.reason = None;
             }
+        }
+        match news {
+            Ok(Some(lsn)) => self.out.push(Action::Send { link: id, message: Message::Durable { lsn } }),
+            Ok(None) => {}
+            Err(at) => self.wake_at(at),
         }
         if let Some(lsn) = lost {
             self.set_peer(id, "Resync", Some(format!("record {lsn} is no longer in the journal here")));

@@ -295,8 +295,8 @@ impl Run {
         if matches!(&self.part, Part::Shadow(s) if s.is_cutting() || s.is_turning()) {
             return false; // the superblock would name as durable what is being cut off
         }
-        if !matches!(self.image.finish, Finish::Idle) {
-            return false; // the image is being moved, and stays the one that it is
+        if self.is_moving() {
+            return false; // it is being moved, and stays the one that it is
         }
         let tail = self.image.applied;
         let learned = self.image.repaired || self.index.has_pending();

@@ -186,6 +186,12 @@ impl Primary {
         self.batch.is_empty() && self.pipeline.is_empty() && cache.is_none_or(Cache::is_empty)
     }
 
+    /// Everything that was accepted is in records.
+    pub(super) fn is_sealed(&self) -> bool {
+        let open = |c: &Cache| c.has_open() || c.closed() > 0;
+        self.pipeline.is_empty() && !self.cache.as_ref().is_some_and(open)
+    }
+
     /// Everything that waits, to be refused.
     pub(super) fn take_all(&mut self) -> Vec<RequestId> {
         let mut ids = self.take_waiting();
@@ -418,6 +424,7 @@ impl Run {
         let durable = self.journal.durable();
         let committed = durable.min(self.links.sync_durable(&self.meta.sb.sync_set));
         let Part::Primary(p) = &mut self.part else { return false };
+        p.pipeline.durable(durable, self.now.mono);
         while let Some((_, seq)) = p.undurable.pop_front_if(|(lsn, _)| *lsn <= durable) {
             p.durable_write = seq;
         }

@@ -130,6 +130,15 @@ impl Run {
         self.out.push(Action::OpenStage { fresh });
     }
 
+    /// The image is between two places, and nothing may sync what is there of it.
+    pub(super) fn is_moving(&self) -> bool {
+        match &self.image.finish {
+            Finish::Idle => false,
+            Finish::Merging(merge) => merge.step != MergeStep::Syncing,
+            Finish::Showing(_) | Finish::Clearing(_) => true,
+        }
+    }
+
     /// There is a stage; if not, one is being made.
     pub(super) fn stage_ready(&mut self) -> bool {
         match &self.image.staged {
@@ -260,7 +269,7 @@ impl Run {
     }
 
     fn pump_merge(&mut self) -> bool {
-        let syncing = self.image.applier.is_syncing();
+        let settled = !self.image.repaired && self.checkpoint_idle();
         let (Finish::Merging(merge), Staged::Open { stage, .. }) =
             (&mut self.image.finish, &self.image.staged)
         else {
@@ -281,18 +290,18 @@ impl Run {
                     self.disk.push(DiskRequest { token, file, op });
                 }
                 merge.step = if bytes > 0 { MergeStep::Reading } else { MergeStep::Syncing };
-                if bytes == 0 {
-                    self.image.applier.sync(&mut self.disk);
-                }
+                // A checkpoint makes it durable, and with it what the hash index has forgotten.
+                self.image.repaired |= bytes == 0;
                 merge.at = at;
                 true
             }
-            MergeStep::Syncing if !syncing => {
+            MergeStep::Syncing if settled => {
                 self.meta.sb.resync = None;
                 self.image.finish = Finish::Clearing(self.meta.save(true));
                 true
             }
-            MergeStep::Reading | MergeStep::Writing | MergeStep::Syncing => false,
+            MergeStep::Syncing => self.hurry_checkpoint(),
+            MergeStep::Reading | MergeStep::Writing => false,
         }
     }
 

@@ -13,7 +13,7 @@ use crate::format::record::{Encoded, Kind, Stamp, encode_note, flags, seal};
 use crate::journal::tail_of;
 use crate::link::lag::Sample;
 use crate::role;
-use crate::units::{BootId, Lsn};
+use crate::units::{BootId, Lsn, MILLIS};
 use std::collections::VecDeque;
 
 /// Epochs being encoded or waiting for their turn.
@@ -22,6 +22,8 @@ const DEPTH: usize = 8;
 const APPENDS: usize = 8;
 /// Epochs of small writes that may be in the pipeline while another fills up.
 const SHALLOW: usize = 2;
+/// The longest that a commit counts for, ns.
+const LONG: u64 = 5 * MILLIS;
 
 struct Sealing {
     job: u64,
@@ -41,6 +43,10 @@ pub struct Pipeline {
     open_since: Option<u64>,
     /// Newest record sealed because somebody waits.
     committing: Lsn,
+    /// When that was appended, until it is durable.
+    committing_since: Option<u64>,
+    /// How long the last one took to become durable, ns.
+    commit_took: u64,
 }
 
 impl Pipeline {
@@ -55,6 +61,18 @@ impl Pipeline {
     /// A write went into the open epoch.
     pub fn opened(&mut self, now: u64) {
         self.open_since.get_or_insert(now);
+    }
+    /// How long the last record that somebody waited for took to become durable, ns; at most [`LONG`].
+    pub fn commit_takes(&self) -> u64 {
+        self.commit_took
+    }
+    /// Everything up to here is durable.
+    pub fn durable(&mut self, durable: Lsn, now: u64) {
+        if durable >= self.committing
+            && let Some(since) = self.committing_since.take()
+        {
+            self.commit_took = now.saturating_sub(since).min(LONG);
+        }
     }
     /// Adds a record that carries no writes.
     pub fn note(&mut self, kind: Kind, flags: u32, payload: &[u8]) {
@@ -186,6 +204,7 @@ impl Run {
         }
         if waited {
             p.pipeline.committing = record.stamp.lsn;
+            p.pipeline.committing_since = Some(self.now.mono);
         }
         if s.kind == Kind::SyncSet && s.flags & flags::OPENS == 0 {
             self.links.entering_at(record.stamp.lsn);

@@ -16,15 +16,15 @@ use crate::format::record::{Record, flags, origin};
 use crate::journal::Journal;
 use crate::journal::recovery::{Outcome, Recovery};
 use crate::link::receiver::{Held, Verdict, judge};
-use crate::units::{HistoryPoint, Lsn, MICROS, SECONDS};
+use crate::units::{HistoryPoint, Lsn, MICROS, MILLIS, SECONDS};
 use hdrhistogram::Histogram;
 use std::collections::VecDeque;
 
 /// See the module's documentation.
 pub struct Shadow {
     cut: Option<Cut>,
-    /// Positions last told, and on which link.
-    told: Option<(LinkId, Positions)>,
+    /// Positions last told, on which link, and when.
+    told: Option<(LinkId, Positions, u64)>,
     /// Seal times of the records that are not durable (and the durable LSNs they carry), and not applied.
     undurable: VecDeque<(Lsn, u64, Lsn)>,
     unapplied: VecDeque<(Lsn, u64)>,
@@ -71,6 +71,8 @@ enum CutStage {
 
 /// Acknowledge what was only received in steps of this many records.
 const RECEIVED_STEP: u64 = 32;
+/// Positions that nobody waits for are told at most so often, ns.
+const TOLD_AFTER: u64 = 5 * MILLIS;
 
 impl Shadow {
     /// A shadow without a link; the primary has everything up to `limit`, as recovery found.
@@ -230,7 +232,9 @@ impl Run {
             Some(_) => return,
             None => {}
         }
-        if s.vouched < limit.min(durable) {
+        // A record on its way into the journal will.
+        let carried = s.undurable.back().is_some_and(|(.., carried)| *carried >= limit);
+        if s.vouched < limit.min(durable) && !carried {
             // The same write says what is durable here: less than that at a restart is damage.
             self.meta.sb.floor = self.meta.sb.floor.max(durable);
             s.vouching = Some((self.meta.save(false), limit));
@@ -267,17 +271,24 @@ impl Run {
         };
         let Some(link) = self.links.receiving() else { return };
         let Part::Shadow(s) = &mut self.part else { return };
-        if let Some((told_on, told)) = s.told
+        if let Some((told_on, told, at)) = s.told
             && told_on == link
         {
-            let news = now.durable > told.durable
-                || now.applied > told.applied
-                || now.received.0 >= told.received.0 + RECEIVED_STEP;
-            if !news {
-                return;
+            // A FLUSH on the primary waits for what is durable on a member of the sync set.
+            let member = self.meta.sb.sync_set.contains(&self.cfg.node);
+            let durable = now.durable > told.durable;
+            if !(durable && member || now.received.0 >= told.received.0 + RECEIVED_STEP) {
+                let due = at + TOLD_AFTER;
+                // What is on its way into a member's journal is told at once, and the rest with it.
+                if !durable && now.applied <= told.applied || member && !s.undurable.is_empty() {
+                    return;
+                }
+                if self.now.mono < due {
+                    return self.wake_at(due);
+                }
             }
         }
-        s.told = Some((link, now));
+        s.told = Some((link, now, self.now.mono));
         let Positions { received, durable, applied } = now;
         self.out.push(Action::Send { link, message: Message::Positions { received, durable, applied } });
     }

@@ -101,6 +101,32 @@ fn ublk_alone() {
     guest("ublk_alone.py", if long { &["kills:200"] } else { &[] }, if long { 1500 } else { 200 });
 }
 
+/// The benchmark beside DRBD still runs: every subject, a second of one row each. Not its figures.
+#[test]
+fn bench_guests() {
+    if !in_path("qemu-system-x86_64") {
+        println!("skipped: no qemu-system-x86_64");
+        return;
+    }
+    let passthrough = Path::new(env!("CARGO_BIN_EXE_volrep")).with_file_name("examples/passthrough");
+    if !passthrough.exists() {
+        println!("skipped: {} was not built (cargo build --example passthrough)", passthrough.display());
+        return;
+    }
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let output = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("bench/guests"))
+        .args(["--smoke", "--volrep", env!("CARGO_BIN_EXE_volrep"), "--passthrough"])
+        .arg(passthrough)
+        .stdin(Stdio::null())
+        .output()
+        .expect("bench/guests can be run");
+    let (table, said) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    print!("{table}");
+    assert!(output.status.success(), "bench/guests --smoke: {}\n{said}", output.status);
+    assert!(said.contains("ok: every subject, every row"), "bench/guests --smoke measured nothing:\n{said}");
+    assert!(table.contains("DRBD C") && !table.contains("failed"), "no full table:\n{table}");
+}
+
 #[test]
 fn fuse_device() {
     guest("device.bash", &["fuse"], 120);
