@@ -3,7 +3,7 @@
 use super::{Place, volrep};
 
 /// Each verb, and a command line that is complete but names a group that does not exist.
-const VERBS: [(&str, &[&str], &[&str]); 8] = [
+const VERBS: [(&str, &[&str], &[&str]); 10] = [
     (
         "init",
         &["init", "g", "--volume", "a=/x"],
@@ -42,6 +42,8 @@ const VERBS: [(&str, &[&str], &[&str]); 8] = [
     ("detach", &["detach", "g"], &["--dry-run"]),
     ("status", &["status", "g"], &["--watch"]),
     ("promote", &["promote", "g"], &["--dry-run", "--i-fenced-the-old-primary", "--yes"]),
+    ("refresh", &["refresh", "g"], &["--peer", "--rate", "--no-wait", "--stop", "--dry-run"]),
+    ("verify", &["verify", "g"], &["--peer", "--rate", "--no-wait", "--stop"]),
 ];
 const SHARED: [&str; 6] = ["--json", "--config", "--state-dir", "--run-dir", "--shm-dir", "--dev-dir"];
 
@@ -160,7 +162,7 @@ fn status_of_a_stopped_group() {
 fn verbs_that_need_the_daemon_say_so() {
     let place = Place::new();
     place.init(&["data=disk:1M"]).expect(0, &[]);
-    for verb in ["attach", "detach", "promote"] {
+    for verb in ["attach", "detach", "promote", "refresh", "verify"] {
         place.run(&[verb, "g"]).expect(1, &["not running", "volrep serve g"]);
     }
 }
