@@ -1,17 +1,21 @@
-//! README.md does what it says: its `sh` blocks run, in order, in one shell and an empty directory.
+//! README.md does what it says: its `sh` blocks run, in order, in one shell and an empty directory, by a
+//! user without any privilege, who can write neither /etc nor /var nor /run.
 //!
 //! Owns: their extraction. Invariant: a block is run as it stands, but for the port, which must be a
 //! free one; what it started is ended with it.
 
 use std::fs;
 use std::net::TcpListener;
+use std::os::unix::fs::chown;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// The port that the README uses.
 const PORT: &str = "127.0.0.1:7654";
+/// The user who has nothing, under this number on every system.
+const NOBODY: u32 = 65534;
 /// What the blocks call, besides a shell.
 const PROGRAMS: [&str; 3] = ["nbdinfo", "qemu-io", "jq"];
 
@@ -62,10 +66,18 @@ fn every_block_runs_in_order() {
     let shm = Path::new("/dev/shm").join(format!("volrep-readme-{}", std::process::id()));
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     fs::write(dir.path().join("script"), script(port)).unwrap();
-    let binary = PathBuf::from(env!("CARGO_BIN_EXE_volrep"));
-    let path = format!("{}:{}", binary.parent().unwrap().display(), std::env::var("PATH").unwrap());
+    // A copy: the directories above the program may be closed to others.
+    let programs = tempfile::tempdir().unwrap();
+    fs::copy(env!("CARGO_BIN_EXE_volrep"), programs.path().join("volrep")).unwrap();
+    let path = format!("{}:{}", programs.path().display(), std::env::var("PATH").unwrap());
     let output = |name: &str| fs::File::create(dir.path().join(name)).unwrap();
-    let mut shell = Command::new("bash")
+    let mut shell = Command::new("bash");
+    if nix::unistd::geteuid().is_root() {
+        chown(dir.path(), Some(NOBODY), Some(NOBODY)).unwrap();
+        chown(programs.path(), Some(NOBODY), Some(NOBODY)).unwrap();
+        shell.uid(NOBODY).gid(NOBODY);
+    }
+    let mut shell = shell
         .arg("script")
         .current_dir(dir.path())
         .env("PATH", path)

@@ -328,6 +328,68 @@ fn the_code_map_names_every_module() {
     }
 }
 
+/// What is wrong with a page of kernel-notes/: a row of a table of tests that names none that exists, and does
+/// not say why there is none. `known` says what exists.
+fn notes(path: &str, text: &str, known: &dyn Fn(&str) -> bool) -> Vec<String> {
+    let mut broken = Vec::new();
+    let mut tests = false;
+    for (i, line) in text.lines().enumerate() {
+        if !line.starts_with('|') {
+            tests = false;
+            continue;
+        }
+        let cells: Vec<&str> = line.trim_matches('|').split(" | ").map(str::trim).collect();
+        let last = *cells.last().expect("a line has a cell");
+        if !tests {
+            tests = last == "test";
+            continue;
+        }
+        let name = |word: &&str| {
+            word.ends_with(".bash")
+                || word.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
+        };
+        let names: Vec<&str> = last.split('`').skip(1).step_by(2).filter(name).collect();
+        broken.extend(
+            names.iter().filter(|n| !known(n)).map(|n| format!("{path}:{}: there is no test {n}", i + 1)),
+        );
+        let excused = ["none: ", "none here: ", "every "].iter().any(|e| last.starts_with(e));
+        let rule = last.chars().all(|c| "-: ".contains(c));
+        if names.is_empty() && !excused && !rule {
+            broken.push(format!("{path}:{}: neither a test nor why there is none", i + 1));
+        }
+    }
+    broken
+}
+
+#[test]
+fn the_kernel_notes_name_tests_that_exist_and_the_index_names_the_pages() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let sources = sources();
+    let scenarios = fs::read_to_string(root.join("tests/kernel/ublk_alone.py")).unwrap();
+    let known = |name: &str| {
+        let function = format!("fn {name}(");
+        sources.iter().any(|s| s.text.contains(&function))
+            || scenarios.contains(&format!("\ndef {name}("))
+            || root.join("tests/kernel").join(name).is_file()
+    };
+    let index = fs::read_to_string(root.join("kernel-notes/README.md")).unwrap();
+    let mut broken = Vec::new();
+    for entry in fs::read_dir(root.join("kernel-notes")).unwrap().flatten() {
+        let name = entry.file_name().into_string().unwrap();
+        let text = fs::read_to_string(entry.path()).unwrap();
+        if name != "README.md" && !index.contains(&format!("]({name})")) {
+            broken.push(format!("kernel-notes/README.md does not name {name}"));
+        }
+        for link in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+            if !root.join("kernel-notes").join(link).exists() {
+                broken.push(format!("kernel-notes/{name}: there is no page {link}"));
+            }
+        }
+        broken.extend(notes(&format!("kernel-notes/{name}"), &text, &known));
+    }
+    assert!(broken.is_empty(), "\n{}", broken.join("\n"));
+}
+
 /// Each rule notices what it is there for.
 #[test]
 fn the_rules_fire() {
@@ -373,4 +435,8 @@ fn the_rules_fire() {
     assert!(fires(shape, "src/node/mod.rs", &format!("{}{}x)", "db", "g!(")));
     assert!(fires(shape, "src/node/mod.rs", &"\n".repeat(LINES)));
     assert!(!fires(shape, "src/node/mod.rs", ""));
+    let page = |cell: &str| format!("| claim | test |\n| --- | --- |\n| so | {cell} |\n");
+    let fires = |cell: &str| !notes("page", &page(cell), &|name| name == "it_is").is_empty();
+    assert!(!fires("`it_is`, and `Other`") && !fires("none: no disk"));
+    assert!(fires("`it_is`, `it_is_not`") && fires("seen") && fires("none") && fires("`gone.bash`"));
 }

@@ -89,18 +89,7 @@ impl Failure {
 
     /// An operation on a file failed: `doing` is "create", "read" and so on.
     pub fn io(doing: &str, path: &Path, e: &io::Error) -> Failure {
-        let next = match e.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-                "free some space there, or choose another place or smaller sizes, and run it again"
-            }
-            io::ErrorKind::PermissionDenied => {
-                "run it as a user who may do that, or choose other places with --config DIR"
-            }
-            io::ErrorKind::NotFound => "check the path",
-            io::ErrorKind::ReadOnlyFilesystem => "choose a place that can be written to",
-            _ => "look at the kernel's log (dmesg) for the cause",
-        };
-        Failure::new(Exit::Failure, format!("can't {doing} {}: {e}", path.display()), next)
+        Failure::new(Exit::Failure, format!("can't {doing} {}: {e}", path.display()), advice(e))
     }
 
     /// A signal ended it before it was done.
@@ -119,6 +108,21 @@ impl Failure {
                 "next": self.next,
             },
         })
+    }
+}
+
+/// What to do about an error of the system's.
+pub fn advice(e: &io::Error) -> &'static str {
+    match e.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            "free some space there, or choose another place or smaller sizes, and run it again"
+        }
+        io::ErrorKind::PermissionDenied => {
+            "run it as a user who may do that, or choose other places with --config DIR"
+        }
+        io::ErrorKind::NotFound => "check the path",
+        io::ErrorKind::ReadOnlyFilesystem => "choose a place that can be written to",
+        _ => "look at the kernel's log (dmesg) for the cause",
     }
 }
 

@@ -4,7 +4,7 @@
 //! before the lock is held, and the front ends are closed before the node shuts down.
 
 use super::config::{self, Config};
-use super::failure::{Exit, Failure};
+use super::failure::{Exit, Failure, advice};
 use super::output::Output;
 use super::places::Places;
 use super::{interrupt, state};
@@ -131,9 +131,13 @@ impl Serve {
 }
 
 fn stopped(group: &str, e: &daemon::Error) -> Failure {
-    let exit =
-        if matches!(e, daemon::Error::Open(OpenError::Busy { .. })) { Exit::Busy } else { Exit::Failure };
-    Failure::new(exit, format!("`{group}` stopped: {e}"), "")
+    // The others say themselves what to do.
+    let (exit, next) = match e {
+        daemon::Error::Open(OpenError::Busy { .. }) => (Exit::Busy, ""),
+        daemon::Error::Open(OpenError::Io { source, .. }) => (Exit::Failure, advice(source)),
+        _ => (Exit::Failure, ""),
+    };
+    Failure::new(exit, format!("`{group}` stopped: {e}"), next)
 }
 
 /// A directory of our own in a place that everybody can write.

@@ -116,7 +116,7 @@ pub enum Error {
         needed: u64,
     },
     /// No ring, or it broke.
-    #[error("io_uring: {0} (kernel 6.1 is needed, and sysctl kernel.io_uring_disabled = 0)")]
+    #[error("io_uring: {0} (Linux 5.19 is needed, and sysctl kernel.io_uring_disabled = 0)")]
     Ring(io::Error),
     /// No thread.
     #[error("can't start a thread: {0}")]

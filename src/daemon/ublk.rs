@@ -10,6 +10,7 @@ use super::reactor::{Origin, Tag};
 use crate::disk::IoError;
 use crate::front::ublk::{Command, Queue, QueueId};
 use crate::node::event::{Event, RequestId};
+use crate::sys::process::without_admin;
 use crate::sys::uring::{Completion, Fd, Operation, Ring};
 use bytes::Bytes;
 use nix::libc;
@@ -56,13 +57,13 @@ impl Queues {
         let served = Served { id, queue, fd, waiting: 0, requests: 0, parked: false, closing: None };
         let slot = self.served.insert(served);
         let served = &mut self.served[slot];
-        // See `Queue::fetch`: all in one call, so nothing else may be in the way.
+        // See `Queue::fetch`: all in one call, so nothing else may be in the way, and without privilege.
         ring.turn(Some(0))?;
         for tag in 0..depth {
             let command = served.queue.fetch(tag);
             served.give(slot, tag, command, ring);
         }
-        ring.turn(Some(0))?;
+        without_admin(|| ring.turn(Some(0)))??;
         served.queue.map()
     }
 

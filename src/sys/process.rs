@@ -1,7 +1,7 @@
 //! What the process asks of the kernel about itself.
 //!
-//! Owns: identity of this boot, randomness, and the promise not to wait for our own writeback.
-//! Invariant: none of it is read by a machine except through its configuration or an event.
+//! Owns: identity of this boot, randomness, privilege, and the promise not to wait for our own
+//! writeback. Invariant: none of it is read by a machine except through its configuration or an event.
 
 use crate::units::BootId;
 use nix::libc;
@@ -24,6 +24,52 @@ pub fn lock_memory() -> bool {
         | MlockAllFlags::MCL_FUTURE
         | MlockAllFlags::from_bits_retain(libc::MCL_ONFAULT);
     nix::unistd::geteuid().is_root() && mlockall(all).is_ok()
+}
+
+/// `_LINUX_CAPABILITY_VERSION_3` of linux/capability.h.
+const CAPABILITY_VERSION: u32 = 0x2008_0522;
+const CAP_SYS_ADMIN: u32 = 1 << 21;
+
+/// `struct __user_cap_header_struct`; thread 0 is the calling one.
+#[repr(C)]
+struct CapabilityHeader {
+    version: u32,
+    thread: libc::c_int,
+}
+
+/// `struct __user_cap_data_struct`, of which version 3 takes two: numbers 0 to 31, and those above.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Capabilities {
+    effective: u32,
+    permitted: u32,
+    inheritable: u32,
+}
+
+/// Does `act` without CAP_SYS_ADMIN in effect for this thread, which has it again afterwards if it had it.
+pub fn without_admin<R>(act: impl FnOnce() -> R) -> io::Result<R> {
+    let mut header = CapabilityHeader { version: CAPABILITY_VERSION, thread: 0 };
+    let mut own = [Capabilities::default(); 2];
+    // SAFETY: the kernel reads (and, on a version that it does not know, writes) `header`, and fills both
+    // entries of `own`.
+    if unsafe { libc::syscall(libc::SYS_capget, &raw mut header, own.as_mut_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let mut less = own;
+    less[0].effective &= !CAP_SYS_ADMIN;
+    set_capabilities(&less)?;
+    let done = act();
+    set_capabilities(&own)?;
+    Ok(done)
+}
+
+fn set_capabilities(capabilities: &[Capabilities; 2]) -> io::Result<()> {
+    let mut header = CapabilityHeader { version: CAPABILITY_VERSION, thread: 0 };
+    // SAFETY: the kernel reads `header` and both entries of `capabilities`.
+    match unsafe { libc::syscall(libc::SYS_capset, &raw mut header, capabilities.as_ptr()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Has the allocator keep what is freed instead of giving it back to the kernel at once. Buffers of a
@@ -77,5 +123,21 @@ mod tests {
         assert_eq!(parse_uuid("not a uuid"), None);
         assert_eq!(parse_uuid("00112233-4455-6677-8899-aabbccddeeff").unwrap()[15], 0xff);
         assert_ne!(random::<32>(), random::<32>());
+    }
+
+    #[test]
+    fn privilege_is_laid_down_and_taken_up_again_by_this_thread_alone() {
+        let effective = || {
+            let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+            let line = status.lines().find_map(|l| l.strip_prefix("CapEff:")).unwrap();
+            u64::from_str_radix(line.trim(), 16).unwrap()
+        };
+        let before = effective();
+        let (during, others) =
+            without_admin(|| (effective(), std::thread::spawn(effective).join().unwrap())).unwrap();
+        assert_eq!(during, before & !u64::from(CAP_SYS_ADMIN));
+        // A thread that is started meanwhile begins with what its maker has then.
+        assert_eq!(others, during);
+        assert_eq!(effective(), before);
     }
 }

@@ -8,7 +8,7 @@
 use crate::disk::AlignedBuf;
 use bytes::{Bytes, BytesMut};
 use io_uring::types::{CancelBuilder, Fd as RingFd, SubmitArgs, Timespec};
-use io_uring::{IoUring, opcode, squeue};
+use io_uring::{IoUring, Probe, opcode, squeue};
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::socket::{SockaddrLike, SockaddrStorage};
@@ -172,10 +172,15 @@ impl<T> Ring<T> {
 
     fn over(ring: IoUring) -> io::Result<Ring<T>> {
         let p = ring.params();
-        if !(p.is_feature_nodrop() && p.is_feature_ext_arg() && p.is_feature_submit_stable()) {
+        // Commands came with Linux 5.19, as did the cancelling of everything, without which a ring could not
+        // be dropped, and which can't be asked for.
+        let mut probe = Probe::new();
+        ring.submitter().register_probe(&mut probe)?;
+        let commands = probe.is_supported(opcode::UringCmd16::CODE);
+        if !(p.is_feature_nodrop() && p.is_feature_ext_arg() && p.is_feature_submit_stable() && commands) {
             return Err(io::Error::new(
                 io::ErrorKind::Unsupported,
-                "this kernel's io_uring is too old (5.11 is needed)",
+                "this kernel's io_uring lacks what Linux 5.19 has",
             ));
         }
         let flights = Slab::with_capacity(ring.params().sq_entries() as usize);

@@ -166,7 +166,7 @@ fn status_of_a_stopped_group() {
 fn verbs_that_need_the_daemon_say_so() {
     let place = Place::new();
     place.init(&["data=disk:1M"]).expect(0, &[]);
-    for verb in ["attach", "detach", "promote"] {
+    for verb in ["attach", "detach", "promote", "refresh", "verify"] {
         place.run(&[verb, "g"]).expect(1, &["not running", "volrep serve g"]);
     }
 }

@@ -1,10 +1,13 @@
 //! The daemon under its command line: one per group, the control socket, signals.
 
+use super::place::until;
 use super::{Daemon, Ended, Place};
 use nix::sys::signal::Signal;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
+use std::process::Stdio;
+use std::sync::Mutex;
 
 /// The answer to a line on the control socket.
 fn raw(daemon: &Daemon, line: &[u8]) -> String {
@@ -74,6 +77,30 @@ fn a_second_signal_ends_it_at_once() {
     daemon.signal(Signal::SIGINT);
     let code = daemon.wait().code();
     assert!(matches!(code, Some(0 | 130)), "{code:?}");
+}
+
+#[test]
+fn watching_tells_the_state_again_and_again_whatever_becomes_of_the_daemon() {
+    let place = Place::new();
+    let mut daemon = served(&place);
+    let mut watch = place.command(&["status", "g", "--watch", "--json"]);
+    let mut watch = watch.stdout(Stdio::piped()).spawn().unwrap();
+    let lines = BufReader::new(watch.stdout.take().unwrap()).lines();
+    let seen = Mutex::new(Vec::<String>::new());
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            lines.map_while(Result::ok).for_each(|line| {
+                let status: serde_json::Value = serde_json::from_str(&line).expect("one document a line");
+                seen.lock().unwrap().push(status["state"].as_str().unwrap().to_owned());
+            })
+        });
+        let count = |state: &str| seen.lock().unwrap().iter().filter(|s| *s == state).count();
+        until("it has told the state twice", || (count("UpToDate") >= 2).then_some(()));
+        daemon.kill();
+        until("it tells that the daemon is gone", || (count("Stopped") >= 1).then_some(()));
+        watch.kill().unwrap();
+        watch.wait().unwrap();
+    });
 }
 
 #[test]

@@ -64,6 +64,16 @@ fn a_full_disk_is_told_and_everything_removed() {
 }
 
 #[test]
+fn a_write_cache_that_has_no_room_is_refused_at_the_start() {
+    let place = Place::new();
+    let Some(tmpfs) = small(&place, 4 << 20) else { return };
+    place.init(&["data=disk:1M"]).expect(0, &[]);
+    let ended = place.run(&["--shm-dir", tmpfs.0.to_str().unwrap(), "serve", "g"]);
+    ended.expect(1, &["can't create", "small", "No space left", "free some space"]);
+    assert_eq!(std::fs::read_dir(&tmpfs.0).unwrap().count(), 0, "something was left");
+}
+
+#[test]
 fn an_interrupted_init_is_undone() {
     use nix::sys::signal::{Signal, kill};
     use nix::unistd::Pid;

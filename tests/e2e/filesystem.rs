@@ -85,10 +85,15 @@ fn a_killed_daemon_gives_a_mounted_file_system_an_error_and_it_recovers() {
     let device = pair.primary.attach("fuse").remove(0);
     client("mkfs.ext4", &["-q", &device]);
     let mut synced = 0u64;
-    for round in 0..if long() { 10 } else { 3 } {
+    for round in 0..if long() { 100 } else { 3 } {
         let dir = mounted(pair.primary.place.path(), &device, "ext4");
         for n in 0..synced {
             assert!(fs::read(dir.join(n.to_string())).unwrap() == content(n), "round {round}: file {n}");
+        }
+        if synced > 200 {
+            (0..synced).for_each(|n| fs::remove_file(dir.join(n.to_string())).unwrap());
+            fs::File::open(&dir).unwrap().sync_all().unwrap();
+            synced = 0;
         }
         std::thread::scope(|scope| {
             let dir = &dir;
@@ -103,7 +108,7 @@ fn a_killed_daemon_gives_a_mounted_file_system_an_error_and_it_recovers() {
                 }
                 unreachable!()
             });
-            std::thread::sleep(Duration::from_millis(60 + 37 * round));
+            std::thread::sleep(Duration::from_millis(60 + 37 * (round % 8)));
             pair.primary.kill();
             let (n, error) = writer.join().unwrap();
             eprintln!("round {round}: {n} files synced, then: {error}");

@@ -6,6 +6,7 @@
 mod crash;
 #[path = "../descriptors/mod.rs"]
 mod descriptors;
+mod exits;
 mod filesystem;
 mod input;
 mod interop;
@@ -17,3 +18,4 @@ mod pair;
 mod place;
 mod refresh;
 mod resync;
+mod shadows;

@@ -279,7 +279,7 @@ impl Pair {
     pub fn promote(&self) {
         // A connection outlives its killed process by a moment, and promotion refuses while it stands.
         until("the shadow misses the primary", || {
-            (self.shadow.status()["state"] != "UpToDate").then_some(())
+            (self.shadow.status()["peers"][0]["state"] == "Disconnected").then_some(())
         });
         let args = ["promote", "g", "--i-fenced-the-old-primary", "--yes"];
         self.shadow.place.run(&args).expect(0, &[]);

@@ -7,9 +7,10 @@ use crate::place::until;
 use serde_json::{Value, json};
 use std::fs::OpenOptions;
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
+use volrep::disk::AlignedBuf;
 
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 80 * MIB;
@@ -48,17 +49,22 @@ fn run(node: &Node, request: Value) -> Value {
 
 /// Spoils `count` places of a backing; the leaves that differ now.
 fn spoil(node: &Node, random: &mut Random, count: u64) -> std::collections::BTreeSet<u64> {
-    let file = OpenOptions::new().read(true).write(true).open(node.backing("data")).unwrap();
+    // Past the page cache, as the daemon does: mixing the two makes a later fsync fail (mm/filemap.c,
+    // dio_warn_stale_pagecache).
+    let mut open = OpenOptions::new();
+    open.read(true).write(true).custom_flags(nix::libc::O_DIRECT);
+    let file = open.open(node.backing("data")).unwrap();
     let mut leaves = std::collections::BTreeSet::new();
     while (leaves.len() as u64) < count {
         let at = random.below(SIZE / 512) * 512;
         if !leaves.insert(at / 4096) {
             continue;
         }
-        let mut sector = [0; 512];
-        file.read_exact_at(&mut sector, at).unwrap();
-        sector.iter_mut().for_each(|b| *b = !*b);
-        file.write_all_at(&sector, at).unwrap();
+        let mut leaf = AlignedBuf::from_slice(4096, &[0; 4096]);
+        let base = at / 4096 * 4096;
+        file.read_exact_at(&mut leaf, base).unwrap();
+        leaf[(at - base) as usize..][..512].iter_mut().for_each(|b| *b = !*b);
+        file.write_all_at(&leaf, base).unwrap();
     }
     file.sync_all().unwrap();
     leaves

@@ -94,6 +94,17 @@ fn lengths_of_gigabytes_are_refused_before_anything_is_allocated() {
 }
 
 #[test]
+fn another_version_is_refused_by_its_number() {
+    for (name, message) in messages() {
+        let mut head: [u8; FRAME] = frame(&message)[..FRAME].try_into().unwrap();
+        head[5] += 1;
+        let told = FrameHeader::decode(&head).unwrap_err();
+        assert_eq!(told, FormatError::Version(head[5].into()), "{name}");
+        assert!(told.to_string().contains("which this build does not read"));
+    }
+}
+
+#[test]
 fn the_parts_of_a_record_must_agree() {
     let record = raw_record();
     let entry = |n: usize| record::HEADER + n * record::ENTRY;

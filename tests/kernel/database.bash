@@ -8,6 +8,7 @@ postgres() { setpriv --reuid=postgres --regid=postgres --clear-groups "$@"; }
 
 group pg:512M
 device=$(volrep attach g --device "$kind")
+is "the device of a group of one volume" "$device" /dev/volrep/g
 mkfs.ext4 -Fq "$device"
 mkdir -p /mnt/pg
 mount "$device" /mnt/pg

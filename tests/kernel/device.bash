@@ -3,11 +3,22 @@
 . "$(dirname "$0")/lib.bash"
 
 udevadm control --ping 2>/dev/null || /usr/lib/systemd/systemd-udevd --daemon 2>/dev/null
+# `auto` takes the best that there is.
+case $kind in
+ublk) name='ublkb*' ;;
+nbd) name='nbd*' && without ublk_drv ;;
+fuse) name='loop*' && without ublk_drv && without nbd ;;
+esac
 group data:96M wal:400M
-devices=$(volrep attach g --device "$kind")
+devices=$(volrep attach g --device auto)
 is "the devices" "$devices" "/dev/volrep/g/data
 /dev/volrep/g/wal"
 data=/dev/volrep/g/data wal=/dev/volrep/g/wal
+for device in $data $wal; do
+    # shellcheck disable=SC2053 # a pattern
+    [[ $(node $device) == $name ]] || fail "auto has taken $(node $device) for $device"
+done
+ok "$kind: auto takes it, and links lead to it"
 
 for device in $data $wal; do
     [ -b "$device" ] || fail "$device is no block device"
@@ -16,11 +27,19 @@ for device in $data $wal; do
     [ "$(attribute $device discard_max_bytes)" -ge 1048576 ] || fail "discard: $(attribute $device discard_max_bytes)"
     [ "$(attribute $device write_zeroes_max_bytes)" -ge 1048576 ] || fail "zeroes: $(attribute $device write_zeroes_max_bytes)"
 done
-# FUA of its own spares a flush; the loop driver has none.
-[ "$kind" = fuse ] || is fua "$(attribute $data fua)" 1
+# FUA of its own spares a flush; the loop driver has none. Only ublk can tell a physical block from a logical one.
+case $kind in
+ublk) fua=1 blocks='4096 512 4096' ;;
+nbd) fua=1 blocks='512 512 512' ;;
+fuse) fua=0 blocks='512 512 512' ;;
+esac
+for device in $data $wal; do
+    is "fua of $device" "$(attribute $device fua)" $fua
+    is "the blocks of $device" "$(lsblk -bdnro PHY-SEC,LOG-SEC,DISC-GRAN "$(readlink -f $device)")" "$blocks"
+done
 lsblk -o NAME,SIZE,PHY-SEC,LOG-SEC,DISC-GRAN,DISC-MAX "$(readlink -f $data)" "$(readlink -f $wal)"
 is "the size of data" "$(blockdev --getsize64 $data)" $((96 << 20))
-ok "$kind: sizes, write cache, FUA, discard and write-zeroes"
+ok "$kind: sizes, blocks, write cache, FUA, discard and write-zeroes"
 
 # A device manager that has the rules knows the link.
 mkdir -p /run/udev/rules.d

@@ -54,6 +54,12 @@ clean() {
 trap clean EXIT
 trap 'exit 1' TERM
 
+# Takes a driver away: without MODULE
+without() {
+    echo "install $1 /bin/false" >"/etc/modprobe.d/without-$1.conf"
+    rmmod "$1" 2>/dev/null || true
+}
+
 # group NAME:SIZE... : sets a group up and starts its daemon. Its files lie on the disk $SCRATCH if there is one.
 group() {
     local volumes=() volume

@@ -6,8 +6,8 @@
 //! The short form runs with the other tests; `VOLREP_LONG=1` makes the rounds many.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::{Mutex, PoisonError};
+use std::process::{Command, Output, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Guests at a time: the machine has few processors, and emulation needs them.
 static ONE: Mutex<()> = Mutex::new(());
@@ -24,28 +24,40 @@ fn program(dir: &Path) -> PathBuf {
     if stripped.is_ok_and(|s| s.success()) { small } else { built.to_owned() }
 }
 
-/// Runs a script with its arguments for at most `limit` seconds.
-fn guest(script: &str, arguments: &[&str], limit: u32) {
+/// The turn of a test that needs a guest; says why if there can be none.
+fn turn() -> Option<MutexGuard<'static, ()>> {
     if !in_path("qemu-system-x86_64") {
         println!("skipped: no qemu-system-x86_64");
-        return;
+        return None;
     }
-    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let scratch = tempfile::tempdir().expect("a scratch directory");
-    let file = |from: &Path, to: &str| format!("{}:{to}", from.display());
-    let output = Command::new(root.join("tools/vm"))
-        .args(["run", "--disk", "2G", "--memory", "3G", "--env", "SCRATCH=/dev/vda", "--timeout"])
-        .arg(limit.to_string())
-        .args(["--file", &file(&program(scratch.path()), "/usr/bin/volrep")])
-        .args(["--file", &file(&root.join("tests/kernel"), "/tests")])
-        .args(["--file", &file(&root.join("tools/60-volrep.rules"), "/tools/60-volrep.rules")])
-        .arg(root.join("tests/kernel/enter"))
+    Some(ONE.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
+/// Runs a script by tools/vm.
+fn vm(options: &[&str], script: &Path, arguments: &[&str]) -> Output {
+    Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("tools/vm"))
+        .arg("run")
+        .args(options)
         .arg(script)
         .args(arguments)
         .stdin(Stdio::null())
         .output()
-        .expect("tools/vm can be run");
+        .expect("tools/vm can be run")
+}
+
+/// Runs scripts of this directory, joined by `+`, with these arguments for at most `limit` seconds in all.
+fn guest(script: &str, arguments: &[&str], limit: u32) {
+    let Some(_turn) = turn() else { return };
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let scratch = tempfile::tempdir().expect("a scratch directory");
+    let file = |from: &Path, to: &str| format!("{}:{to}", from.display());
+    let (limit, program) = (limit.to_string(), file(&program(scratch.path()), "/usr/bin/volrep"));
+    let tests = file(&root.join("tests/kernel"), "/tests");
+    let rules = file(&root.join("tools/60-volrep.rules"), "/tools/60-volrep.rules");
+    let machine = ["--disk", "2G", "--memory", "3G", "--env", "SCRATCH=/dev/vda", "--timeout", &limit];
+    let files = ["--file", &program, "--file", &tests, "--file", &rules];
+    let words = [&[script], arguments].concat();
+    let output = vm(&[&machine[..], &files[..]].concat(), &root.join("tests/kernel/enter"), &words);
     let text = String::from_utf8_lossy(&output.stdout);
     print!("{text}");
     let said = String::from_utf8_lossy(&output.stderr);
@@ -53,19 +65,62 @@ fn guest(script: &str, arguments: &[&str], limit: u32) {
     assert!(text.contains("\nok: ") || text.starts_with("ok: "), "{script} {arguments:?} checked nothing");
 }
 
+fn long() -> bool {
+    std::env::var_os("VOLREP_LONG").is_some_and(|v| v != "0")
+}
+
 /// Rounds of killing a daemon.
 fn rounds() -> (&'static str, u32) {
-    if std::env::var_os("VOLREP_LONG").is_some() { ("200", 3000) } else { ("6", 200) }
+    if long() { ("200", 3000) } else { ("6", 300) }
+}
+
+/// What the other tests take for granted of tools/vm.
+#[test]
+fn a_guest_gives_back_status_output_and_results_and_never_hangs() {
+    let Some(_turn) = turn() else { return };
+    let scratch = tempfile::tempdir().expect("a scratch directory");
+    let script = |text: &str| {
+        let path = scratch.path().join("script");
+        std::fs::write(&path, format!("#!/bin/bash\n{text}\n")).unwrap();
+        path
+    };
+    let results = scratch.path().join("out");
+    let told = |output: &Output| String::from_utf8_lossy(&output.stderr).into_owned();
+    // Two guests and the wire between them.
+    let both =
+        "set -e; [ $1 = word ]; echo \"$KEY\" >/out/file; peer 'cp /given /out/there; hostname -I'; exit 7";
+    let given = scratch.path().join("given");
+    std::fs::write(&given, "given").unwrap();
+    let (out, given) = (results.to_str().unwrap(), format!("{}:/given", given.display()));
+    let options =
+        ["--guests", "2", "--env", "KEY=a value", "--file", &given, "--out", out, "--timeout", "60"];
+    let output = vm(&options, &script(both), &["word"]);
+    assert_eq!(output.status.code(), Some(7), "{}", told(&output));
+    assert!(String::from_utf8_lossy(&output.stdout).contains("10.77.0.2"), "{output:?}");
+    let result = |name: &str| std::fs::read_to_string(results.join(name)).unwrap();
+    assert_eq!((result("file"), result("peer/there")), ("a value\n".into(), "given".into()));
+    // A script that does not end is ended.
+    let output = vm(&["--timeout", "2"], &script("sleep 1000"), &[]);
+    assert_eq!(output.status.code(), Some(124), "{}", told(&output));
+    let shell = told(&output);
+    let seconds = shell.split("shell after ").nth(1).and_then(|s| s.split(' ').next()).expect("it has told");
+    println!("figure: tools/vm: shell after {seconds} s");
+    // Ten times what is aimed at: only a gross failure fails a test.
+    assert!(seconds.parse::<f64>().unwrap() < 100.0);
+    // So is a machine that has crashed, and it is told from a script that failed.
+    let output = vm(&["--timeout", "60"], &script("echo c >/proc/sysrq-trigger; sleep 1000"), &[]);
+    assert_eq!(output.status.code(), Some(125), "{}", told(&output));
+    assert!(told(&output).contains("Its last words"), "{}", told(&output));
 }
 
 #[test]
 fn nbd_device() {
-    guest("device.bash", &["nbd"], 120);
+    guest("device.bash+durable.bash", &["nbd"], 300);
 }
 
 #[test]
 fn nbd_database() {
-    guest("database.bash", &["nbd"], 120);
+    guest("database.bash", &["nbd"], 300);
 }
 
 #[test]
@@ -76,17 +131,17 @@ fn nbd_restart() {
 
 #[test]
 fn nbd_alone() {
-    guest("nbd_alone.bash", &["nbd"], 120);
+    guest("nbd_alone.bash", &["nbd"], 300);
 }
 
 #[test]
 fn ublk_device() {
-    guest("device.bash", &["ublk"], 120);
+    guest("device.bash+durable.bash", &["ublk"], 300);
 }
 
 #[test]
 fn ublk_database() {
-    guest("database.bash", &["ublk"], 120);
+    guest("database.bash", &["ublk"], 300);
 }
 
 #[test]
@@ -97,8 +152,9 @@ fn ublk_restart() {
 
 #[test]
 fn ublk_alone() {
-    let long = std::env::var_os("VOLREP_LONG").is_some();
-    guest("ublk_alone.py", if long { &["kills:200"] } else { &[] }, if long { 1500 } else { 200 });
+    let (scenarios, limit) =
+        if long() { (&["attach_killed:200", "kills:200"][..], 3000) } else { (&[][..], 300) };
+    guest("ublk_alone.py", scenarios, limit);
 }
 
 /// The benchmark beside DRBD still runs: every subject, a second of one row each. Not its figures.
@@ -129,5 +185,5 @@ fn bench_guests() {
 
 #[test]
 fn fuse_device() {
-    guest("device.bash", &["fuse"], 120);
+    guest("device.bash+durable.bash", &["fuse"], 300);
 }

@@ -4,8 +4,7 @@
 config() { sed -i 's/^dead_after = .*/dead_after = "3s"/' "$work/c/g.toml"; }
 
 # Where there is ublk, `auto` takes that.
-echo 'install ublk_drv /bin/false' >/etc/modprobe.d/no-ublk.conf
-rmmod ublk_drv 2>/dev/null || true
+without ublk_drv
 # A neighbour's device on the same driver.
 truncate -s 16M /tmp/neighbour
 nbdkit -U /tmp/neighbour.sock --run 'sleep infinity' file /tmp/neighbour &

@@ -211,6 +211,8 @@ def limits(program):
     assert os.path.realpath(f"{node.dir}/dev/epic/data") == devices["data"]
     for volume, size in (("data", 256 * MIB), ("wal", 64 * MIB)):
         device = devices[volume]
+        # Had it read a partition table while it started the disk, a daemon killed meanwhile would be stuck.
+        assert attribute(device, "stat").split()[0] == "0", "the kernel has read from a new device"
         for name, value in (
             ("queue/write_cache", "write back"), ("queue/fua", "1"), ("queue/rotational", "0"),
             ("queue/logical_block_size", "512"), ("queue/physical_block_size", "4096"),
@@ -354,12 +356,43 @@ def every_tag(program):
     assert longest < 15, "the kernel has waited for its timer of 30 s"
 
 
-def attach_killed(program):
+def partitions(program):
+    """They are there when somebody asks for them, over a restart, and a mounted one keeps its device."""
+    node = Node(program, "partitions").init()
+    node.start().ready()
+    device = node.attach()["data"]
+    name = os.path.basename(device)
+    with open(device, "r+b") as file:
+        # One entry: Linux, from sector 2048, 131072 sectors; and the signature.
+        file.seek(446)
+        file.write(bytes([0, 0, 0, 0, 0x83, 0, 0, 0]) + (2048).to_bytes(4, "little") + (131072).to_bytes(4, "little"))
+        file.seek(510)
+        file.write(b"\x55\xaa")
+    node.detach()
+    node.attach()
+    assert not os.path.exists(f"/sys/block/{name}/{name}p1"), "the kernel looks for partitions by itself"
+    run("partx", "--add", device)
+    until(lambda: os.path.exists(f"/dev/{name}p1"), "the partition's node")
+    run("mkfs.ext4", "-Fq", f"/dev/{name}p1")
+    os.makedirs("mnt", exist_ok=True)
+    run("mount", f"/dev/{name}p1", "mnt")
+    node.kill()
+    node.start().ready()
+    with open("mnt/file", "w") as file:
+        file.write("written")
+        os.fsync(file.fileno())
+    refused = node.detach(check=False)
+    assert refused.returncode == 11 and "/mnt" in refused.stderr, refused
+    run("umount", "mnt")
+    node.detach()
+
+
+def attach_killed(program, rounds=12):
     """A daemon that is killed while it makes or deletes devices leaves nothing in the way."""
     node = Node(program, "attaching").init(volumes=(("data", "64M"), ("wal", "64M")), journal="32M")
     rng = random.Random(7)
     node.start().ready()
-    for n in range(12):
+    for n in range(rounds):
         verb = "attach" if n % 3 < 2 else "detach"
         words = ["attach", node.group, "--device", "ublk"] if verb == "attach" else ["detach", node.group]
         asked = subprocess.Popen([program, "--config", node.dir, *words], stdout=subprocess.DEVNULL,
@@ -441,7 +474,7 @@ def failing(program):
         run("losetup", "--detach", loop, check=False)
 
 
-SCENARIOS = [limits, strangers, attach_killed, failing, every_tag, kills, kills_with_buffers]
+SCENARIOS = [limits, partitions, strangers, attach_killed, failing, every_tag, kills, kills_with_buffers]
 
 
 def main():

@@ -7,7 +7,7 @@
 //!
 //! The kernel is the memory: it keeps the identity that a device was made with (`backend` in sysfs), so
 //! a stale note of a number can't lead to somebody else's device. Requests that the last daemon had
-//! received and not answered are sent again by the driver; see `kernel-notes/nbd.md`.
+//! received and not answered are sent again by the driver; see `kernel-notes/nbd-reconnect.md`.
 //!
 //! Making a device, reading it and taking it away wait for requests that the group's loop answers: none
 //! of it may happen on the loop's thread.

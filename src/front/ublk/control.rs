@@ -74,7 +74,7 @@ impl Control {
         Ok(info)
     }
 
-    /// Makes it a disk. Its queue must be served: the kernel looks for partitions before this returns.
+    /// Makes it a disk. Its queue must be served.
     pub fn start(&mut self, id: u32) -> io::Result<()> {
         self.plain(control::START_DEV, id, std::process::id().into())
     }

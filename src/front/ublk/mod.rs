@@ -7,8 +7,10 @@
 //!
 //! The data path is the group's own ring ([`Queue`] says what to give to it): the kernel's requests
 //! become [`Op`](crate::node::event::Op)s on the loop's thread, without a hop. Commands that make, start
-//! and stop devices go through a ring of their own ([`control`]) on the caller's thread, because the
-//! kernel reads from a device before it says that it has started.
+//! and stop devices go through a ring of their own ([`control`]) on the caller's thread, because several
+//! wait for the queue's server.
+//!
+//! The kernel does not look for partitions on these devices by itself: see [`Queue::fetch`].
 //!
 //! The crate libublk (0.4.8) does not serve here: its queues bring their own thread, ring and executor
 //! where this has one loop; its control half opens the character device itself (it can be opened once),

@@ -93,7 +93,10 @@ impl Queue {
 
     /// The command that waits for a tag's first request. Those of all tags are to reach the kernel in
     /// one system call: a server that dies with some of them given leaves a queue that the driver can
-    /// neither cancel nor hand over.
+    /// neither cancel nor hand over. And without CAP_SYS_ADMIN in effect: the driver then leaves the
+    /// partition table alone. Otherwise it reads it while it starts the disk, under a lock that the next
+    /// server needs: should this one die meanwhile, the device, this process and its locks would be stuck
+    /// until the machine is booted again.
     pub fn fetch(&self, tag: u16) -> Command {
         self.command(io::FETCH_REQ, tag, 0)
     }

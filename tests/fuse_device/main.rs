@@ -1,10 +1,13 @@
 //! The FUSE front end and its loop devices against the real kernel, over a volume in memory.
 //!
-//! Owns: the proof of each claim in kernel-notes/loop-on-fuse.md. Needs root, /dev/fuse and
+//! Owns: the proof of each claim in kernel-notes/loop-direct-io.md and kernel-notes/fuse.md, and of those in
+//! other pages that want a disk of which every request is seen. Needs root, /dev/fuse and
 //! /dev/loop-control; says so and passes where these are missing. Each test has its own mount and
 //! devices, and takes them away even when it fails.
 
+#[path = "../descriptors/mod.rs"]
 mod descriptors;
+#[path = "../memory_group/mod.rs"]
 mod memory_group;
 
 use descriptors::own_descriptors;
@@ -49,12 +52,14 @@ fn missing() -> Option<&'static str> {
 
 macro_rules! need_devices {
     () => {
-        if let Some(reason) = missing() {
+        if let Some(reason) = crate::missing() {
             println!("skipped: {reason}");
             return;
         }
     };
 }
+
+mod disk;
 
 fn options(dir: &Path, group: Arc<MemoryGroup>, block: u32, loop_device: bool) -> FuseOptions {
     let size = group.size();

@@ -1,0 +1,58 @@
+//! How commands on a running pair end: the exit codes that scripts rely on, and what to do next.
+
+use crate::pair::{Pair, Setup};
+use crate::place::{Ended, until};
+use std::os::unix::fs::PermissionsExt;
+
+fn small() -> Pair {
+    Pair::start(&Setup { volumes: vec![("data", 16 << 20)], journal: "32M", ..Setup::default() })
+}
+
+fn missed(pair: &Pair) {
+    until("the shadow misses the primary", || {
+        (pair.shadow.status()["peers"][0]["state"] == "Disconnected").then_some(())
+    });
+}
+
+#[test]
+fn a_promotion_needs_proof_that_the_old_primary_can_t_write() {
+    let mut pair = small();
+    let promote = |pair: &Pair, more: &[&str]| -> Ended {
+        pair.shadow.place.run(&[&["promote", "g", "--yes"], more].concat())
+    };
+    // Nobody's word counts while the primary is heard.
+    promote(&pair, &["--i-fenced-the-old-primary"]).expect(15, &["connected and alive", "fence it"]);
+    pair.primary.kill();
+    missed(&pair);
+    let words = ["unreachable and not known to be fenced", "or pass --i-fenced-the-old-primary"];
+    promote(&pair, &[]).expect(15, &words);
+    promote(&pair, &["--dry-run"]).expect(15, &words);
+    let refused = promote(&pair, &["--json"]).json();
+    assert_eq!(refused["error"]["kind"], "fencing_unconfirmed");
+    let hook =
+        pair.shadow.place.file("hook", b"#!/bin/sh\n[ \"$1 $2\" = 'db1 1' ] && [ -e \"${0%/*}/fenced\" ]\n");
+    std::fs::set_permissions(&hook, std::fs::Permissions::from_mode(0o700)).unwrap();
+    pair.shadow.configure(|t| format!("fence_hook = {hook:?}\n{t}"));
+    promote(&pair, &[]).expect(15, &["db1 is not fenced", "ended with exit status: 1"]);
+    assert_eq!(pair.shadow.status()["role"], "shadow");
+    pair.shadow.place.file("fenced", b"");
+    promote(&pair, &[]).expect(0, &["fencing db1"]);
+    assert_eq!(pair.shadow.status()["role"], "primary");
+    promote(&pair, &[]).expect(11, &["is the primary already"]);
+}
+
+#[test]
+fn a_comparison_needs_the_other_side() {
+    let mut pair = small();
+    for verb in ["refresh", "verify"] {
+        let ended = pair.primary.place.run(&[verb, "g", "--peer", "db9"]);
+        ended.expect(12, &["db9 is not connected", "bring it or its link back"]);
+    }
+    pair.primary.place.run(&["refresh", "g", "--stop"]).expect(11, &["no comparison is under way"]);
+    let ended = pair.shadow.place.run(&["verify", "g", "--json"]);
+    assert_eq!(ended.expect(0, &[]).json()["refresh"]["differ"], 0);
+    pair.primary.kill();
+    missed(&pair);
+    let ended = pair.shadow.place.run(&["refresh", "g"]);
+    ended.expect(12, &["the primary is not connected", "bring it or its link back"]);
+}

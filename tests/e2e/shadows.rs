@@ -1,0 +1,72 @@
+//! Several shadows of one primary, each with a position of its own.
+
+use crate::nbd::Client;
+use crate::outage::pour;
+use crate::pair::{Node, Pair, Setup};
+use crate::place::{first_difference, until};
+use serde_json::Value;
+use std::sync::atomic::AtomicU64;
+
+const SIZE: u64 = 32 << 20;
+
+/// One more shadow of the primary, named `name`.
+fn join(pair: &Pair, name: &str) -> Node {
+    let token = pair.primary.place.run(&["token", "g", "--peer", name]);
+    token.expect(0, &[]);
+    let mut node = Node::new();
+    let words = ["--listen", "none", "--journal-size", "128M", "--volume", "data=data"];
+    node.place.run(&[&["join", token.stdout.trim()], &words[..]].concat()).expect(0, &[]);
+    node.start();
+    node
+}
+
+/// What the primary says of a shadow.
+fn view(pair: &Pair, name: &str) -> Value {
+    let status = pair.primary.status();
+    let peers = status["peers"].as_array().unwrap();
+    peers.iter().find(|p| p["name"] == name).cloned().unwrap_or_default()
+}
+
+fn current(pair: &Pair, name: &str) {
+    until("the shadow has everything", || {
+        let (view, tail) = (view(pair, name), pair.primary.status()["tail_lsn"].clone());
+        (view["state"] == "UpToDate" && view["applied_lsn"] == tail).then_some(())
+    });
+}
+
+#[test]
+fn each_shadow_has_its_own_position_and_gets_what_it_missed() {
+    let mut pair = Pair::start(&Setup { volumes: vec![("data", SIZE)], ..Setup::default() });
+    let mut third = join(&pair, "db3");
+    let mut fourth = join(&pair, "db4");
+    pair.primary.attach("nbd-socket");
+    let mut client = Client::connect(&pair.primary.socket(), "data").unwrap();
+    pour(&mut client, SIZE, 0..20, &AtomicU64::new(0));
+    ["db2", "db3", "db4"].iter().for_each(|name| current(&pair, name));
+    // One is away, then another: each at a point of its own.
+    third.stop();
+    pour(&mut client, SIZE, 20..30, &AtomicU64::new(0));
+    current(&pair, "db4");
+    fourth.kill();
+    pour(&mut client, SIZE, 30..40, &AtomicU64::new(0));
+    current(&pair, "db2");
+    let lsn = |name: &str| view(&pair, name)["durable_lsn"].as_u64().unwrap();
+    let (second, at_third, at_fourth) = (lsn("db2"), lsn("db3"), lsn("db4"));
+    assert!(at_third < at_fourth && at_fourth < second, "{at_third} {at_fourth} {second}");
+    for name in ["db3", "db4"] {
+        let view = view(&pair, name);
+        assert_eq!(view["state"], "Disconnected", "{view}");
+        assert_eq!(view["lag_records"].as_u64().unwrap(), second - lsn(name), "{view}");
+    }
+    third.start();
+    fourth.start();
+    pour(&mut client, SIZE, 40..45, &AtomicU64::new(0));
+    drop(client);
+    ["db2", "db3", "db4"].iter().for_each(|name| current(&pair, name));
+    pair.finish();
+    for mut node in [third, fourth] {
+        node.stop();
+        let (a, b) = (pair.primary.backing("data"), node.backing("data"));
+        assert_eq!(first_difference(&a, &b), None);
+    }
+}
