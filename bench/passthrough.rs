@@ -232,8 +232,15 @@ fn main() -> Result<(), Box<dyn Error>> {
 /// Makes the device, and takes it away when the standard input ends.
 fn offer(host: Arc<Door>, size: u64) -> Result<(), Box<dyn Error>> {
     let dev_dir = PathBuf::from("/dev/passthrough");
-    let volumes =
-        vec![Volume { volume: 0, name: "disk".into(), size, block: 512, link: PathBuf::from("disk") }];
+    let volumes = vec![Volume {
+        volume: 0,
+        name: "disk".into(),
+        size,
+        block: 512,
+        link: PathBuf::from("disk"),
+        read_only: false,
+        lasting: true,
+    }];
     let owner = (GroupId([0; 16]), NodeId(0));
     let mut devices = UblkDevices::attach(UblkOptions { owner, volumes, dev_dir, host })?;
     println!("{}", devices.devices().join("\n"));

@@ -37,6 +37,7 @@ impl Server {
             min_block,
             preferred_block: 4096,
             max_block: 32 << 20,
+            read_only: false,
         };
         let exports: Arc<[Export]> = Arc::new([export("data"), export("again")]);
         let disk = server.disk.clone();

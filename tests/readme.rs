@@ -1,8 +1,8 @@
 //! README.md does what it says: its `sh` blocks run, in order, in one shell and an empty directory, by a
 //! user without any privilege, who can write neither /etc nor /var nor /run.
 //!
-//! Owns: their extraction. Invariant: a block is run as it stands, but for the port, which must be a
-//! free one; what it started is ended with it.
+//! Owns: their extraction. Invariant: a block is run as it stands, but for the ports, which must be
+//! free ones; what it started is ended with it.
 
 use std::fs;
 use std::net::TcpListener;
@@ -12,8 +12,8 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// The port that the README uses.
-const PORT: &str = "127.0.0.1:7654";
+/// The ports that the README uses.
+const PORTS: [&str; 2] = ["127.0.0.1:7654", "127.0.0.1:7655"];
 /// The user who has nothing, under this number on every system.
 const NOBODY: u32 = 65534;
 /// What the blocks call, besides a shell.
@@ -45,7 +45,7 @@ fn in_path(program: &str) -> bool {
 }
 
 /// The whole README as one script; each block says when it begins.
-fn script(port: u16) -> String {
+fn script(free: [String; 2]) -> String {
     let blocks = blocks(&readme());
     assert!(blocks.len() >= 6, "only {} blocks", blocks.len());
     // A failed block must not leave daemons behind.
@@ -53,7 +53,7 @@ fn script(port: u16) -> String {
     for (i, block) in blocks.iter().enumerate() {
         script += &format!("echo '=== block {} of README.md' >&2\n{block}", i + 1);
     }
-    script.replace(PORT, &format!("127.0.0.1:{port}"))
+    PORTS.iter().zip(free).fold(script, |script, (port, free)| script.replace(port, &free))
 }
 
 #[test]
@@ -64,8 +64,9 @@ fn every_block_runs_in_order() {
     }
     let dir = tempfile::tempdir().unwrap();
     let shm = Path::new("/dev/shm").join(format!("volrep-readme-{}", std::process::id()));
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    fs::write(dir.path().join("script"), script(port)).unwrap();
+    let free = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
+    let free = free.map(|l| l.local_addr().unwrap().to_string());
+    fs::write(dir.path().join("script"), script(free)).unwrap();
     // A copy: the directories above the program may be closed to others.
     let programs = tempfile::tempdir().unwrap();
     fs::copy(env!("CARGO_BIN_EXE_volrep"), programs.path().join("volrep")).unwrap();

@@ -49,10 +49,13 @@ fn a_ring_of_another_owner_is_not_taken_up() {
     let others = [
         RingId { group: GroupId([8; 16]), ..id() },
         RingId { boot: [0; 16], ..id() },
-        RingId { term: Term { counter: 4, node: NodeId(5) }, ..id() },
+        RingId { term: Term { counter: 2, node: NodeId(5) }, ..id() },
         RingId { term: Term { counter: 3, node: NodeId(6) }, ..id() },
     ];
-    assert!(matches!(Ring::open(fresh(), id(), 0), RingState::Ours(_)));
+    let raised = RingId { term: Term { counter: 4, node: NodeId(5) }, ..id() };
+    for ours in [id(), raised] {
+        assert!(matches!(Ring::open(fresh(), ours, 0), RingState::Ours(_)));
+    }
     for other in others {
         assert!(matches!(Ring::open(fresh(), other, 0), RingState::Foreign(_)));
     }

@@ -82,6 +82,11 @@ impl Failure {
         Failure { exit, what: what.into(), next: next.into() }
     }
 
+    /// This one, and what else went wrong when it was to be undone.
+    pub fn and(self, also: &Failure) -> Failure {
+        Failure { what: format!("{}; and it could not be undone: {}", self.what, also.what), ..self }
+    }
+
     /// The command line asks for something that can't be meant.
     pub fn usage(what: impl Into<String>, next: impl Into<String>) -> Failure {
         Failure::new(Exit::Usage, what, next)

@@ -8,26 +8,34 @@ mod attach;
 pub mod backing;
 pub mod config;
 mod detach;
+mod drill;
 pub mod failure;
 mod fence;
+mod history;
+mod hooks;
 mod init;
 mod interrupt;
 pub mod invitation;
 mod join;
+mod mark;
 mod output;
 pub mod places;
 mod progress;
 mod promote;
 mod provision;
 mod refresh;
+mod rejoin;
 mod remote;
+mod salvage;
 mod serve;
 mod setup;
 pub mod size;
 mod state;
 mod status;
 mod status_text;
+mod switchover;
 mod token;
+mod view;
 
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
@@ -62,9 +70,17 @@ enum Verb {
     Attach(attach::Attach),
     Detach(detach::Detach),
     Status(status::Show),
+    Mark(mark::Mark),
+    History(history::History),
     Promote(promote::Promote),
+    Switchover(switchover::Switchover),
     Refresh(refresh::Refresh),
     Verify(refresh::Verify),
+    Rejoin(rejoin::Rejoin),
+    Resolve(rejoin::Resolve),
+    Salvage(salvage::Salvage),
+    View(view::View),
+    Drill(drill::Drill),
 }
 
 /// Runs the program.
@@ -95,9 +111,17 @@ fn act(args: &Args, out: &Output) -> Result<(), Failure> {
         Verb::Attach(v) => v.run(&places, out),
         Verb::Detach(v) => v.run(&places, out),
         Verb::Status(v) => v.run(&places, out),
+        Verb::History(v) => v.run(&places, out),
+        Verb::Mark(v) => v.run(&places, out),
         Verb::Promote(v) => v.run(&places, out),
+        Verb::Switchover(v) => v.run(&places, out),
         Verb::Refresh(v) => v.run(&places, out),
         Verb::Verify(v) => v.run(&places, out),
+        Verb::Rejoin(v) => v.run(&places, out),
+        Verb::Resolve(v) => v.run(&places, out),
+        Verb::Salvage(v) => v.run(&places, out),
+        Verb::View(v) => v.run(&places, out),
+        Verb::Drill(v) => v.run(&places, out),
     }
 }
 

@@ -97,6 +97,14 @@ impl Places {
     pub fn hash_index(&self, group: &str) -> PathBuf {
         self.state(group).join("hash-index")
     }
+    /// A group's salvage files.
+    pub fn salvage(&self, group: &str) -> PathBuf {
+        self.state(group).join("salvage")
+    }
+    /// What has befallen a group's node.
+    pub fn history(&self, group: &str) -> PathBuf {
+        self.state(group).join("history")
+    }
     /// Locked by whoever serves the group.
     pub fn lock(&self, group: &str) -> PathBuf {
         self.state(group).join("lock")

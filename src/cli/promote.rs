@@ -6,11 +6,12 @@
 use super::config;
 use super::failure::{Exit, Failure};
 use super::fence::fence;
+use super::hooks::Hook;
 use super::output::{Output, confirm};
 use super::places::Places;
 use super::size::{grouped, human, span};
 use super::{remote, status};
-use crate::control::{Reply, Verb};
+use crate::control::{DeviceKind, Reply, Verb};
 use crate::node::status::{PeerStatus, SCHEMA_VERSION, Status};
 use serde_json::{Value, json};
 
@@ -62,9 +63,23 @@ impl Promote {
             (_, named) => named,
         };
         let done = self.ask(places, fenced, false)?;
+        if config.hooks.path(Hook::Start).is_some() {
+            self.start(places, &config.hooks)?;
+        }
         let after = status::obtain(places, &self.group).ok();
         out.document(&self.document(&before, after.as_ref(), &done), || done.clone());
         Ok(())
+    }
+
+    /// Attaches the volumes, and has the database started.
+    fn start(&self, places: &Places, hooks: &config::Hooks) -> Result<(), Failure> {
+        match remote::ask(places, &self.group, Verb::Attach { device: DeviceKind::Auto }, None)? {
+            Reply::Attached { volumes, .. } => {
+                let devices: Vec<String> = volumes.into_iter().map(|v| v.device).collect();
+                hooks.call(Hook::Start, &self.group, &devices)
+            }
+            _ => Err(remote::odd(&self.group)),
+        }
     }
 
     fn ask(&self, places: &Places, fenced: bool, dry_run: bool) -> Result<String, Failure> {

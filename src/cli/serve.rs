@@ -3,13 +3,15 @@
 //! Owns: the group's lock, and the order of start and stop. Invariant: nothing of the group is opened
 //! before the lock is held, and the front ends are closed before the node shuts down.
 
-use super::config::{self, Config};
+use super::config::{self, Config, Hooks};
 use super::failure::{Exit, Failure, advice};
+use super::hooks::Hook;
 use super::output::Output;
 use super::places::Places;
 use super::{interrupt, state};
 use crate::control::fronts::{Facts, Fronts};
-use crate::control::{DeviceKind, Reply, server};
+use crate::control::server::{self, Open};
+use crate::control::{DeviceKind, Reply};
 use crate::daemon::{self, BackingPath, DaemonOptions, Handle};
 use crate::node::event::{AdminOp, Answer, Refusal};
 use crate::node::status::SCHEMA_VERSION;
@@ -43,7 +45,7 @@ pub struct Serve {
 /// What a signal acts on, once it exists.
 struct Running {
     handle: Handle,
-    fronts: Arc<Fronts>,
+    fronts: Arc<Open>,
 }
 
 impl Serve {
@@ -80,9 +82,12 @@ impl Serve {
             dev: places.dev().to_owned(),
         };
         let socket = places.control_socket(&self.group);
+        let heir =
+            Arc::new(Heir { group: self.group.clone(), hooks: config.hooks.clone(), attach: self.attach });
         let trouble = Arc::new(Mutex::new(None));
         let result = daemon::run(options, |handle| {
-            let fronts = Arc::new(Fronts::new(facts, handle.clone()));
+            let view = Fronts::of_view(facts.clone(), &handle);
+            let fronts = Arc::new(Open { volumes: Fronts::new(facts, handle.clone()), view });
             if let Err(e) = server::start(&socket, handle.clone(), fronts.clone()) {
                 *trouble.lock().unwrap_or_else(PoisonError::into_inner) =
                     Some(Failure::io("serve", &socket, &e));
@@ -90,6 +95,7 @@ impl Serve {
                 return;
             }
             when_served(handle.clone(), fronts.clone(), self.attach);
+            when_taken_over(handle.clone(), fronts.clone(), heir.clone());
             let _ = running.set(Running { handle, fronts });
             // A signal that came before there was anything to shut down.
             if interrupt::check().is_err() {
@@ -120,6 +126,8 @@ impl Serve {
             dirty_maps: places.dirty_maps(&self.group),
             dirty_maps_bytes: config.maps_len(),
             hash_index: places.hash_index(&self.group),
+            salvage: places.salvage(&self.group),
+            history: places.history(&self.group),
             cache: places.cache(&self.group, config.node_id),
             cache_bytes: crate::cache::ring_len(config.cache.size.0),
             backings: config.volumes.iter().enumerate().map(backing).collect(),
@@ -196,7 +204,8 @@ impl Running {
         // There may be no service manager; then nobody is told.
         let _ = sd_notify::notify(&[NotifyState::Stopping]);
         tracing::info!("stopping: draining to the backing (a second signal ends it at once)");
-        if self.fronts.is_open() {
+        self.fronts.view.shut();
+        if self.fronts.volumes.is_open() {
             let (tell, told) = mpsc::channel();
             let done = move |_| {
                 let _ = tell.send(());
@@ -205,12 +214,12 @@ impl Running {
             // Answered or not (the loop has ended): what is left is for the second drain.
             let _ = told.recv();
         }
-        self.fronts.shut();
+        self.fronts.volumes.shut();
         let stopping = self.handle.clone();
         let done = move |answer| {
             match answer {
                 Answer::Refused(_, text) => tracing::error!("not drained: {text}"),
-                Answer::Done(_) | Answer::Status(_) => tracing::info!("drained"),
+                Answer::Done(_) | Answer::Status(_) | Answer::Marked(_) => tracing::info!("drained"),
             }
             stopping.stop();
         };
@@ -219,20 +228,22 @@ impl Running {
 }
 
 /// Once the node serves (or is known to be a shadow): attaches what was attached, and says READY.
-fn when_served(handle: Handle, fronts: Arc<Fronts>, asked: Option<DeviceKind>) {
+fn when_served(handle: Handle, fronts: Arc<Open>, asked: Option<DeviceKind>) {
     let done = move |answer| {
         // A shadow refuses, too, and is ready; a node that could not recover is about to end.
         if interrupt::check().is_err() || matches!(answer, Answer::Refused(Refusal::Failed, _)) {
             return;
         }
-        let wanted = asked.or_else(|| fronts.remembered());
+        let wanted = asked.or_else(|| fronts.volumes.remembered());
         let served = matches!(answer, Answer::Done(_));
         // Attaching makes the kernel wait for the loop that calls this: it needs its own thread.
         let work = move || {
+            fronts.view.clear();
             match (served, wanted) {
-                (true, Some(kind)) => attach(&fronts, kind),
+                (true, Some(kind)) => drop(attach(&fronts.volumes, kind)),
                 (false, Some(kind)) => {
-                    tracing::info!("{kind} is not attached: this node serves no volumes now")
+                    tracing::info!("{kind} is not attached: this node serves no volumes now");
+                    fronts.volumes.take_up_left();
                 }
                 (_, None) => {}
             }
@@ -246,12 +257,62 @@ fn when_served(handle: Handle, fronts: Arc<Fronts>, asked: Option<DeviceKind>) {
     handle.admin(AdminOp::Open, Box::new(done));
 }
 
-fn attach(fronts: &Fronts, kind: DeviceKind) {
+/// Attaches; the devices.
+fn attach(fronts: &Fronts, kind: DeviceKind) -> Option<Vec<String>> {
     match fronts.attach(kind) {
         Reply::Attached { volumes, .. } => {
             volumes.iter().for_each(|v| tracing::info!("volume {} is {}", v.volume, v.device));
+            Some(volumes.into_iter().map(|v| v.device).collect())
         }
-        Reply::Refused { text, .. } => tracing::error!("not attached: {text}"),
-        Reply::Done { .. } | Reply::Status { .. } => {}
+        Reply::Refused { text, .. } => {
+            tracing::error!("not attached: {text}");
+            None
+        }
+        Reply::Done { .. } | Reply::Status { .. } | Reply::Marked { .. } => None,
     }
+}
+
+/// What is done when the place of the primary comes to this node.
+struct Heir {
+    group: String,
+    hooks: Hooks,
+    attach: Option<DeviceKind>,
+}
+
+impl Heir {
+    fn take_over(&self, open: &Open) {
+        if open.view.is_open() {
+            // It shows nothing any more.
+            open.view.close(true);
+        }
+        let fronts = &open.volumes;
+        let start = self.hooks.path(Hook::Start).is_some();
+        let kind = self.attach.or_else(|| fronts.last()).or(start.then_some(DeviceKind::Auto));
+        let Some(kind) = kind else {
+            return tracing::info!("nothing is attached: run `volrep attach {}`", self.group);
+        };
+        let Some(devices) = attach(fronts, kind) else { return };
+        if let Err(failure) = self.hooks.call(Hook::Start, &self.group, &devices) {
+            tracing::error!("{failure}");
+        }
+    }
+}
+
+/// Each time that the node becomes the primary without having been asked: attaches, and starts the database.
+fn when_taken_over(handle: Handle, fronts: Arc<Open>, heir: Arc<Heir>) {
+    let again = (handle.clone(), fronts.clone(), heir.clone());
+    let done = move |answer| {
+        if !matches!(answer, Answer::Done(_)) {
+            return;
+        }
+        let work = move || {
+            heir.take_over(&fronts);
+            let (handle, fronts, heir) = again;
+            when_taken_over(handle, fronts, heir);
+        };
+        if let Err(e) = std::thread::Builder::new().name("taking over".into()).spawn(work) {
+            tracing::error!("no thread to attach the volumes on: {e}");
+        }
+    };
+    handle.admin(AdminOp::AwaitTakeover, Box::new(done));
 }

@@ -111,6 +111,7 @@ pub fn new_config(
         key_file: format!("{group}.key").into(),
         on_full: config::OnFull::default(),
         compression: 1,
+        hooks: config::Hooks::default(),
         fence_hook: None,
         cache: config::Cache { size: args.cache_size, ..Default::default() },
         journal: Journal::of_size(args.journal_size, dir),

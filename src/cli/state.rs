@@ -94,6 +94,8 @@ pub fn first(config: &Config, backings: &[Backing], role: Role, blank: bool) -> 
         sync_set: Vec::new(),
         peers: Vec::new(),
         maps_id: 0,
+        retired: None,
+        handed: None,
         resync: None,
         comparison: None,
         verified: None,

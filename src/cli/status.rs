@@ -125,7 +125,10 @@ fn stopped(group: &str, config: &config::Config, s: &Superblock) -> Status {
         device: None,
         backing: Some(v.path.display().to_string()),
     };
+    let superseded = s.role == Role::Primary && s.term.node != s.node;
+    let retired = superseded || s.retired.is_some_and(|r| !r.rewinds);
     let reason = match (s.clean, s.consistent) {
+        _ if retired => "the daemon is not running; another node was promoted while this one was the primary",
         (_, false) => "the daemon is not running; the image is not usable yet (first copy)",
         (true, true) => "the daemon is not running; it was shut down cleanly",
         (false, true) => {
@@ -160,7 +163,11 @@ fn stopped(group: &str, config: &config::Config, s: &Superblock) -> Status {
         verified: s.verified.as_ref().map(Verified::from),
         unrepaired_bytes: s.unrepaired,
         refresh: None,
-        action: format!("start it: volrep serve {group}"),
+        view: None,
+        action: match retired {
+            true => format!("start it: volrep serve {group}; then have it follow: volrep rejoin {group}"),
+            false => format!("start it: volrep serve {group}"),
+        },
     }
 }
 
@@ -169,6 +176,7 @@ fn stopped_peer(p: &Peer, sync: bool) -> PeerStatus {
         name: p.name.clone(),
         state: if p.behind { "Resync" } else { "Disconnected" }.to_owned(),
         reason: None,
+        rival: false,
         sync,
         received_lsn: p.durable.0,
         durable_lsn: p.durable.0,
@@ -179,6 +187,7 @@ fn stopped_peer(p: &Peer, sync: bool) -> PeerStatus {
         heard_seconds_ago: None,
         round_trip_seconds: None,
         sent_bytes: 0,
+        fork_lsn: None,
         verified: p.verified.as_ref().map(Verified::from),
     }
 }

@@ -3,7 +3,7 @@
 //! Owns: its layout. Invariant: the first line says who and what, the last what to do.
 
 use super::size::{grouped, human, span};
-use crate::node::status::{PeerStatus, Status, Verified};
+use crate::node::status::{PeerStatus, Status, Verified, ViewStatus};
 use jiff::Timestamp;
 use std::collections::HashMap;
 use std::time::Instant;
@@ -68,6 +68,9 @@ pub fn text(s: &Status, speeds: Option<&Speeds>) -> String {
             " applied within {p50} (median), {p99} (99 %), {max} (most)  {} records",
             grouped(lag.count)
         ));
+    }
+    if let Some(view) = &s.view {
+        lines.push(viewed(view, Timestamp::now()));
     }
     if let Some(job) = s.refresh.as_ref().filter(|j| matches!(j.state.as_str(), "Running" | "Waiting")) {
         lines.push(format!(" {} of {}: {}", job.cause, job.shadow, super::refresh::progress(job)));
@@ -155,6 +158,26 @@ fn sent(s: &Status, p: &PeerStatus, speeds: Option<&Speeds>) -> String {
     format!("{amount} ({:.1}x compressed)", s.written_bytes as f64 / s.record_bytes as f64)
 }
 
+/// The view of a shadow.
+fn viewed(v: &ViewStatus, now: Timestamp) -> String {
+    let mut line = format!(" {} view  {}", v.kind, v.state);
+    if let Some(lsn) = v.lsn {
+        line += &format!(" at LSN {}", grouped(lsn));
+    }
+    if let Ok(since) = v.since.parse::<Timestamp>() {
+        line +=
+            &format!("  for {}", span((now.as_millisecond() - since.as_millisecond()).max(0) as f64 / 1e3));
+    }
+    if v.kind == "scratch" {
+        line += &format!("  {} written", human(v.overlay_bytes));
+    }
+    line += &format!("  {} records wait", grouped(v.waiting_records));
+    if !v.devices.is_empty() {
+        line += &format!("\n  {}", v.devices.join(" "));
+    }
+    line
+}
+
 /// Of the shadow itself, or of each shadow.
 fn proofs(s: &Status, now: Timestamp) -> Vec<String> {
     match (s.role.as_str(), s.peers.as_slice()) {
@@ -194,7 +217,7 @@ mod tests {
             "journal_used": 1u64 << 30, "journal_size": 64u64 << 30, "cache_used": 0, "cache_size": 64 << 20,
             "written_bytes": 31u64 << 20, "record_bytes": 10u64 << 20,
             "peers": [{
-                "name": "db2", "state": "UpToDate", "reason": null, "sync": false, "received_lsn": 1, "durable_lsn": 1,
+                "name": "db2", "state": "UpToDate", "reason": null, "rival": false, "sync": false, "received_lsn": 1, "durable_lsn": 1,
                 "applied_lsn": 1, "lag_records": 0, "lag_bytes": 0, "lag_seconds": 0.0004, "heard_seconds_ago": 0.2,
                 "round_trip_seconds": 0.0001, "sent_bytes": 10u64 << 20, "verified": null,
             }],
@@ -235,6 +258,28 @@ mod tests {
         let text = text(&s, None);
         assert!(text.contains("\n volume data  /dev/volrep/epic on /dev/vg0/epic  2.00 TiB\n"), "{text}");
         assert!(text.contains("\n volume w     not attached  512 B\n"), "{text}");
+    }
+
+    #[test]
+    fn a_view_is_told() {
+        let v = ViewStatus {
+            kind: "scratch".into(),
+            state: "Open".into(),
+            lsn: Some(88_213_412),
+            since: "2024-05-13T00:00:00Z".into(),
+            overlay_bytes: 3 << 20,
+            waiting_records: 1200,
+            devices: vec!["/dev/volrep/epic.view".into()],
+            ..ViewStatus::default()
+        };
+        let now = "2024-05-13T00:01:00Z".parse().unwrap();
+        assert_eq!(
+            viewed(&v, now),
+            " scratch view  Open at LSN 88\u{2009}213\u{2009}412  for 60 s  3.00 MiB written  1\u{2009}200 records wait\n  \
+             /dev/volrep/epic.view"
+        );
+        let read_only = ViewStatus { kind: "read-only".into(), ..v };
+        assert!(!viewed(&read_only, now).contains("written"));
     }
 
     #[test]

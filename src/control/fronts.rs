@@ -1,12 +1,13 @@
 //! The front ends of a running node: opened by `attach`, closed by `detach`, and opened again by a
-//! daemon that starts after a crash.
+//! daemon that starts after a crash. Those of a view of a shadow are others, and end with the daemon: what they
+//! showed is not there any more.
 //!
 //! Owns: which front end is open, and the file in the run directory that remembers it. Invariant: the
 //! file names a front end before anybody is told of it, until it is closed on purpose.
 
 use super::{Attached, DeviceKind, Kind, Reply};
 use crate::daemon::{Handle, ListenId};
-use crate::front::fuse::{FuseDevice, FuseOptions};
+use crate::front::fuse::{self, FuseDevice, FuseOptions};
 use crate::front::knbd::{self, KernelNbd};
 use crate::front::nbd::Export;
 use crate::front::ublk::{self, UblkDevices, UblkOptions};
@@ -50,7 +51,10 @@ pub struct Facts {
 pub struct Fronts {
     facts: Facts,
     handle: Handle,
+    /// They offer a view.
+    view: bool,
     open: Mutex<Option<Front>>,
+    last: Mutex<Option<DeviceKind>>,
 }
 
 /// What is open.
@@ -72,7 +76,25 @@ struct Memory {
 impl Fronts {
     /// None is open.
     pub fn new(facts: Facts, handle: Handle) -> Fronts {
-        Fronts { facts, handle, open: Mutex::new(None) }
+        Fronts { facts, handle, view: false, open: Mutex::new(None), last: Mutex::new(None) }
+    }
+
+    /// Of the view of a shadow; none is open.
+    pub fn of_view(facts: Facts, handle: &Handle) -> Fronts {
+        let (group, node) = facts.owner;
+        // Nobody takes a device of a view for one of a volume, or the other way round.
+        let mut hash = blake3::Hasher::new();
+        hash.update(b"volrep view\0").update(&node.0.to_le_bytes());
+        let node =
+            u64::from_le_bytes(*hash.finalize().as_bytes().first_chunk().expect("a hash has 32 bytes"));
+        let facts = Facts { owner: (group, NodeId(node)), ..facts };
+        Fronts {
+            facts,
+            handle: handle.for_view(),
+            view: true,
+            open: Mutex::new(None),
+            last: Mutex::new(None),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Front>> {
@@ -81,7 +103,12 @@ impl Fronts {
     }
 
     fn memory(&self) -> PathBuf {
-        self.facts.run.join("attached.json")
+        self.facts.run.join(if self.view { "viewed.json" } else { "attached.json" })
+    }
+
+    /// Which front end was open last, since the daemon began.
+    pub fn last(&self) -> Option<DeviceKind> {
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Which front end was open when the daemon died, if one was.
@@ -99,6 +126,96 @@ impl Fronts {
         self.remembered().filter(|kind| matches!(kind, DeviceKind::Ublk | DeviceKind::Nbd))
     }
 
+    /// Offers a view that the node holds open.
+    pub fn show(&self, wanted: DeviceKind, read_only: bool) -> Reply {
+        let mut open = self.lock();
+        if open.is_some() {
+            return Reply::refused(
+                Kind::Busy,
+                "the devices of a view are there still: close it first (--close)",
+            );
+        }
+        self.sweep();
+        let shown = match wanted {
+            DeviceKind::Auto => self.open_best(read_only),
+            kind => self.open(kind, read_only),
+        };
+        match shown {
+            Ok(front) => {
+                let reply = self.attached(&front);
+                *open = Some(front);
+                reply
+            }
+            Err(e) => {
+                let _ = remove(&self.memory());
+                refused(e)
+            }
+        }
+    }
+
+    /// Takes the devices of a view away, whoever uses them if `force`.
+    pub fn close(&self, force: bool) -> Reply {
+        let mut open = self.lock();
+        if let Some(front) = &mut *open {
+            let closed = match front.end.detach(force) {
+                // What can't be written back any more is thrown away in any case.
+                Err(FrontError::Failed(why)) if !force => {
+                    tracing::warn!("{why}");
+                    front.end.detach(true)
+                }
+                other => other,
+            };
+            if let Err(e) = closed {
+                return refused(e);
+            }
+        }
+        *open = None;
+        self.forget()
+    }
+
+    /// Takes away what an earlier daemon left of a view: nobody is shown anything of it again.
+    pub fn clear(&self) {
+        let open = self.lock();
+        if open.is_none() {
+            self.sweep();
+        }
+    }
+
+    fn sweep(&self) {
+        let Some(kind) = self.remembered() else { return };
+        let Facts { owner, dev, run, .. } = &self.facts;
+        let volumes = self.volumes(true);
+        let swept = match kind {
+            DeviceKind::Ublk => ublk::remove_left(*owner, dev, &volumes, true).map_err(FrontError::from),
+            DeviceKind::Nbd => knbd::remove_left(*owner, dev, &volumes, true),
+            DeviceKind::Fuse => fuse::remove_left(&self.mount_dir(), dev, &volumes).map_err(FrontError::from),
+            DeviceKind::NbdSocket | DeviceKind::Auto => {
+                let socket = run.join(self.socket_name());
+                remove(&socket)
+                    .map_err(|e| FrontError::Failed(format!("can't remove {}: {e}", socket.display())))
+            }
+        };
+        match swept {
+            Ok(()) => drop(self.forget()),
+            Err(e) => tracing::error!("what the last daemon left of a view is not taken away: {e}"),
+        }
+    }
+
+    fn socket_name(&self) -> &'static str {
+        if self.view { "view.sock" } else { "nbd.sock" }
+    }
+
+    fn mount_dir(&self) -> PathBuf {
+        self.facts.run.join(if self.view { "view" } else { "fuse" })
+    }
+
+    fn forget(&self) -> Reply {
+        match remove(&self.memory()) {
+            Ok(()) => Reply::Done { text: String::new() },
+            Err(e) => Reply::refused(Kind::Failed, format!("can't remove {}: {e}", self.memory().display())),
+        }
+    }
+
     /// Opens the front end, if none is open. Blocks; the node must serve.
     pub fn attach(&self, wanted: DeviceKind) -> Reply {
         let mut open = self.lock();
@@ -111,8 +228,8 @@ impl Fronts {
             return self.attached(front);
         }
         let opened = match (wanted, self.left()) {
-            (DeviceKind::Auto, Some(left)) => self.open(left),
-            (DeviceKind::Auto, None) => self.open_best(),
+            (DeviceKind::Auto, Some(left)) => self.open(left, false),
+            (DeviceKind::Auto, None) => self.open_best(false),
             (kind, Some(left)) if kind != left => {
                 let text = format!(
                     "`{0}` was attached by {left}, which is not undone: volrep detach {0}",
@@ -120,10 +237,11 @@ impl Fronts {
                 );
                 return Reply::refused(Kind::Busy, text);
             }
-            (kind, _) => self.open(kind),
+            (kind, _) => self.open(kind, false),
         };
         match opened {
             Ok(front) => {
+                *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(front.kind);
                 let reply = self.attached(&front);
                 *open = Some(front);
                 reply
@@ -133,14 +251,14 @@ impl Fronts {
     }
 
     /// The best block device that this machine has; without any, anybody can have an NBD server.
-    fn open_best(&self) -> Result<Front, FrontError> {
+    fn open_best(&self, read_only: bool) -> Result<Front, FrontError> {
         let mut last = None;
         for kind in BLOCK_DEVICES {
             if let Err(why) = usable(kind) {
                 tracing::info!("not attached by {kind}: {why}");
                 continue;
             }
-            match self.open(kind) {
+            match self.open(kind, read_only) {
                 Ok(front) => return Ok(front),
                 Err(e) => {
                     tracing::warn!("not attached by {kind}: {e}");
@@ -148,15 +266,15 @@ impl Fronts {
                 }
             }
         }
-        last.map_or_else(|| self.open(DeviceKind::NbdSocket), Err)
+        last.map_or_else(|| self.open(DeviceKind::NbdSocket, read_only), Err)
     }
 
-    fn open(&self, kind: DeviceKind) -> Result<Front, FrontError> {
+    fn open(&self, kind: DeviceKind, read_only: bool) -> Result<Front, FrontError> {
         let end: Box<dyn FrontEnd> = match kind {
-            DeviceKind::Ublk => Box::new(self.open_ublk()?),
-            DeviceKind::Nbd => Box::new(self.open_nbd()?),
-            DeviceKind::Fuse => Box::new(self.open_fuse()?),
-            DeviceKind::NbdSocket | DeviceKind::Auto => Box::new(self.open_socket()?),
+            DeviceKind::Ublk => Box::new(self.open_ublk(read_only)?),
+            DeviceKind::Nbd => Box::new(self.open_nbd(read_only)?),
+            DeviceKind::Fuse => Box::new(self.open_fuse(read_only)?),
+            DeviceKind::NbdSocket | DeviceKind::Auto => Box::new(self.open_socket(read_only)?),
         };
         self.remember(Memory { device: kind, patient_until: None }).map_err(|e| {
             let path = self.memory();
@@ -171,33 +289,34 @@ impl Fronts {
         std::fs::rename(staged, self.memory())
     }
 
-    fn open_socket(&self) -> Result<SocketServer, FrontError> {
-        let socket = self.facts.run.join("nbd.sock");
+    fn open_socket(&self, read_only: bool) -> Result<SocketServer, FrontError> {
+        let socket = self.facts.run.join(self.socket_name());
         let fail = |e: io::Error| FrontError::Failed(format!("can't listen on {}: {e}", socket.display()));
         remove(&socket).map_err(fail)?;
         let listener = UnixListener::bind(&socket).map_err(fail)?;
         std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o600)).map_err(fail)?;
         let volumes = &self.facts.volumes;
         let uris = volumes.iter().map(|v| nbd_uri(&v.name, &socket)).collect();
-        let listener = self.handle.listen_nbd(listener, volumes.iter().map(export).collect());
+        let listener =
+            self.handle.listen_nbd(listener, volumes.iter().map(|v| export(v, read_only)).collect());
         Ok(SocketServer { handle: self.handle.clone(), listener, socket, uris })
     }
 
-    fn open_ublk(&self) -> Result<UblkDevices, FrontError> {
+    fn open_ublk(&self, read_only: bool) -> Result<UblkDevices, FrontError> {
         let options = UblkOptions {
             owner: self.facts.owner,
-            volumes: self.volumes(),
+            volumes: self.volumes(read_only),
             dev_dir: self.facts.dev.clone(),
             host: Arc::new(self.handle.clone()),
         };
         Ok(UblkDevices::attach(options)?)
     }
 
-    fn open_nbd(&self) -> Result<KernelNbd, FrontError> {
+    fn open_nbd(&self, read_only: bool) -> Result<KernelNbd, FrontError> {
         KernelNbd::attach(knbd::Options {
             owner: self.facts.owner,
             dev_dir: self.facts.dev.clone(),
-            volumes: self.volumes(),
+            volumes: self.volumes(read_only),
             dead_after: self.facts.dead_after,
             patient: self
                 .recall()
@@ -207,11 +326,11 @@ impl Fronts {
         })
     }
 
-    fn open_fuse(&self) -> Result<FuseDevice, FrontError> {
+    fn open_fuse(&self, read_only: bool) -> Result<FuseDevice, FrontError> {
         let options = FuseOptions {
-            mount_dir: self.facts.run.join("fuse"),
+            mount_dir: self.mount_dir(),
             dev_dir: self.facts.dev.clone(),
-            volumes: self.volumes(),
+            volumes: self.volumes(read_only),
             loop_device: nix::unistd::geteuid().is_root(),
             submit: Arc::new(self.handle.clone()),
         };
@@ -219,8 +338,9 @@ impl Fronts {
     }
 
     /// The volumes and their links: the group's name alone if there is only one.
-    fn volumes(&self) -> Vec<Volume> {
-        let group = Path::new(&self.facts.group);
+    fn volumes(&self, read_only: bool) -> Vec<Volume> {
+        let name = if self.view { format!("{}.view", self.facts.group) } else { self.facts.group.clone() };
+        let group = Path::new(&name);
         let single = self.facts.volumes.len() == 1;
         let volume = |v: &VolumeConfig| Volume {
             volume: v.number,
@@ -228,6 +348,8 @@ impl Fronts {
             size: v.size,
             block: v.block as u32,
             link: if single { group.to_owned() } else { group.join(&v.name) },
+            read_only,
+            lasting: !self.view,
         };
         self.facts.volumes.iter().map(volume).collect()
     }
@@ -238,13 +360,21 @@ impl Fronts {
         Reply::Attached { device: front.kind, volumes }
     }
 
-    /// Closes the front end and forgets it.
-    pub fn detach(&self) -> Reply {
+    /// Closes the front end and forgets it. Of a node that `serves` nothing any more, what the page cache holds is lost
+    /// already: it keeps nobody who has let go of the device.
+    pub fn detach(&self, serves: bool) -> Reply {
         let mut open = self.lock();
-        if let Some(front) = &mut *open
-            && let Err(e) = front.end.detach(false)
-        {
-            return refused(e);
+        if let Some(front) = &mut *open {
+            let done = match front.end.detach(false) {
+                Err(FrontError::Failed(why)) if !serves => {
+                    tracing::warn!("detached without what was not written back: {why}");
+                    front.end.detach(true)
+                }
+                done => done,
+            };
+            if let Err(e) = done {
+                return refused(e);
+            }
         }
         if open.is_none()
             && let Err(e) = self.remove_left()
@@ -252,19 +382,33 @@ impl Fronts {
             return refused(e);
         }
         *open = None;
-        match remove(&self.memory()) {
-            Ok(()) => Reply::Done { text: String::new() },
-            Err(e) => Reply::refused(Kind::Failed, format!("can't remove {}: {e}", self.memory().display())),
-        }
+        self.forget()
     }
 
     /// Of devices that this daemon could not take over.
     fn remove_left(&self) -> Result<(), FrontError> {
         let Facts { owner, dev, .. } = &self.facts;
         match self.left() {
-            Some(DeviceKind::Nbd) => knbd::remove_left(*owner, dev, &self.volumes()),
-            Some(DeviceKind::Ublk) => Ok(ublk::remove_left(*owner, dev, &self.volumes())?),
+            Some(DeviceKind::Nbd) => knbd::remove_left(*owner, dev, &self.volumes(false), false),
+            Some(DeviceKind::Ublk) => Ok(ublk::remove_left(*owner, dev, &self.volumes(false), false)?),
+            _ if self.remembered() == Some(DeviceKind::Fuse) => {
+                Ok(fuse::remove_left(&self.mount_dir(), dev, &self.volumes(false))?)
+            }
             _ => Ok(()),
+        }
+    }
+
+    /// A node that serves nothing any more takes up what a killed daemon left, so that whoever waits for it gets
+    /// an error and can let go of it.
+    pub fn take_up_left(&self) {
+        let Some(kind) = self.left() else { return };
+        match self.attach(kind) {
+            Reply::Refused { text, .. } => {
+                tracing::error!("users of the devices that were left wait on: {text}")
+            }
+            _ => {
+                tracing::warn!("the devices that were left by {kind} give errors: nothing is served here now")
+            }
         }
     }
 
@@ -276,6 +420,14 @@ impl Fronts {
     /// Lets go of the front end as the daemon ends; the next one opens it again.
     pub fn shut(&self) {
         let Some(mut front) = self.lock().take() else { return };
+        if self.view {
+            // Its users are told now, and the next daemon has nothing to sweep.
+            match front.end.detach(true) {
+                Ok(()) => drop(self.forget()),
+                Err(e) => tracing::warn!("{e}"),
+            }
+            return;
+        }
         if let Err(e) = front.end.leave() {
             tracing::warn!("{e}");
         }
@@ -291,6 +443,12 @@ impl Fronts {
             Ok(open) => open.as_ref().map(|front| front.end.devices()).unwrap_or_default(),
             Err(_) => Vec::new(),
         };
+        if self.view {
+            if let Some(view) = &mut status.view {
+                view.devices = devices;
+            }
+            return;
+        }
         for (i, v) in status.volumes.iter_mut().enumerate() {
             v.device = devices.get(i).cloned();
             v.backing = self.facts.backings.get(i).map(|p| p.display().to_string());
@@ -350,7 +508,7 @@ fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
-fn export(v: &VolumeConfig) -> Export {
+fn export(v: &VolumeConfig, read_only: bool) -> Export {
     Export {
         name: v.name.clone(),
         volume: v.number,
@@ -358,6 +516,7 @@ fn export(v: &VolumeConfig) -> Export {
         min_block: v.block as u32,
         preferred_block: BLOCK as u32,
         max_block: MAX_REQUEST as u32,
+        read_only,
     }
 }
 

@@ -10,7 +10,8 @@ pub mod fronts;
 pub mod server;
 
 use crate::node::event::Refusal;
-use crate::node::status::Status;
+use crate::node::status::{MarkStatus, Status};
+use crate::units::Lsn;
 use serde::{Deserialize, Serialize};
 
 /// The protocol's version; both ends must speak the same one.
@@ -43,10 +44,22 @@ pub enum Verb {
     },
     /// Take the devices away and drain to the backing.
     Detach,
+    /// Name this place in the write order.
+    Mark {
+        /// How.
+        text: String,
+    },
     /// Become the primary.
     Promote {
         /// The operator's word that the old primary can no longer write.
         fenced: bool,
+        /// Only say what would happen.
+        dry_run: bool,
+    },
+    /// Hand the place of the primary over to a shadow.
+    Switchover {
+        /// Its name.
+        to: String,
         /// Only say what would happen.
         dry_run: bool,
     },
@@ -65,6 +78,27 @@ pub enum Verb {
     },
     /// End it.
     RefreshStop,
+    /// Give up what only this node holds, and follow the other primary; its devices are taken away first.
+    Rejoin {
+        /// The operator's word that this peer's side is kept.
+        keep: Option<String>,
+        /// Only say what would happen.
+        dry_run: bool,
+    },
+    /// Freeze a shadow's image and offer it as devices.
+    View {
+        /// What is written there is kept until the view is closed.
+        scratch: bool,
+        /// The record at which it is frozen.
+        at: Option<Lsn>,
+        /// How.
+        device: DeviceKind,
+    },
+    /// Take the devices of the view away, and drop what was written there.
+    ViewClose {
+        /// Whoever uses them.
+        force: bool,
+    },
 }
 
 /// How volumes are offered.
@@ -113,12 +147,17 @@ pub enum Reply {
         /// The state.
         status: Box<Status>,
     },
-    /// To [`Verb::Attach`].
+    /// To [`Verb::Attach`] and [`Verb::View`].
     Attached {
         /// How, in the end.
         device: DeviceKind,
         /// In the order of the volumes' numbers.
         volumes: Vec<Attached>,
+    },
+    /// To [`Verb::Mark`].
+    Marked {
+        /// The mark.
+        mark: MarkStatus,
     },
     /// Done; what to tell.
     Done {

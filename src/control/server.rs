@@ -4,9 +4,10 @@
 //! [`MAX_CLIENTS`] at a time, and one that goes away while it waits is forgotten.
 
 use super::fronts::Fronts;
-use super::{Kind, MAX_REQUEST, Reply, Verb, parse_request};
+use super::{DeviceKind, Kind, MAX_REQUEST, Reply, Verb, parse_request};
 use crate::daemon::Handle;
 use crate::node::event::{AdminOp, Answer, Refresh};
+use crate::units::Lsn;
 use std::cell::Cell;
 use std::future::{Future, poll_fn};
 use std::io;
@@ -25,10 +26,18 @@ use tokio_uring::net::UnixStream;
 /// Most connections at a time.
 pub const MAX_CLIENTS: usize = 64;
 
+/// The front ends of a node.
+pub struct Open {
+    /// Of its volumes.
+    pub volumes: Fronts,
+    /// Of a view of it.
+    pub view: Fronts,
+}
+
 /// Makes the directory and the socket in it, mode 0700 and 0600, and serves it on a thread.
 ///
 /// The caller holds the group's lock, so a socket that is there already is a dead daemon's.
-pub fn start(socket: &Path, handle: Handle, fronts: Arc<Fronts>) -> io::Result<JoinHandle<()>> {
+pub fn start(socket: &Path, handle: Handle, fronts: Arc<Open>) -> io::Result<JoinHandle<()>> {
     if let Some(dir) = socket.parent() {
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
         std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700))?;
@@ -63,7 +72,7 @@ async fn next(listener: &tokio::net::UnixListener) -> io::Result<UnixStream> {
     Ok(UnixStream::from_std(stream))
 }
 
-async fn accept(listener: tokio::net::UnixListener, handle: Handle, fronts: Arc<Fronts>) {
+async fn accept(listener: tokio::net::UnixListener, handle: Handle, fronts: Arc<Open>) {
     let clients = Rc::new(Cell::new(0));
     loop {
         match next(&listener).await {
@@ -91,7 +100,7 @@ async fn accept(listener: tokio::net::UnixListener, handle: Handle, fronts: Arc<
     }
 }
 
-async fn serve(stream: UnixStream, handle: Handle, fronts: Arc<Fronts>) {
+async fn serve(stream: UnixStream, handle: Handle, fronts: Arc<Open>) {
     let reply = match read_line(&stream).await {
         Ok(Some(line)) => match parse_request(&line) {
             Ok(verb) => {
@@ -177,16 +186,18 @@ async fn blocking(work: impl FnOnce() -> Reply + Send + 'static) -> Reply {
 fn reply(answer: Answer) -> Reply {
     match answer {
         Answer::Status(status) => Reply::Status { status },
+        Answer::Marked(mark) => Reply::Marked { mark },
         Answer::Done(text) => Reply::Done { text },
         Answer::Refused(refusal, text) => Reply::Refused { kind: refusal.into(), text },
     }
 }
 
-async fn answer(verb: Verb, handle: &Handle, fronts: &Arc<Fronts>) -> Reply {
+async fn answer(verb: Verb, handle: &Handle, fronts: &Arc<Open>) -> Reply {
     match verb {
         Verb::Status => match admin(handle, AdminOp::Status).await {
             Answer::Status(mut status) => {
-                fronts.complete(&mut status);
+                fronts.volumes.complete(&mut status);
+                fronts.view.complete(&mut status);
                 Reply::Status { status }
             }
             other => reply(other),
@@ -194,22 +205,86 @@ async fn answer(verb: Verb, handle: &Handle, fronts: &Arc<Fronts>) -> Reply {
         Verb::Attach { device } => match admin(handle, AdminOp::Open).await {
             Answer::Done(_) => {
                 let fronts = fronts.clone();
-                blocking(move || fronts.attach(device)).await
+                blocking(move || fronts.volumes.attach(device)).await
             }
             other => reply(other),
         },
         Verb::Detach => {
             let fronts = fronts.clone();
-            match blocking(move || fronts.detach()).await {
+            match blocking(move || fronts.volumes.detach(true)).await {
                 Reply::Done { .. } => reply(admin(handle, AdminOp::Drain).await),
                 refused => refused,
             }
         }
-        Verb::Promote { fenced, dry_run } => reply(admin(handle, AdminOp::Promote { fenced, dry_run }).await),
+        Verb::Mark { text } => reply(admin(handle, AdminOp::Mark { text }).await),
+        Verb::Switchover { to, dry_run } => reply(admin(handle, AdminOp::Switchover { to, dry_run }).await),
+        Verb::Promote { fenced, dry_run } => {
+            let done = reply(admin(handle, AdminOp::Promote { fenced, dry_run }).await);
+            if !dry_run && matches!(done, Reply::Done { .. }) && fronts.view.is_open() {
+                // It shows nothing any more.
+                let fronts = fronts.clone();
+                blocking(move || fronts.view.close(true)).await;
+            }
+            done
+        }
         Verb::Refresh { peer, quick, verify, rate, in_place } => {
             let refresh = Refresh { peer, quick, verify, rate, in_place };
             reply(admin(handle, AdminOp::Refresh(refresh)).await)
         }
+        Verb::View { scratch, at, device } => view(scratch, at, device, handle, fronts).await,
+        Verb::ViewClose { force } => close_view(force, handle, fronts).await,
         Verb::RefreshStop => reply(admin(handle, AdminOp::RefreshStop).await),
+        Verb::Rejoin { keep, dry_run } => rejoin(keep, dry_run, handle, fronts).await,
+    }
+}
+
+/// The devices go first: one that is left would show another history's image to whoever has it open, should this
+/// node be promoted again.
+async fn rejoin(keep: Option<String>, dry_run: bool, handle: &Handle, fronts: &Arc<Open>) -> Reply {
+    let plan = admin(handle, AdminOp::Rejoin { keep: keep.clone(), dry_run: true }).await;
+    if dry_run || !matches!(plan, Answer::Done(_)) {
+        return reply(plan);
+    }
+    let state = admin(handle, AdminOp::Status).await;
+    let serves = !matches!(state, Answer::Status(s) if s.state == "Retired");
+    let fronts = fronts.clone();
+    match blocking(move || fronts.volumes.detach(serves)).await {
+        Reply::Done { .. } => reply(admin(handle, AdminOp::Rejoin { keep, dry_run: false }).await),
+        Reply::Refused { kind, text } => Reply::refused(
+            kind,
+            format!("nothing was given up, because the device can't be taken away: {text}"),
+        ),
+        other => other,
+    }
+}
+
+/// Freezes the image, then offers it; what can't be offered is not kept frozen.
+async fn view(
+    scratch: bool,
+    at: Option<Lsn>,
+    device: DeviceKind,
+    handle: &Handle,
+    fronts: &Arc<Open>,
+) -> Reply {
+    if fronts.view.is_open() {
+        return Reply::refused(Kind::Busy, "the devices of a view are there still: close it first (--close)");
+    }
+    match admin(handle, AdminOp::View { scratch, at }).await {
+        Answer::Done(_) => {}
+        other => return reply(other),
+    }
+    let shown = fronts.clone();
+    let shown = blocking(move || shown.view.show(device, !scratch)).await;
+    if !matches!(shown, Reply::Attached { .. }) {
+        admin(handle, AdminOp::ViewClose).await;
+    }
+    shown
+}
+
+async fn close_view(force: bool, handle: &Handle, fronts: &Arc<Open>) -> Reply {
+    let closing = fronts.clone();
+    match blocking(move || closing.view.close(force)).await {
+        Reply::Done { .. } => reply(admin(handle, AdminOp::ViewClose).await),
+        refused => refused,
     }
 }

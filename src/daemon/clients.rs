@@ -6,7 +6,7 @@
 
 use super::acceptor::Acceptor;
 use super::farewell::Farewell;
-use super::handle::{ListenId, Reply};
+use super::handle::{ListenId, Offered, Reply};
 use super::reactor::{Origin, Tag};
 use crate::disk::IoError;
 use crate::front::nbd::{Export, Request, Session};
@@ -43,6 +43,7 @@ pub(super) enum ClientTag {
 
 struct Listener {
     id: ListenId,
+    offered: Offered,
     acceptor: Acceptor,
     exports: Arc<[Export]>,
     closed: bool,
@@ -51,6 +52,7 @@ struct Listener {
 struct Client {
     fd: Fd,
     listen: ListenId,
+    offered: Offered,
     session: Session,
     buffer: BytesMut,
     receiving: bool,
@@ -84,7 +86,7 @@ impl Clients {
     /// Accepts clients from `listener`.
     pub fn listen(
         &mut self,
-        id: ListenId,
+        (id, offered): (ListenId, Offered),
         listener: UnixListener,
         exports: Arc<[Export]>,
         ring: &mut Ring<Tag>,
@@ -97,12 +99,12 @@ impl Clients {
         let entry = self.listeners.vacant_entry();
         let mut acceptor = Acceptor::new(Rc::new(OwnedFd::from(listener)));
         acceptor.arm(ring, Tag::Client(ClientTag::Accept(entry.key())));
-        entry.insert(Listener { id, acceptor, exports, closed: false });
+        entry.insert(Listener { id, offered, acceptor, exports, closed: false });
     }
 
     /// Serves a client that knows the export and begins with its requests.
-    pub fn serve(&mut self, id: ListenId, socket: OwnedFd, export: &Export) {
-        self.add(socket, id, Session::transmission(export));
+    pub fn serve(&mut self, listen: (ListenId, Offered), socket: OwnedFd, export: &Export) {
+        self.add(socket, listen, Session::transmission(export));
     }
 
     /// Answers all that a client has sent, and closes it; see [`Farewell`].
@@ -113,10 +115,11 @@ impl Clients {
         self.mark(slot);
     }
 
-    fn add(&mut self, fd: OwnedFd, listen: ListenId, session: Session) {
+    fn add(&mut self, fd: OwnedFd, (listen, offered): (ListenId, Offered), session: Session) {
         let slot = self.clients.insert(Client {
             fd: Rc::new(fd),
             listen,
+            offered,
             session,
             buffer: BytesMut::new(),
             receiving: false,
@@ -181,7 +184,7 @@ impl Clients {
             self.listeners.remove(key);
             return;
         }
-        let (listen, exports) = (listener.id, listener.exports.clone());
+        let (listen, exports) = ((listener.id, listener.offered), listener.exports.clone());
         if listener.acceptor.retry_at().is_none() {
             listener.acceptor.arm(ring, Tag::Client(ClientTag::Accept(key)));
         }
@@ -324,7 +327,7 @@ impl Client {
         self.requests += 1;
         self.held += held;
         let id = requests.insert(Origin::Client { slot, cookie, held });
-        events.push_back(Event::Request { id: RequestId(id as u64), op });
+        events.push_back(self.offered.event(RequestId(id as u64), op));
     }
 
     /// Goes on with the farewell, if there is one.

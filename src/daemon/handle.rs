@@ -8,7 +8,7 @@ use crate::front::Submit;
 use crate::front::knbd::Serve;
 use crate::front::nbd::Export;
 use crate::front::ublk::{Host, Queue, QueueId};
-use crate::node::event::{AdminOp, Answer, Op, Refusal};
+use crate::node::event::{AdminOp, Answer, Event, Op, Refusal, RequestId};
 use crate::sys::wake::Waker;
 use bytes::Bytes;
 use crossbeam_channel::{Receiver, Sender};
@@ -25,16 +25,37 @@ use std::time::Duration;
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct ListenId(pub(super) u64);
 
+/// What a front end offers. A request says it, so that nothing that is meant for a view can reach a volume,
+/// whatever the node has become meanwhile.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(super) enum Offered {
+    /// The volumes of a primary.
+    #[default]
+    Volumes,
+    /// The view of a shadow.
+    View,
+}
+
+impl Offered {
+    /// A request, as the node hears of it.
+    pub fn event(self, id: RequestId, op: Op) -> Event {
+        match self {
+            Offered::Volumes => Event::Request { id, op },
+            Offered::View => Event::View { id, op },
+        }
+    }
+}
+
 /// What other threads ask of the loop.
 #[derive(Debug)]
 pub(super) enum Command {
-    Submit(Op, Reply<Result<Bytes, IoError>>),
+    Submit(Offered, Op, Reply<Result<Bytes, IoError>>),
     Admin(AdminOp, Reply<Answer>),
-    ListenNbd(ListenId, UnixListener, Arc<[Export]>),
-    ServeNbd(ListenId, OwnedFd, Export),
+    ListenNbd(ListenId, Offered, UnixListener, Arc<[Export]>),
+    ServeNbd(ListenId, Offered, OwnedFd, Export),
     FinishNbd(ListenId, Duration, Reply<()>),
     CloseNbd(ListenId),
-    OpenQueue(QueueId, Box<Queue>, Reply<io::Result<()>>),
+    OpenQueue(QueueId, Offered, Box<Queue>, Reply<io::Result<()>>),
     ParkQueue(QueueId),
     CloseQueue(QueueId, Reply<io::Result<()>>),
     Stop,
@@ -119,11 +140,17 @@ pub struct Handle {
     waker: Arc<Waker>,
     listeners: Arc<AtomicU64>,
     link_address: Option<SocketAddr>,
+    offered: Offered,
 }
 
 impl Handle {
     pub(super) fn new(queue: Sender<Command>, waker: Arc<Waker>, link_address: Option<SocketAddr>) -> Handle {
-        Handle { queue, waker, listeners: Arc::default(), link_address }
+        Handle { queue, waker, listeners: Arc::default(), link_address, offered: Offered::Volumes }
+    }
+
+    /// The way for front ends that offer the view of a shadow.
+    pub fn for_view(&self) -> Handle {
+        Handle { offered: Offered::View, ..self.clone() }
     }
 
     fn post(&self, command: Command) {
@@ -141,7 +168,7 @@ impl Handle {
     /// Serves NBD to those who connect to `listener`.
     pub fn listen_nbd(&self, listener: UnixListener, exports: Vec<Export>) -> ListenId {
         let id = self.new_id();
-        self.post(Command::ListenNbd(id, listener, exports.into()));
+        self.post(Command::ListenNbd(id, self.offered, listener, exports.into()));
         id
     }
 
@@ -168,7 +195,7 @@ impl Handle {
 impl Host for Handle {
     fn open(&self, id: QueueId, queue: Queue) -> Receiver<io::Result<()>> {
         let (reply, told) = Reply::channel();
-        self.post(Command::OpenQueue(id, Box::new(queue), reply));
+        self.post(Command::OpenQueue(id, self.offered, Box::new(queue), reply));
         told
     }
 
@@ -186,7 +213,7 @@ impl Host for Handle {
 impl Serve for Handle {
     fn serve(&self, socket: OwnedFd, export: Export) -> u64 {
         let id = self.new_id();
-        self.post(Command::ServeNbd(id, socket, export));
+        self.post(Command::ServeNbd(id, self.offered, socket, export));
         id.0
     }
 
@@ -201,6 +228,6 @@ impl Serve for Handle {
 
 impl Submit for Handle {
     fn submit(&self, op: Op, done: Box<dyn FnOnce(Result<Bytes, IoError>) + Send>) {
-        self.post(Command::Submit(op, Reply::new(done)));
+        self.post(Command::Submit(self.offered, op, Reply::new(done)));
     }
 }

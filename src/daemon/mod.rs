@@ -10,8 +10,10 @@ mod encoders;
 mod farewell;
 mod frames;
 mod handle;
+pub mod history;
 mod links;
 mod reactor;
+mod salvage;
 mod stage;
 mod ublk;
 
@@ -28,8 +30,10 @@ use crate::sys::open::{OpenError, OpenFile, check_distinct, measure, open};
 use crate::sys::uring::Fd;
 use crate::sys::wake::Waker;
 use crate::sys::{net, process};
+use history::HistoryFile;
 use links::Links;
 use reactor::{Parts, Reactor};
+use salvage::SalvageFiles;
 use stage::{StageFiles, Staged};
 use std::io;
 use std::net::SocketAddr;
@@ -66,6 +70,10 @@ pub struct DaemonOptions {
     pub dirty_maps_bytes: u64,
     /// Hash index file; made here if it is not there.
     pub hash_index: PathBuf,
+    /// Directory of salvage files; made when it is needed.
+    pub salvage: PathBuf,
+    /// File of what has befallen this node; made when it is needed.
+    pub history: PathBuf,
     /// Write cache file; made here if it is not there.
     pub cache: PathBuf,
     /// Bytes of the write cache file: `cache::ring_len` of its payload.
@@ -161,11 +169,14 @@ pub fn run(options: DaemonOptions, ready: impl FnOnce(Handle)) -> Result<(), Err
     let (queue, commands) = crossbeam_channel::unbounded();
     let handle = Handle::new(queue, waker.clone(), link_address);
     let stage = stage_files(&options);
+    let salvage = SalvageFiles::new(options.salvage.clone());
+    let history = HistoryFile::start(options.history.clone()).map_err(Error::Thread)?;
     let memories = Memories { ring: Some(Box::new(cache)), maps: Box::new(maps), index: Box::new(index) };
     let machine = Node::new(options.config, memories);
     let links = Links::new(listener, options.dial);
     let workers = options.workers;
-    let reactor = Reactor::new(Parts { machine, disk, stage, links, workers, waker, commands })?;
+    let reactor =
+        Reactor::new(Parts { machine, disk, stage, salvage, history, links, workers, waker, commands })?;
     ready(handle);
     reactor.run()
 }

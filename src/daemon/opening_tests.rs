@@ -37,6 +37,8 @@ fn options(dir: &Path) -> DaemonOptions {
         dirty_maps: file("maps", 8192 + 4096),
         dirty_maps_bytes: 8192 + 4096,
         hash_index: dir.join("index"),
+        salvage: dir.join("salvage"),
+        history: dir.join("history"),
         cache: dir.join("shm/cache"),
         cache_bytes: 1 << 20,
         backings: vec![BackingPath { number: 3, path: file("data", 1 << 20), direct: true }],

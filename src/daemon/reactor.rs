@@ -8,7 +8,9 @@ use super::Error;
 use super::clients::{ClientTag, Clients};
 use super::encoders::{Encoders, Finished};
 use super::handle::{Command, Reply};
+use super::history::HistoryFile;
 use super::links::{LinkTag, Links};
+use super::salvage::SalvageFiles;
 use super::stage::StageFiles;
 use super::ublk::{Queues, UblkTag};
 use crate::disk::IoError;
@@ -77,6 +79,8 @@ pub(super) struct Parts<M> {
     pub machine: M,
     pub disk: Disk,
     pub stage: StageFiles,
+    pub salvage: SalvageFiles,
+    pub history: HistoryFile,
     pub links: Links,
     pub workers: usize,
     pub waker: Arc<Waker>,
@@ -90,6 +94,8 @@ pub(super) struct Reactor<M> {
     machine: M,
     disk: Disk,
     stage: StageFiles,
+    salvage: SalvageFiles,
+    history: HistoryFile,
     links: Links,
     clients: Clients,
     queues: Queues,
@@ -110,7 +116,7 @@ pub(super) struct Reactor<M> {
 
 impl<M: Machine> Reactor<M> {
     pub fn new(parts: Parts<M>) -> Result<Reactor<M>, Error> {
-        let Parts { machine, disk, stage, links, workers, waker, commands } = parts;
+        let Parts { machine, disk, stage, salvage, history, links, workers, waker, commands } = parts;
         let ring = Ring::new(ENTRIES).map_err(Error::Ring)?;
         let encoders = Encoders::start(workers, &waker).map_err(Error::Thread)?;
         let wake_fd = Rc::new(waker.descriptor().map_err(Error::Ring)?);
@@ -119,6 +125,8 @@ impl<M: Machine> Reactor<M> {
             machine,
             disk,
             stage,
+            salvage,
+            history,
             links,
             clients: Clients::default(),
             queues: Queues::default(),
@@ -181,22 +189,24 @@ impl<M: Machine> Reactor<M> {
     fn posts(&mut self) {
         while let Ok(command) = self.commands.try_recv() {
             match command {
-                Command::Submit(op, reply) => {
+                Command::Submit(offered, op, reply) => {
                     let id = RequestId(self.requests.insert(Origin::Caller(reply)) as u64);
-                    self.events.push_back(Event::Request { id, op });
+                    self.events.push_back(offered.event(id, op));
                 }
                 Command::Admin(op, reply) => {
                     let id = AdminId(self.admins.insert(reply) as u64);
                     self.events.push_back(Event::Admin { id, op });
                 }
-                Command::ListenNbd(id, listener, exports) => {
-                    self.clients.listen(id, listener, exports, &mut self.ring)
+                Command::ListenNbd(id, offered, listener, exports) => {
+                    self.clients.listen((id, offered), listener, exports, &mut self.ring)
                 }
-                Command::ServeNbd(id, socket, export) => self.clients.serve(id, socket, &export),
+                Command::ServeNbd(id, offered, socket, export) => {
+                    self.clients.serve((id, offered), socket, &export)
+                }
                 Command::FinishNbd(id, limit, done) => self.clients.finish(id, self.now.mono, limit, done),
                 Command::CloseNbd(id) => self.clients.close(id, &mut self.ring),
-                Command::OpenQueue(id, queue, reply) => {
-                    reply.send(self.queues.open(id, *queue, &mut self.ring))
+                Command::OpenQueue(id, offered, queue, reply) => {
+                    reply.send(self.queues.open((id, offered), *queue, &mut self.ring))
                 }
                 Command::ParkQueue(id) => self.queues.park(id),
                 Command::CloseQueue(id, reply) => self.queues.close(id, reply),
@@ -307,6 +317,12 @@ impl<M: Machine> Reactor<M> {
                 self.now = clock::now();
             }
             Action::DropStage => self.stage.remove(),
+            Action::Salvage(part) => {
+                let result = self.salvage.write(part);
+                self.events.push_back(Event::Salvaged { result });
+                self.now = clock::now();
+            }
+            Action::History(event) => self.history.keep(&event),
             Action::Complete { id, result } => self.answer(id, result),
             Action::Dial { peer } => {
                 self.links.dial(peer, &mut self.ring, &self.encoders, self.now.mono, &mut self.events);

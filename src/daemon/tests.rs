@@ -67,7 +67,9 @@ where
         let disk = Disk::new(outside.files.into_iter().map(open));
         let links = Links::new(listener.map(|(fd, _)| fd), outside.dial);
         let stage = StageFiles::new("/nonexistent/journal".into(), Vec::new());
-        Reactor::new(Parts { machine: Script(script), disk, stage, links, workers: 1, waker, commands })?
+        let (machine, salvage) = (Script(script), SalvageFiles::new(std::path::PathBuf::new()));
+        let history = HistoryFile::start("/nonexistent/history".into()).unwrap();
+        Reactor::new(Parts { machine, disk, stage, salvage, history, links, workers: 1, waker, commands })?
             .run()
     });
     Running { handle: told.recv().unwrap(), thread: Some(thread) }
@@ -318,7 +320,15 @@ fn garbage_ends_its_own_link_only() {
 }
 
 fn export(size: u64) -> Export {
-    Export { name: "v".into(), volume: 0, size, min_block: 512, preferred_block: 4096, max_block: 32 << 20 }
+    Export {
+        name: "v".into(),
+        volume: 0,
+        size,
+        min_block: 512,
+        preferred_block: 4096,
+        max_block: 32 << 20,
+        read_only: false,
+    }
 }
 
 /// A client that names its export the old way; enough for requests.

@@ -5,7 +5,7 @@
 //! one system call; once a queue is parked nothing more is taken from it, and no refusal of a node that
 //! shuts down reaches it: what is left is the next server's.
 
-use super::handle::Reply;
+use super::handle::{Offered, Reply};
 use super::reactor::{Origin, Tag};
 use crate::disk::IoError;
 use crate::front::ublk::{Command, Queue, QueueId};
@@ -28,6 +28,7 @@ pub(super) struct UblkTag {
 
 struct Served {
     id: QueueId,
+    offered: Offered,
     queue: Queue,
     fd: Fd,
     /// Commands that the kernel has.
@@ -47,14 +48,19 @@ pub(super) struct Queues {
 
 impl Queues {
     /// Serves a queue from now on.
-    pub fn open(&mut self, id: QueueId, queue: Queue, ring: &mut Ring<Tag>) -> io::Result<()> {
+    pub fn open(
+        &mut self,
+        (id, offered): (QueueId, Offered),
+        queue: Queue,
+        ring: &mut Ring<Tag>,
+    ) -> io::Result<()> {
         let (fd, depth) = (Rc::new(queue.descriptor()?), queue.depth());
         if u32::from(depth) > ring.capacity() {
             let text =
                 format!("{}: {depth} requests at a time is more than this version serves", queue.name());
             return Err(io::Error::other(text));
         }
-        let served = Served { id, queue, fd, waiting: 0, requests: 0, parked: false, closing: None };
+        let served = Served { id, offered, queue, fd, waiting: 0, requests: 0, parked: false, closing: None };
         let slot = self.served.insert(served);
         let served = &mut self.served[slot];
         // See `Queue::fetch`: all in one call, so nothing else may be in the way, and without privilege.
@@ -101,7 +107,7 @@ impl Queues {
                 Ok(op) => {
                     served.requests += 1;
                     let id = requests.insert(Origin::Ublk { slot, tag });
-                    events.push_back(Event::Request { id: RequestId(id as u64), op });
+                    events.push_back(served.offered.event(RequestId(id as u64), op));
                 }
                 Err(fault) => {
                     tracing::error!("{}: a request that was not offered ({fault:?})", served.queue.name());

@@ -130,6 +130,13 @@ pub enum Compare {
         /// Its number.
         window: u32,
     },
+    /// Primary: once this record is in the shadow's image, what was passed over as touched is as it is here.
+    Closed {
+        /// Its number.
+        window: u32,
+        /// The newest record that may hold such a write; 0: there is none.
+        lsn: Lsn,
+    },
     /// Primary: a window can't be compared; the comparison has failed.
     Fail {
         /// Why.
@@ -239,17 +246,21 @@ impl Compare {
                 put(w, payload);
             }
             Compare::Close { window } => head(10, window),
+            Compare::Closed { window, lsn } => {
+                head(11, window);
+                w.lsn(*lsn);
+            }
             Compare::Fail { text } => {
-                head(11, &0);
+                head(12, &0);
                 put(w, text.as_bytes());
             }
             Compare::Begin { quick, verify, rate, in_place } => {
-                head(12, &0);
+                head(13, &0);
                 w.flag(*quick).flag(*verify).u64(*rate).flag(*in_place);
             }
-            Compare::Stop => head(13, &0),
+            Compare::Stop => head(14, &0),
             Compare::Report { json } => {
-                head(14, &0);
+                head(15, &0);
                 put(w, json);
             }
         }
@@ -258,7 +269,7 @@ impl Compare {
     /// Reads a body.
     pub fn read(r: &mut Reader) -> Result<Compare, FormatError> {
         let (kind, window) = (r.u8()?, r.u32()?);
-        if kind > 10 && window != 0 {
+        if kind > 11 && window != 0 {
             return Err(FormatError::Field("window"));
         }
         Ok(match kind {
@@ -292,18 +303,19 @@ impl Compare {
                 payload: bytes(r, MAX_BATCH * LEAF as usize + (64 << 10), "payload")?.into(),
             },
             10 => Compare::Close { window },
-            11 => {
+            11 => Compare::Closed { window, lsn: r.lsn()? },
+            12 => {
                 let text = bytes(r, super::message::MAX_TEXT, "text")?;
                 Compare::Fail { text: String::from_utf8(text).map_err(|_| FormatError::Field("text"))? }
             }
-            12 => Compare::Begin {
+            13 => Compare::Begin {
                 quick: r.flag("quick")?,
                 verify: r.flag("verify")?,
                 rate: r.u64()?,
                 in_place: r.flag("in place")?,
             },
-            13 => Compare::Stop,
-            14 => Compare::Report { json: bytes(r, MAX_REPORT, "report")?.into() },
+            14 => Compare::Stop,
+            15 => Compare::Report { json: bytes(r, MAX_REPORT, "report")?.into() },
             _ => return Err(FormatError::Field("word")),
         })
     }
@@ -320,7 +332,8 @@ impl Compare {
             | Compare::Leaves { window, .. }
             | Compare::AskData { window, .. }
             | Compare::Data { window, .. }
-            | Compare::Close { window } => Some(*window),
+            | Compare::Close { window }
+            | Compare::Closed { window, .. } => Some(*window),
             Compare::Fail { .. } | Compare::Begin { .. } | Compare::Stop | Compare::Report { .. } => None,
         }
     }

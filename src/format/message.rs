@@ -85,6 +85,8 @@ pub struct Identity {
     pub openings: Vec<Opening>,
     /// On a shadow: its journal is ahead of its image, which is being made anew. It holds nothing yet.
     pub resyncing: bool,
+    /// On a shadow: what it holds and the primary does not is given up.
+    pub rewinds: bool,
 }
 
 /// Why a shadow can't go on from where it is.
@@ -96,6 +98,8 @@ pub enum Cause {
     Behind,
     /// It has never had a full copy.
     NeverCopied,
+    /// It gives up what it holds and the primary does not.
+    Fork,
 }
 
 impl Cause {
@@ -105,6 +109,7 @@ impl Cause {
             Cause::Lineage => "its last generation is not in the primary's history",
             Cause::Behind => "the primary's journal no longer holds what it lacks",
             Cause::NeverCopied => "it has never had a full copy",
+            Cause::Fork => "it gives its own records up, from the fork on",
         }
     }
 }
@@ -227,6 +232,11 @@ pub enum Message {
         /// Which.
         lsn: Lsn,
     },
+    /// The primary: everything up to here is durable on both sides, and I am the primary no longer. Take over.
+    Handover {
+        /// The end of its journal.
+        at: HistoryPoint,
+    },
     /// Either: a word of the comparison of their images.
     Compare(Box<Compare>),
 }
@@ -244,7 +254,8 @@ pub struct FrameHeader {
 const RECORD: u8 = 6;
 const COPY: u8 = 15;
 const COMPARE: u8 = 20;
-const LAST: u8 = COMPARE;
+const HANDOVER: u8 = 21;
+const LAST: u8 = HANDOVER;
 
 impl FrameHeader {
     /// Reads and bounds a header; nothing is allocated.
@@ -380,6 +391,10 @@ impl Message {
                 w.lsn(*lsn);
                 16
             }
+            Message::Handover { at } => {
+                w.point(*at);
+                HANDOVER
+            }
             Message::Compare(word) => {
                 word.write(w);
                 COMPARE
@@ -434,6 +449,7 @@ impl Message {
             13 => Message::Resynced,
             14 => Message::AskCopy { lsn: r.lsn()? },
             16 => Message::NoCopy { lsn: r.lsn()? },
+            HANDOVER => Message::Handover { at: r.point()? },
             COMPARE => Message::Compare(Box::new(Compare::read(&mut r)?)),
             _ => return Err(FormatError::Magic),
         };
@@ -471,6 +487,7 @@ impl Verdict {
                     Cause::Lineage => 0,
                     Cause::Behind => 1,
                     Cause::NeverCopied => 2,
+                    Cause::Fork => 3,
                 };
                 w.u8(1).u8(cause).lsn(*oldest).list(points, |w, p| {
                     w.point(*p);
@@ -487,6 +504,7 @@ impl Verdict {
                     0 => Cause::Lineage,
                     1 => Cause::Behind,
                     2 => Cause::NeverCopied,
+                    3 => Cause::Fork,
                     _ => return Err(FormatError::Field("cause")),
                 },
                 oldest: r.lsn()?,
@@ -527,7 +545,7 @@ impl Identity {
         w.flag(self.blank);
         w.point(self.tail).generation(self.tail_generation).point(self.oldest).lsn(self.applied);
         w.list(&self.openings, |w, o| o.write(w));
-        w.flag(self.resyncing);
+        w.flag(self.resyncing).flag(self.rewinds);
     }
     fn read(r: &mut Reader) -> Result<Identity, FormatError> {
         Ok(Identity {
@@ -544,6 +562,7 @@ impl Identity {
             applied: r.lsn()?,
             openings: r.list(MAX_GENERATIONS, "openings", Opening::read)?,
             resyncing: r.flag("resyncing")?,
+            rewinds: r.flag("rewinds")?,
         })
     }
 }

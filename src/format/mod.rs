@@ -9,6 +9,7 @@ pub mod fields;
 pub mod mapped;
 pub mod message;
 pub mod record;
+pub mod salvage;
 pub mod segment;
 pub mod superblock;
 

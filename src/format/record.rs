@@ -39,6 +39,8 @@ pub const MAX_RECORD: usize = HEADER + MAX_EXTENTS * ENTRY + MAX_RAW;
 pub const MAX_PADDED: u64 = (MAX_RECORD as u64).div_ceil(BLOCK) * BLOCK;
 /// Most members of a sync set.
 pub const MAX_MEMBERS: usize = 64;
+/// Longest text of a mark, bytes.
+pub const MAX_MARK: usize = 200;
 /// Longest zero extent, bytes (the sector count is 32 bits, kept even).
 pub const MAX_ZERO: u64 = 1 << 40;
 
@@ -52,6 +54,8 @@ pub enum Kind {
     Writes,
     /// The sync set from here on: payload is the list of node ids, 8 bytes each.
     SyncSet,
+    /// A named place in the write order: payload is its text, see [`is_mark`].
+    Mark,
 }
 
 /// How the payload is stored.
@@ -103,6 +107,11 @@ pub struct Stamp {
     pub durable: Lsn,
     /// What it carries.
     pub kind: Kind,
+}
+
+/// Whether a mark may be called so: it is bounded, and one visible line.
+pub fn is_mark(text: &str) -> bool {
+    !text.is_empty() && text.len() <= MAX_MARK && text.trim() == text && !text.chars().any(char::is_control)
 }
 
 /// A whole, verified record. Cloning shares the bytes.
@@ -233,6 +242,7 @@ pub fn seal(encoded: Encoded, stamp: Stamp) -> Record {
     h[6] = match stamp.kind {
         Kind::Writes => 0,
         Kind::SyncSet => 1,
+        Kind::Mark => 2,
     };
     h[7] = match codec {
         Codec::Raw => 0,
@@ -298,6 +308,7 @@ impl Header {
         let kind = match r.u8()? {
             0 => Kind::Writes,
             1 => Kind::SyncSet,
+            2 => Kind::Mark,
             _ => return Err(FormatError::Field("kind")),
         };
         let codec = match r.u8()? {
@@ -382,6 +393,12 @@ impl Record {
         let ids: Vec<_> = ids.map(|id| NodeId(u64::from_le_bytes(id.try_into().expect("eight")))).collect();
         let once = ids.iter().enumerate().all(|(i, id)| id.0 != 0 && !ids[..i].contains(id));
         once.then_some(ids)
+    }
+
+    /// The text of a record of kind [`Kind::Mark`]; `None` if it is malformed, or of another kind.
+    pub fn mark(&self) -> Option<String> {
+        let text = String::from_utf8(self.payload().ok()?.to_vec()).ok()?;
+        (self.stamp.kind == Kind::Mark && is_mark(&text)).then_some(text)
     }
 
     fn table(&self) -> impl Iterator<Item = &[u8]> {

@@ -145,6 +145,15 @@ pub struct Comparison {
     pub spent: u64,
 }
 
+/// A node that was a primary, or a shadow with records of its own, and is not any more.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Retired {
+    /// Under which it was the primary; the default: it was none.
+    pub term: Term,
+    /// An administrator gave its own records up: they go into a salvage file, and it follows.
+    pub rewinds: bool,
+}
+
 /// What was last known of a peer.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Peer {
@@ -227,6 +236,11 @@ pub struct Superblock {
     pub sync_set: Vec<NodeId>,
     /// Peers.
     pub peers: Vec<Peer>,
+    /// On a shadow that holds records which its primary may not have.
+    pub retired: Option<Retired>,
+    /// On a shadow that was the primary: the node to which it has handed its place over, and which has not said yet
+    /// whether it took it.
+    pub handed: Option<NodeId>,
     /// On a shadow: the resync under way.
     pub resync: Option<Resync>,
     /// On a shadow: the comparison under way. It is here before the first repair, and until all are durable.
@@ -350,6 +364,12 @@ impl Superblock {
             w.node(p.node).name(&p.name).lsn(p.durable).flag(p.behind).flag(p.resyncing);
             w.option(p.verified.as_ref(), |w, v| v.write(w));
         });
+        w.option(self.retired.as_ref(), |w, r| {
+            w.term(r.term).flag(r.rewinds);
+        });
+        w.option(self.handed.as_ref(), |w, n| {
+            w.node(*n);
+        });
         w.option(self.resync.as_ref(), |w, r| r.write(w));
         w.option(self.comparison.as_ref(), |w, c| c.write(w));
         w.option(self.verified.as_ref(), |w, v| v.write(w)).u64(self.unrepaired);
@@ -429,6 +449,8 @@ impl Superblock {
                     verified: r.option("peer verified", Verified::read)?,
                 })
             })?,
+            retired: r.option("retired", |r| Ok(Retired { term: r.term()?, rewinds: r.flag("rewinds")? }))?,
+            handed: r.option("handed", Reader::node)?,
             resync: r.option("resync", Resync::read)?,
             comparison: r.option("comparison", Comparison::read)?,
             verified: r.option("verified", Verified::read)?,

@@ -124,11 +124,7 @@ impl FuseDevice {
     /// Not on the thread that calls `done`: the kernel reads from the new device meanwhile.
     pub fn attach(options: FuseOptions) -> Result<FuseDevice, FuseError> {
         check(&options)?;
-        for device in clear_leftovers(&options.mount_dir)? {
-            for volume in &options.volumes {
-                DeviceLink::new(&options.dev_dir, &volume.link).remove(&device.path());
-            }
-        }
+        remove_left(&options.mount_dir, &options.dev_dir, &options.volumes)?;
         let mut builder = fs::DirBuilder::new();
         builder
             .recursive(true)
@@ -195,11 +191,11 @@ impl FuseDevice {
         let path = self.mount_dir.join(&volume.name);
         let file = OpenOptions::new()
             .read(true)
-            .write(true)
+            .write(!volume.read_only)
             .custom_flags(libc::O_DIRECT)
             .open(&path)
             .map_err(failed(format!("open {}", path.display())))?;
-        let device = LoopDevice::bind(&file, &path, volume.block)?;
+        let device = LoopDevice::bind(&file, &path, volume.block, volume.read_only)?;
         let link = DeviceLink::new(&self.dev_dir, &volume.link);
         let (linked, path) = (link.point_to(&device.path()), link.path());
         self.attached.push(Attached { device, link });
@@ -325,6 +321,16 @@ fn unmount(dir: &Path, force: bool) -> Result<(), FuseError> {
     }
 }
 
+/// Removes what a killed process left behind, with the links to it; see [`clear_leftovers`].
+pub fn remove_left(mount_dir: &Path, dev_dir: &Path, volumes: &[Volume]) -> Result<(), FuseError> {
+    for device in clear_leftovers(mount_dir)? {
+        for volume in volumes {
+            DeviceLink::new(dev_dir, &volume.link).remove(&device.path());
+        }
+    }
+    Ok(())
+}
+
 /// Removes what a killed process left at `dir`: the mount, which answers nothing any more, and the
 /// loop devices bound to files in it. Those still in use (a filesystem mounted on one) only ever
 /// give errors again; they go away with their last user. Refuses a mount that is alive. Returns the
@@ -367,7 +373,15 @@ mod tests {
 
     #[test]
     fn what_makes_no_sense_is_refused_before_anything_is_changed() {
-        let good = Volume { volume: 0, name: "data".into(), size: 8192, block: 512, link: "epic".into() };
+        let good = Volume {
+            volume: 0,
+            name: "data".into(),
+            size: 8192,
+            block: 512,
+            link: "epic".into(),
+            read_only: false,
+            lasting: true,
+        };
         let verdict = |volumes: Vec<Volume>| {
             let (mount_dir, dev_dir) = ("/nonexistent/mount".into(), "/nonexistent/dev".into());
             check(&FuseOptions { mount_dir, dev_dir, volumes, loop_device: true, submit: Arc::new(Nothing) })

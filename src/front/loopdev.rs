@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 
 /// Block major number of the loop driver.
 const LOOP_MAJOR: u64 = 7;
+const LO_FLAGS_READ_ONLY: u32 = 1;
 const LO_FLAGS_AUTOCLEAR: u32 = 4;
 const LO_FLAGS_DIRECT_IO: u32 = 16;
 /// How often a free device may be lost to another process before that is an error.
@@ -121,11 +122,11 @@ pub struct LoopDevice {
 }
 
 impl LoopDevice {
-    /// Binds `file` (open for reading and writing, at `path`) to a free loop device with logical
+    /// Binds `file` (open for reading, and unless `read_only` for writing, at `path`) to a free loop device with logical
     /// blocks of `block` bytes.
     ///
     /// Needs Linux 5.8 (`LOOP_CONFIGURE`: no moment at which the device exists without direct I/O).
-    pub fn bind(file: &File, path: &Path, block: u32) -> Result<LoopDevice, LoopError> {
+    pub fn bind(file: &File, path: &Path, block: u32, read_only: bool) -> Result<LoopDevice, LoopError> {
         let control = OpenOptions::new()
             .read(true)
             .write(true)
@@ -135,7 +136,7 @@ impl LoopDevice {
             fd: file.as_raw_fd() as u32,
             block_size: block,
             info: LoopInfo64 {
-                flags: LO_FLAGS_DIRECT_IO,
+                flags: LO_FLAGS_DIRECT_IO | if read_only { LO_FLAGS_READ_ONLY } else { 0 },
                 file_name: name_field(path),
                 ..LoopInfo64::zeroed()
             },

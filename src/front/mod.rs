@@ -35,6 +35,10 @@ pub struct Volume {
     pub block: u32,
     /// The link by which users open it, within the directory of such links.
     pub link: PathBuf,
+    /// Nothing may be written to it.
+    pub read_only: bool,
+    /// Its device waits for the next daemon when this one is gone; otherwise its users get errors.
+    pub lasting: bool,
 }
 
 /// A front end that is open.

@@ -36,6 +36,10 @@ fn volume_len(size: u64) -> u64 {
     round_up(size.div_ceil(GRANULE).div_ceil(8), BLOCK)
 }
 
+/// Extents for a range that does not exist yet, as bits.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Gathered(Vec<u8>);
+
 /// See the module's documentation.
 pub struct Maps {
     memory: Box<dyn Memory>,
@@ -100,13 +104,44 @@ impl Maps {
 
     /// Marks an extent of a record that is being appended (or found again by recovery).
     pub fn mark(&mut self, extent: Extent) {
+        let newest = self.ranges.last().expect("there is always one").slot;
+        let Some((bits, first, last)) = self.granules(extent) else { return };
+        Bitmap(&mut self.bits_mut(newest)[bits]).set(first, last);
+    }
+
+    fn set(&self, slot: &mut [u8], extent: Extent) {
+        let Some((bits, first, last)) = self.granules(extent) else { return };
+        Bitmap(&mut slot[bits]).set(first, last);
+    }
+
+    /// Where an extent's volume has its bits in a slot, and its first and last granule there.
+    fn granules(&self, extent: Extent) -> Option<(std::ops::Range<usize>, u64, u64)> {
         let volume = extent.address().volume();
-        let Some(&(_, size, offset)) = self.volumes.iter().find(|(n, ..)| *n == volume) else { return };
+        let &(_, size, offset) = self.volumes.iter().find(|(n, ..)| *n == volume)?;
         let first = extent.address().offset() / GRANULE;
         let end = (extent.address().offset() + extent.len()).min(size);
+        let bits = offset as usize..(offset + volume_len(size)) as usize;
+        Some((bits, first, end.saturating_sub(1) / GRANULE))
+    }
+
+    /// Nothing yet of what a range to come will hold.
+    pub fn gather(&self) -> Gathered {
+        Gathered(vec![0; self.slot_len as usize])
+    }
+
+    /// Adds an extent to what is gathered.
+    pub fn add(&self, gathered: &mut Gathered, extent: Extent) {
+        self.set(&mut gathered.0, extent);
+    }
+
+    /// As [`Maps::rewind`], where `gathered` is everything that may differ since `point`: it has a range of its own.
+    pub fn rewind_to(&mut self, point: HistoryPoint, gathered: &Gathered) {
+        self.rewind(point.lsn);
+        if self.ranges.last().is_some_and(|r| r.from.lsn < point.lsn) {
+            self.rotate(point);
+        }
         let newest = self.ranges.last().expect("there is always one").slot;
-        let bits = &mut self.bits_mut(newest)[offset as usize..];
-        Bitmap(&mut bits[..volume_len(size) as usize]).set(first, end.saturating_sub(1) / GRANULE);
+        Bitmap(self.bits_mut(newest)).union(&gathered.0);
     }
 
     /// The ranges to be written into the superblock.
@@ -250,6 +285,37 @@ mod tests {
         // Recent ranges stay precise; old ones lose precision, never bits.
         let granules = |since| maps.since(Lsn(since)).iter().map(|e| e.len() / GRANULE).sum::<u64>();
         assert!(granules(90) <= 10 && granules(60) <= 40 && granules(0) >= 90);
+    }
+
+    #[test]
+    fn what_was_gathered_since_a_fork_is_told_exactly() {
+        let volumes = [(0u8, 100 * GRANULE)];
+        let granule = |n: u64| extent(0, n * GRANULE, GRANULE);
+        for fork in [3, 10, 25, 30, 37] {
+            // Everything was written at 5, and then one granule a record.
+            let mut maps = open(vec![0; maps_len(&volumes) as usize], &volumes, vec![], point(0));
+            for lsn in 1..=37u64 {
+                maps.mark(if lsn == 5 { extent(0, 0, 100 * GRANULE) } else { granule(lsn) });
+                if lsn % 10 == 0 {
+                    maps.rotate(point(lsn));
+                    maps.settled();
+                }
+            }
+            let mut gathered = maps.gather();
+            (fork + 1..=37).for_each(|lsn| maps.add(&mut gathered, granule(lsn)));
+            maps.add(&mut gathered, granule(90));
+            maps.rewind_to(point(fork), &gathered);
+            let since: Vec<u64> = maps.since(Lsn(fork)).iter().map(|e| e.start() / GRANULE).collect();
+            let first = (fork < 37).then_some(fork + 1);
+            assert_eq!(since, first.into_iter().chain([90]).collect::<Vec<_>>(), "{fork}");
+            assert_eq!(maps.since(Lsn(2)), [extent(0, 0, 100 * GRANULE)], "what was before stays");
+            assert!(maps.ranges().is_sorted_by_key(|r| r.from.lsn));
+        }
+        // Before the first boundary nothing is exact.
+        let mut maps = open(vec![0; maps_len(&volumes) as usize], &volumes, vec![], point(50));
+        let gathered = maps.gather();
+        maps.rewind_to(point(40), &gathered);
+        assert_eq!(maps.since(Lsn(40)), [extent(0, 0, 100 * GRANULE)]);
     }
 
     #[test]

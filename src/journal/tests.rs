@@ -39,6 +39,8 @@ fn superblock() -> Superblock {
         sync_set: vec![],
         peers: vec![],
         maps_id: 0,
+        retired: None,
+        handed: None,
         resync: None,
         comparison: None,
         verified: None,

@@ -50,6 +50,8 @@ pub struct Facts {
     pub held: bool,
     /// The candidate is a record; or both images were all zeroes at LSN 0.
     pub common_start: bool,
+    /// The dialler gives up what it holds and the acceptor does not.
+    pub rewinds: bool,
 }
 
 /// The acceptor's decision.
@@ -65,11 +67,13 @@ pub enum Decision {
     Refuse(&'static str),
     /// The peer has seen a higher term: this primary must not acknowledge anything any more.
     Superseded,
+    /// Both were promoted, and the peer gives way: this primary raises its term above both, then asks again.
+    Raise,
 }
 
 /// The decision table; its test enumerates every combination of facts.
 pub fn decide(f: Facts) -> Decision {
-    use Decision::{Compare, Diverged, Refuse, Resync, Superseded};
+    use Decision::{Compare, Diverged, Raise, Refuse, Resync, Superseded};
     if !f.same_group {
         return Refuse("it belongs to another group");
     }
@@ -79,11 +83,15 @@ pub fn decide(f: Facts) -> Decision {
     match (f.own, f.peer, f.term) {
         (Role::Shadow, ..) => return Refuse("this node is a shadow too; connect to the primary"),
         (_, _, TermOrder::Higher) => return Superseded,
+        (_, Role::Shadow, TermOrder::Conflicting) if f.rewinds => return Raise,
         (_, _, TermOrder::Conflicting) | (_, Role::Primary, TermOrder::Equal) => return Diverged,
         (_, Role::Primary, TermOrder::Lower) => {
             return Refuse("another node was promoted since; run `volrep rejoin` on the old primary");
         }
         (Role::Primary, Role::Shadow, TermOrder::Lower | TermOrder::Equal) => {}
+    }
+    if f.rewinds && !(f.lineage_known && f.keeps_applied) {
+        return Resync(Cause::Fork);
     }
     if !f.lineage_known {
         return Resync(Cause::Lineage);
@@ -105,6 +113,16 @@ pub fn decide(f: Facts) -> Decision {
 pub fn is_earlier_run(openings: &[Opening], generation: Generation) -> bool {
     let oldest = openings.first().map(|o| o.generation);
     oldest.is_some_and(|o| o.term == generation.term && generation.start < o.start)
+}
+
+/// The LSN after which two histories that have parted hold different records: where the newest run of a primary
+/// that both know ended in the one that has less of it. `None`: they know no run in common any more.
+pub fn fork(own: &Identity, peer: &Identity) -> Option<Lsn> {
+    let end = |id: &Identity, i: usize| id.openings.get(i + 1).map_or(id.tail.lsn, |o| o.at.lsn);
+    own.openings.iter().enumerate().rev().find_map(|(i, o)| {
+        let theirs = peer.openings.iter().position(|p| p.generation == o.generation)?;
+        Some(end(own, i).min(end(peer, theirs)))
+    })
 }
 
 /// The last point that primary and shadow can share, judged by generations: the shadow's tail, or
@@ -139,8 +157,8 @@ mod tests {
     #[test]
     fn the_table_answers_every_combination() {
         use TermOrder::{Conflicting, Equal, Higher, Lower};
-        let mut counts = [0; 5];
-        for bits in 0..256u32 {
+        let mut counts = [0; 6];
+        for bits in 0..512u32 {
             for term in [Lower, Equal, Higher, Conflicting] {
                 let bit = |i: u32| bits >> i & 1 == 1;
                 let role = |b| if b { Role::Primary } else { Role::Shadow };
@@ -154,6 +172,7 @@ mod tests {
                     keeps_applied: bit(5),
                     held: bit(6),
                     common_start: bit(7),
+                    rewinds: bit(8),
                 };
                 let decision = decide(f);
                 let ours = f.same_group && f.same_volumes && f.own == Role::Primary;
@@ -162,13 +181,22 @@ mod tests {
                     Decision::Compare => {
                         followable && f.lineage_known && f.keeps_applied && f.held && f.common_start
                     }
-                    Decision::Resync(_) => followable && !(f.lineage_known && f.held && f.common_start),
+                    Decision::Resync(Cause::Fork) => {
+                        followable && f.rewinds && !(f.lineage_known && f.keeps_applied)
+                    }
+                    Decision::Resync(_) => {
+                        followable
+                            && !(f.lineage_known && f.held && f.common_start)
+                            && (!f.rewinds || f.lineage_known)
+                    }
+                    Decision::Raise => ours && f.rewinds && term == Conflicting && f.peer == Role::Shadow,
                     Decision::Superseded => ours && term == Higher,
                     Decision::Diverged => {
                         ours && term != Higher
                             && (term == Conflicting
                                 || (f.peer == Role::Primary && term == Equal)
-                                || (followable && f.lineage_known && !f.keeps_applied))
+                                || (followable && f.lineage_known && !f.keeps_applied && !f.rewinds))
+                            && !(term == Conflicting && f.rewinds && f.peer == Role::Shadow)
                     }
                     Decision::Refuse(_) => !ours || (f.peer == Role::Primary && term == Lower),
                 };
@@ -179,11 +207,48 @@ mod tests {
                     Decision::Diverged => 2,
                     Decision::Refuse(_) => 3,
                     Decision::Superseded => 4,
+                    Decision::Raise => 5,
                 }] += 1;
             }
         }
-        assert_eq!(counts.iter().sum::<i32>(), 1024);
+        assert_eq!(counts.iter().sum::<i32>(), 2048);
         assert!(counts.iter().all(|n| *n > 0), "{counts:?}");
+    }
+
+    #[test]
+    fn histories_part_where_the_last_common_run_ended_first() {
+        let opening = |node, start, lsn| Opening {
+            generation: Generation { term: Term { counter: node, node: NodeId(node) }, start },
+            at: HistoryPoint { lsn: Lsn(lsn), hash: Hash::default() },
+        };
+        let identity = |openings: &[Opening], tail| Identity {
+            group: GroupId::default(),
+            node: NodeId(2),
+            name: String::new(),
+            role: Role::Primary,
+            term: Term::default(),
+            volumes: vec![],
+            blank: true,
+            tail: HistoryPoint { lsn: Lsn(tail), hash: Hash::default() },
+            tail_generation: Generation::default(),
+            oldest: HistoryPoint::default(),
+            applied: Lsn(0),
+            openings: openings.to_vec(),
+            resyncing: false,
+            rewinds: false,
+        };
+        let (first, second) = (opening(1, 1, 0), opening(1, 2, 10));
+        // The old primary went on to 30; the new one was promoted at 25.
+        let old = identity(&[first, second], 30);
+        let new = identity(&[first, second, opening(2, 1, 25)], 40);
+        assert_eq!((fork(&old, &new), fork(&new, &old)), (Some(Lsn(25)), Some(Lsn(25))));
+        // Two were promoted, one of them behind the other.
+        let other = identity(&[first, second, opening(3, 1, 22)], 50);
+        assert_eq!((fork(&other, &new), fork(&new, &other)), (Some(Lsn(22)), Some(Lsn(22))));
+        // Promoted before it heard of the old primary's last start.
+        let early = identity(&[first, opening(3, 1, 12)], 50);
+        assert_eq!(fork(&early, &old), Some(Lsn(10)));
+        assert_eq!(fork(&identity(&[opening(7, 1, 0)], 3), &old), None);
     }
 
     #[test]
@@ -206,6 +271,7 @@ mod tests {
             applied: Lsn(0),
             openings: vec![],
             resyncing: false,
+            rewinds: false,
         };
         let find = |start, lsn| candidate(&openings, point(30), &shadow(start, lsn));
         assert_eq!(find(1, 8), Some((Lsn(8), None)));

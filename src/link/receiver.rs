@@ -70,6 +70,9 @@ pub fn judge(held: &Held, volumes: &[Volume], record: &Record) -> Verdict {
     if s.kind == Kind::SyncSet && record.members().is_none() {
         return Verdict::Reject("a list of the sync set that can't be read");
     }
+    if s.kind == Kind::Mark && record.mark().is_none() {
+        return Verdict::Reject("a mark that can't be read");
+    }
     if !record.extents().all(|(extent, _)| lies_within(volumes, extent)) {
         return Verdict::Reject("a write outside the group's volumes");
     }
@@ -188,6 +191,18 @@ mod tests {
             }
         }
         assert!(matches!(verdict(0, 0, 1 << 40, Content::Zeroes), Verdict::Reject(_)));
+    }
+
+    #[test]
+    fn a_malformed_mark_is_never_appended() {
+        let verdict =
+            |text: &[u8]| judge(&held(), &volumes(), &sealed(encode_note(text), |s| s.kind = Kind::Mark));
+        for good in ["a", "before batch", &"x".repeat(200), "\u{fc}ber"] {
+            assert_eq!(verdict(good.as_bytes()), Verdict::Accept, "{good}");
+        }
+        for bad in [&b""[..], b" a", b"a\n", b"a\x1b[2J", b"\xff", &[b'x'; 201]] {
+            assert!(matches!(verdict(bad), Verdict::Reject(_)), "{bad:?}");
+        }
     }
 
     #[test]

@@ -5,9 +5,11 @@
 //! superblock slots before the first write under it (I7).
 
 use super::event::{Action, AdminId, AdminOp, Answer, Level, Refusal};
+use super::history::Happening;
 use super::meta::Ticket;
 use super::primary::Primary;
 use super::run::{Part, Run};
+use super::switchover::Moving;
 use crate::disk::IoError;
 use crate::format::message::Role;
 use crate::role::{self, Promotion};
@@ -29,14 +31,25 @@ pub struct Admin {
     opens: Vec<AdminId>,
     drains: Vec<Drain>,
     /// A promotion, and the ticket of its superblock once its journal is durable.
-    promotion: Option<(AdminId, Option<Ticket>)>,
-    promoted: Vec<AdminId>,
+    /// Nobody may have asked: the place was handed over.
+    promotion: Option<(Option<AdminId>, Option<Ticket>)>,
+    promoted: Vec<Option<AdminId>>,
+    /// To be told of a promotion that nobody asked for.
+    pub(super) heirs: Vec<AdminId>,
 }
 
 impl Admin {
     /// A promotion's term is not durable yet.
     pub fn is_promoting(&self) -> bool {
         self.promotion.is_some()
+    }
+    /// A promotion that nothing speaks against.
+    pub fn begin_promotion(&mut self, asked: Option<AdminId>) {
+        self.promotion = Some((asked, None));
+    }
+    /// The process is to end.
+    pub fn is_shutting_down(&self) -> bool {
+        self.drains.iter().any(|d| d.shutdown)
     }
     /// Write-back and sealing are not to wait for their time.
     pub fn is_draining(&self) -> bool {
@@ -57,6 +70,14 @@ impl Run {
                 self.answer(id, Err((Refusal::Failed, text)));
             }
             AdminOp::Open => match self.part {
+                _ if self.is_retired() => {
+                    let text = format!(
+                        "{}: it serves nothing. To have it follow: volrep rejoin {}",
+                        self.promoted_since(),
+                        self.cfg.group_name
+                    );
+                    self.answer(id, Err((Refusal::Busy, text)));
+                }
                 Part::Primary(_) => self.admin.opens.push(id),
                 Part::Shadow(_) => {
                     let text = "this node is a shadow: attach on the primary, or promote this node first";
@@ -67,7 +88,13 @@ impl Run {
             AdminOp::Shutdown => self.drain(id, true),
             AdminOp::Promote { fenced, dry_run } => self.promote(id, fenced, dry_run),
             AdminOp::Refresh(wish) => self.refresh(id, wish),
+            AdminOp::Mark { text } => self.mark(id, text),
             AdminOp::RefreshStop => self.refresh_stop(id),
+            AdminOp::Switchover { to, dry_run } => self.switchover(id, &to, dry_run),
+            AdminOp::AwaitTakeover => self.admin.heirs.push(id),
+            AdminOp::View { scratch, at } => self.open_view(id, scratch, at),
+            AdminOp::ViewClose => self.close_view(id),
+            AdminOp::Rejoin { keep, dry_run } => self.rejoin(id, keep.as_deref(), dry_run),
         }
     }
 
@@ -84,6 +111,16 @@ impl Run {
             let text = "stopped without draining: the node has failed; what was acknowledged is recovered from \
                         the journal and the write cache at the next start";
             return self.answer(id, Err((Refusal::Failed, text.into())));
+        }
+        if shutdown {
+            self.stop_moving();
+            self.end_view("this node is shutting down");
+        } else if self.is_viewed() {
+            let text = format!(
+                "a view holds the image here: close it first (volrep view {} --close)",
+                self.cfg.group_name
+            );
+            return self.answer(id, Err((Refusal::Busy, text)));
         }
         let mut seq = 0;
         match &mut self.part {
@@ -107,13 +144,19 @@ impl Run {
     }
 
     /// Answers everything that can't be done any more.
-    pub(super) fn refuse_admin(&mut self) {
-        let admin = std::mem::take(&mut self.admin);
-        let text = self.fault.clone().unwrap_or_default();
+    pub(super) fn refuse_admin(&mut self, refusal: Refusal, why: &str) {
+        let mut admin = std::mem::take(&mut self.admin);
+        self.admin.heirs = std::mem::take(&mut admin.heirs);
+        let text = why.to_owned();
+        if let Some(id) = self.moving.take().and_then(Moving::asked) {
+            self.answer(id, Err((Refusal::Failed, text.clone())));
+        }
         let drains = admin.drains.into_iter().map(|d| d.id);
         let promotion = admin.promotion.into_iter().map(|(id, _)| id);
-        for id in admin.opens.into_iter().chain(admin.promoted).chain(promotion).chain(drains) {
-            self.answer(id, Err((Refusal::Failed, text.clone())));
+        let promotions = admin.promoted.into_iter().chain(promotion).flatten();
+        let marks = self.take_marks();
+        for id in admin.opens.into_iter().chain(promotions).chain(drains).chain(marks) {
+            self.answer(id, Err((refusal, text.clone())));
         }
     }
 
@@ -126,6 +169,10 @@ impl Run {
                 self.answer(id, Ok("serving".into()));
             }
             for id in std::mem::take(&mut self.admin.promoted) {
+                let Some(id) = id else {
+                    self.tell_taken_over();
+                    continue;
+                };
                 let lsn = self.journal.tail().point.lsn;
                 let text = format!("promoted: term {}, from LSN {lsn} on", self.meta.sb.term.counter);
                 self.answer(id, Ok(text));
@@ -212,7 +259,7 @@ impl Run {
         if self.admin.promotion.is_some() {
             return self.answer(id, Err((Refusal::Busy, "a promotion is under way".into())));
         }
-        if self.admin.drains.iter().any(|d| d.shutdown) {
+        if self.admin.is_shutting_down() {
             let text = "the node is shutting down: start it again, then promote it";
             return self.answer(id, Err((Refusal::Busy, text.into())));
         }
@@ -226,9 +273,10 @@ impl Run {
         let refusal = match role::promotion(facts) {
             Promotion::Allowed if dry_run => return self.answer(id, Ok(plan)),
             Promotion::Allowed => {
+                self.end_view("this node is being promoted");
                 self.close_links("this node is being promoted");
                 self.log(Level::Warn, format!("promotion begins: {plan}"));
-                self.admin.promotion = Some((id, None));
+                self.admin.begin_promotion(Some(id));
                 return;
             }
             Promotion::AlreadyPrimary => (Refusal::Busy, "this node is the primary already".to_owned()),
@@ -284,7 +332,7 @@ impl Run {
             return true;
         }
         let turning = matches!(&self.part, Part::Shadow(s) if s.is_turning());
-        turning || self.image_waits()
+        turning || self.image_waits() || self.view_mut().is_some()
     }
 
     fn pump_promotion(&mut self) -> bool {
@@ -311,6 +359,7 @@ impl Run {
                 sb.limit = sb.limit.max(tail);
                 sb.floor = sb.floor.max(tail);
                 sb.sync_set.retain(|n| *n != sb.node);
+                (sb.retired, sb.handed) = (None, None);
                 sb.peers.clear();
                 sb.clean = true;
                 sb.cache_boot = BootId::default();
@@ -321,6 +370,7 @@ impl Run {
             }
             Some(ticket) if self.meta.is_saved(ticket) => {
                 self.admin.promotion = None;
+                self.tell(Happening::Promoted { cut: None });
                 self.admin.promoted.push(id);
                 true
             }

@@ -4,6 +4,7 @@
 //! written before all of them have passed, except what recovery erases behind a torn tail.
 
 use super::config::NodeConfig;
+use super::marks::{Mark, Marks};
 use super::{JOURNAL_RECOVERY, SUPER};
 use crate::disk::{DiskOp, DiskRequest, DiskResult, File, Memory, Token};
 use crate::format::mapped::Owner;
@@ -16,6 +17,7 @@ use crate::resync::index::Index;
 use crate::role;
 use crate::units::{HistoryPoint, Lsn};
 use bytes::Bytes;
+use std::collections::VecDeque;
 
 /// A node that is starting.
 pub struct Boot {
@@ -31,6 +33,7 @@ struct Found {
     recovery: Recovery,
     maps: Maps,
     index: Index,
+    marks: VecDeque<Mark>,
 }
 
 /// What boot ends with.
@@ -43,6 +46,8 @@ pub struct Booted {
     pub maps: Maps,
     /// The hash index.
     pub index: Index,
+    /// The marks after the checkpoint.
+    pub marks: VecDeque<Mark>,
     /// The journal's end.
     pub recovered: Recovered,
 }
@@ -68,13 +73,16 @@ impl Boot {
         if token.owner() == SUPER {
             return self.slot_read(cfg, token.id() as usize, result, out).err().map(Err);
         }
-        let Found { sb, recovery, maps, .. } = self.found.as_mut()?;
-        let mut seen = |r: &Record| note(sb, maps, r);
+        let Found { sb, recovery, maps, marks, .. } = self.found.as_mut()?;
+        let mut seen = |r: &Record| {
+            note(sb, maps, r);
+            Marks::find(marks, r);
+        };
         match recovery.complete(token.id(), result, &mut seen, out)? {
             Outcome::Stopped(text) => Some(Err(text)),
             Outcome::Differs => Some(Err("the journal was cut without being asked".into())),
             Outcome::Found(recovered) => {
-                let Found { slot, mut sb, maps, index, .. } = self.found.take()?;
+                let Found { slot, mut sb, maps, index, marks, .. } = self.found.take()?;
                 if recovered.tail.point.lsn == sb.checkpoint.lsn {
                     sb.checkpoint = recovered.tail.point;
                 }
@@ -82,7 +90,7 @@ impl Boot {
                     // The record that names this node as a member is from before its promotion.
                     sb.sync_set.retain(|n| *n != sb.node);
                 }
-                Some(Ok(Booted { sb, slot, maps, index, recovered: *recovered }))
+                Some(Ok(Booted { sb, slot, maps, index, marks, recovered: *recovered }))
             }
         }
     }
@@ -123,7 +131,7 @@ impl Boot {
         }
         let mut recovery = Recovery::new(JOURNAL_RECOVERY, &sb, origin);
         recovery.start(out);
-        self.found = Some(Found { slot, sb, recovery, maps, index });
+        self.found = Some(Found { slot, sb, recovery, maps, index, marks: VecDeque::new() });
         Ok(())
     }
 }
@@ -169,13 +177,6 @@ fn check(cfg: &NodeConfig, sb: &Superblock) -> Result<(), String> {
         return Err(format!(
             "the volumes' (number, bytes) are {given:?} but the group was made with {known:?}: \
              give every backing the size that it had"
-        ));
-    }
-    if sb.role == Role::Primary && sb.term.node != sb.node {
-        return Err(format!(
-            "node {:?} was promoted under term {} while this node was the primary: it must not write. \
-             Run `volrep rejoin` here to follow the new primary",
-            sb.term.node, sb.term.counter
         ));
     }
     Ok(())

@@ -20,7 +20,7 @@ use crate::resync::{MAX_OPEN, extent_of};
 use crate::units::Extent;
 use bytes::Bytes;
 use slab::Slab;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 /// Whose a call is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -52,6 +52,8 @@ pub struct Comparing {
     sources: BTreeMap<LinkId, (u64, Source)>,
     /// Windows asked for before this primary served.
     early: Vec<(LinkId, Compare)>,
+    /// Windows closed by shadows, and the write that must be in a record before that is confirmed.
+    closed: VecDeque<(LinkId, u32, u64)>,
     /// On a shadow: the job that runs, or the last one.
     pub(super) job: Option<CompareJob>,
     /// On a primary: who asked for one, and of which link.
@@ -72,6 +74,7 @@ impl Comparing {
             windows: 0,
             sources: BTreeMap::new(),
             early: Vec::new(),
+            closed: VecDeque::new(),
             job: None,
             asked: None,
             wire: 0,
@@ -113,6 +116,7 @@ impl Comparing {
     pub(super) fn forget(&mut self, link: LinkId) {
         self.sources.remove(&link);
         self.early.retain(|(l, _)| *l != link);
+        self.closed.retain(|(l, ..)| *l != link);
     }
 }
 
@@ -165,6 +169,19 @@ impl Run {
         true
     }
 
+    /// Confirms closed windows whose touched sectors are in records now; whether there were any.
+    pub(super) fn confirm_closed(&mut self) -> bool {
+        let tail = *self.journal.tail();
+        let mut moved = false;
+        while let Some((link, window, _)) =
+            self.compare.closed.pop_front_if(|(.., seq)| *seq <= tail.last_write)
+        {
+            self.say(link, Compare::Closed { window, lsn: tail.point.lsn });
+            moved = true;
+        }
+        moved
+    }
+
     fn open_window(&mut self, link: LinkId, number: u32, extent: Extent, wanted: &[u8], quick: bool) {
         let volume = self.meta.sb.volumes.iter().find(|v| v.number == extent.address().volume());
         if volume.is_none_or(|v| extent.address().offset() + extent.len() > v.size) {
@@ -214,6 +231,12 @@ impl Run {
                 }
                 Task::Work(window, purpose, job) => self.do_work(side, serial, window, purpose, job),
                 Task::Learn(window, roots) => self.learn(window, roots),
+                Task::Cover(window) => {
+                    if let (Side::Source(link), Part::Primary(p)) = (side, &self.part) {
+                        let last = p.cache.as_ref().map_or(0, |c| c.last_seq());
+                        self.compare.closed.push_back((link, window, last));
+                    }
+                }
                 Task::Read(window, purpose, extent) => {
                     let call =
                         Call { side, serial, window, purpose, extent: Some(extent), pieces: Vec::new() };

@@ -56,6 +56,8 @@ pub struct Timing {
     pub write_back_after: u64,
     /// Between checkpoints while there is something to checkpoint, ns.
     pub checkpoint_after: u64,
+    /// How long a primary that starts waits for its peers' word that none was promoted meanwhile, ns.
+    pub ask: u64,
 }
 
 impl Default for Timing {
@@ -69,6 +71,7 @@ impl Default for Timing {
             redial: 250 * MILLIS,
             write_back_after: 200 * MILLIS,
             checkpoint_after: 5_000 * MILLIS,
+            ask: 1_000 * MILLIS,
         }
     }
 }

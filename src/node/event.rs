@@ -7,7 +7,9 @@
 use crate::disk::{DiskRequest, DiskResult, IoError, Memory, Payload, Token};
 use crate::format::message::Message;
 use crate::format::record::{EncodeJob, Encoded};
-use crate::node::status::Status;
+use crate::format::salvage::{Head, Trailer};
+use crate::node::history::HistoryEvent;
+use crate::node::status::{MarkStatus, Status};
 use crate::resync::hash::{Job, Product};
 use crate::units::{Extent, Lsn};
 use bytes::Bytes;
@@ -62,6 +64,13 @@ pub enum Event {
         /// What.
         op: Op,
     },
+    /// A request of a front end that offers a view; answered in the same way.
+    View {
+        /// Comes back in [`Action::Complete`].
+        id: RequestId,
+        /// What.
+        op: Op,
+    },
     /// The answer to [`Action::Disk`].
     Disk {
         /// Of the request.
@@ -87,6 +96,11 @@ pub enum Event {
     Stage {
         /// The mapped file that says what is in the stage; or why there is none.
         result: Result<Box<dyn Memory>, String>,
+    },
+    /// The answer to [`Action::Salvage`].
+    Salvaged {
+        /// The path of the file, once it has ended; or why it can't be written.
+        result: Result<Option<String>, String>,
     },
     /// A connection stands: one that [`Action::Dial`] asked for, or one from a peer.
     LinkUp {
@@ -136,6 +150,11 @@ pub enum AdminOp {
     Drain,
     /// `Drain`, then the superblock marked clean; later requests are refused with ESHUTDOWN.
     Shutdown,
+    /// Name this place in the write order; answered `Marked` once it is durable here.
+    Mark {
+        /// How: see `format::record::is_mark`.
+        text: String,
+    },
     /// Become the primary.
     Promote {
         /// The operator's word that the old primary can no longer write.
@@ -149,6 +168,45 @@ pub enum AdminOp {
     Refresh(Refresh),
     /// End the comparison that is under way; what was repaired stays.
     RefreshStop,
+    /// On the primary: hand the place over to a shadow that has everything. Answered when that one is the primary,
+    /// or when nothing was moved.
+    Switchover {
+        /// The shadow's name.
+        to: String,
+        /// Only say what would happen.
+        dry_run: bool,
+    },
+    /// Answered `Done` when this node has become the primary without anybody here having asked for it: its
+    /// predecessor has handed the place over, or did not get rid of it. The volumes are to be attached then, and the
+    /// database started.
+    AwaitTakeover,
+    /// Freeze a shadow's image for [`Event::View`]. Answered `Done` when it is frozen.
+    View {
+        /// What is written to the view is kept, in an overlay, as long as the view is open.
+        scratch: bool,
+        /// At exactly this record; none: where the image is.
+        at: Option<Lsn>,
+    },
+    /// Give the image free again, and drop the overlay.
+    ViewClose,
+    /// Give up what this node holds and the primary does not, and follow.
+    Rejoin {
+        /// The operator's word that this peer's side is kept.
+        keep: Option<String>,
+        /// Only say what would happen.
+        dry_run: bool,
+    },
+}
+
+/// A part of a salvage file.
+#[derive(Clone, Debug)]
+pub enum Salvage {
+    /// It begins; whatever one of the same name held is gone once the new one has ended.
+    Begin(Head),
+    /// Records.
+    Append(Vec<Bytes>),
+    /// It ends, and is durable when this is answered.
+    End(Trailer),
 }
 
 /// What a refresh is to do.
@@ -189,6 +247,8 @@ pub enum Refusal {
 pub enum Answer {
     /// To [`AdminOp::Status`].
     Status(Box<Status>),
+    /// To [`AdminOp::Mark`].
+    Marked(MarkStatus),
     /// Done; what to tell the administrator.
     Done(String),
     /// Not done: why, and what to do next.
@@ -223,6 +283,10 @@ pub enum Action {
     },
     /// Remove the files of the stage, if there are any, and give their room back.
     DropStage,
+    /// Write a part of the salvage file; answer with [`Event::Salvaged`]. One at a time.
+    Salvage(Salvage),
+    /// Keep it, durably, in the order of these actions; a mark and what is given up before what follows is done.
+    History(HistoryEvent),
     /// A front end's request is finished: a read's bytes, nothing otherwise.
     Complete {
         /// Which.

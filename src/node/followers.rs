@@ -212,7 +212,7 @@ impl Run {
     pub(super) fn propose_sync_set(&mut self, members: &[NodeId]) {
         let payload: Vec<u8> = members.iter().flat_map(|n| n.0.to_le_bytes()).collect();
         if let Part::Primary(p) = &mut self.part {
-            p.pipeline.note(Kind::SyncSet, flags::SYNC, &payload);
+            p.pipeline.note(Kind::SyncSet, flags::SYNC, &payload, 0);
         }
     }
 }

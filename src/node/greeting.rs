@@ -6,10 +6,11 @@
 
 use super::event::{Level, LinkId};
 use super::feed::Fetched;
+use super::history::Happening;
 use super::links::LinkState;
 use super::run::{Part, Run, fetch};
 use crate::format::message::{Cause, Identity, Message, Role, Verdict, proof, refuse};
-use crate::link::handshake::{Decision, Facts, TermOrder, candidate, decide, is_earlier_run, order};
+use crate::link::handshake::{Decision, Facts, TermOrder, candidate, decide, fork, is_earlier_run, order};
 use crate::units::{Lsn, Term};
 
 impl Run {
@@ -19,7 +20,15 @@ impl Run {
             self.send(link, refuse("this node was dialled by itself: check the peers' addresses"));
             return self.drop_link(link, "it is this very node");
         }
+        if self.admin.is_promoting() {
+            // What it would be told of this node's role may be untrue in a moment.
+            return self.drop_link(link, "this node is being promoted");
+        }
         self.meet(link, hello);
+        self.heard_out_by_name(&hello.name);
+        if self.takes_back(link, hello) {
+            return;
+        }
         if let Some(peer) = self.links.peer_of(link) {
             peer.resyncing = hello.resyncing;
             peer.blank = hello.blank;
@@ -27,46 +36,68 @@ impl Run {
         let own = self.identity();
         let found = candidate(&own.openings, own.tail, hello);
         let at = found.map_or(Lsn(0), |(lsn, _)| lsn);
+        let parted = fork(&own, hello);
+        if (own.role == Role::Shadow || hello.role == Role::Primary)
+            && let Some(peer) = self.links.peer_of(link)
+        {
+            peer.fork = parted;
+        }
+        let term = order(own.term, hello.term);
+        // Of two promotions a node can give up its own, or take an administrator's word on which one it follows.
+        let gives_way = term != TermOrder::Conflicting || hello.term.node == hello.node;
         let facts = Facts {
             same_group: hello.group == own.group,
             same_volumes: hello.volumes == own.volumes,
             own: own.role,
             peer: hello.role,
-            term: order(own.term, hello.term),
+            term,
             lineage_known: found.is_some(),
             keeps_applied: at >= hello.applied,
             held: own.oldest.lsn <= at && self.can_hold(at),
             common_start: at > Lsn(0) || (own.blank && hello.blank),
+            rewinds: hello.rewinds && gives_way,
         };
+        let ours = facts.same_group && facts.same_volumes;
         match decide(facts) {
             Decision::Compare => match self.point_at(at) {
                 Some(point) => self.welcome(link, nonce, Verdict::Compare(point)),
                 None => {
-                    let state = LinkState::Locating { nonce, at };
+                    let state = LinkState::Locating { nonce, at, forked: false };
                     self.set_state(link, state);
                 }
             },
             Decision::Resync(cause) => {
                 let earlier = is_earlier_run(&own.openings, hello.tail_generation);
                 let cause = if cause == Cause::Lineage && earlier { Cause::Behind } else { cause };
-                self.offer_resync(link, nonce, cause);
+                let at = parted.filter(|at| cause == Cause::Fork && *at > Lsn(0));
+                match at.map(|at| (at, self.point_at(at))) {
+                    // Nobody else may have taken note of it, and it says what was whose exactly.
+                    Some((at, None)) => {
+                        self.set_state(link, LinkState::Locating { nonce, at, forked: true });
+                    }
+                    Some((_, point)) => self.offer_resync(link, nonce, cause, point),
+                    None => self.offer_resync(link, nonce, cause, None),
+                }
             }
             // It has shown nothing yet of what it holds.
             Decision::Diverged
                 if hello.resyncing && hello.role == Role::Shadow && facts.term != TermOrder::Conflicting =>
             {
-                self.offer_resync(link, nonce, Cause::Lineage);
+                self.offer_resync(link, nonce, Cause::Lineage, None);
             }
             Decision::Diverged => {
-                let why = format!("its history differs from this node's, at LSN {at} at the latest");
-                self.set_peer(link, "Diverged", Some(why));
-                self.welcome(link, nonce, Verdict::Diverged(at));
+                let rival = hello.role == Role::Primary;
+                let why = if rival { "it is a primary, too" } else { "it holds what this node never wrote" };
+                self.set_diverged(link, parted, rival, why);
+                self.welcome(link, nonce, Verdict::Diverged(parted.unwrap_or(at)));
             }
-            // A primary of an earlier term has to learn of this one, whose proof it gets here.
-            Decision::Refuse(_) if hello.role == Role::Primary && own.role == Role::Primary => {
-                let why = "it was a primary under a term that has ended; run `volrep rejoin` there";
-                self.set_peer(link, "Diverged", Some(why.into()));
-                self.welcome(link, nonce, Verdict::Diverged(at));
+            // A primary of an earlier term has to learn of the one that was seen here.
+            Decision::Refuse(_) if ours && hello.role == Role::Primary && facts.term == TermOrder::Lower => {
+                if own.role == Role::Primary {
+                    let why = "it was a primary under a term that has ended";
+                    self.set_diverged(link, parted, false, why);
+                }
+                self.welcome(link, nonce, Verdict::Diverged(parted.unwrap_or(at)));
             }
             Decision::Refuse(why) => {
                 self.set_peer(link, "Disconnected", Some(why.into()));
@@ -74,6 +105,7 @@ impl Run {
                 self.drop_link(link, why);
             }
             Decision::Superseded => self.superseded(link, hello.term),
+            Decision::Raise => self.raise_over(link, hello.term),
         }
     }
 
@@ -98,6 +130,9 @@ impl Run {
             self.drop_link(id, "the peer has connected anew");
         }
         self.links.meet(link, peer.node, &peer.name, self.now.mono);
+        if let Some(view) = self.links.peer_of(link) {
+            view.term = Some(peer.term);
+        }
     }
 
     pub(super) fn set_state(&mut self, link: LinkId, state: LinkState) {
@@ -124,13 +159,17 @@ impl Run {
     /// Looks up the chain hash at the candidate; whether anything moved.
     pub(super) fn locate(&mut self, id: LinkId) -> bool {
         let Some(link) = self.links.by_id.get_mut(&id) else { return false };
-        let LinkState::Locating { nonce, at } = &link.state else { return false };
-        let (nonce, at) = (*nonce, *at);
+        let LinkState::Locating { nonce, at, forked } = &link.state else { return false };
+        let (nonce, at, forked) = (*nonce, *at, *forked);
         match fetch!(self, link.reader, at) {
             Fetched::Pending => return false,
+            Fetched::Ready(record) if forked => {
+                self.offer_resync(id, nonce, Cause::Fork, Some(record.point()));
+            }
+            Fetched::Lost if forked => self.offer_resync(id, nonce, Cause::Fork, None),
             Fetched::Ready(record) => self.welcome(id, nonce, Verdict::Compare(record.point())),
             Fetched::Lost => {
-                self.offer_resync(id, nonce, Cause::Behind);
+                self.offer_resync(id, nonce, Cause::Behind, None);
             }
         }
         true
@@ -138,15 +177,8 @@ impl Run {
 
     /// A peer has seen a higher term: this node must never acknowledge again under its own.
     fn superseded(&mut self, link: LinkId, term: Term) {
-        let text = format!(
-            "node {:?} was promoted under term {}, this primary has term {}: it stops acknowledging. \
-             Run `volrep rejoin` here to follow the new primary",
-            term.node, term.counter, self.meta.sb.term.counter
-        );
         self.send(link, refuse("this primary was superseded and has stopped"));
-        self.meta.sb.term = term;
-        self.meta.save(true);
-        self.fail(text);
+        self.supersede(term);
     }
 
     /// The acceptor's verdict on this shadow.
@@ -163,7 +195,7 @@ impl Run {
                 return self.drop_link(link, "this node is being promoted");
             }
             Part::Shadow(_) => {}
-            Part::Primary(_) => return self.met_primary(link, primary),
+            Part::Primary(_) => return self.met_other(link, primary),
         }
         let own = self.identity();
         if primary.role != Role::Primary || primary.group != own.group || primary.volumes != own.volumes {
@@ -173,17 +205,21 @@ impl Run {
         if let Some(peer) = self.links.peer_of(link) {
             peer.blank = primary.blank;
         }
-        match rank {
-            TermOrder::Lower => return self.drop_link(link, "it is a primary of a term that has ended"),
-            TermOrder::Conflicting => {
-                self.meet(link, primary);
-                return self.histories_differ(link, own.tail.lsn.min(primary.tail.lsn));
-            }
-            TermOrder::Equal | TermOrder::Higher => self.meet(link, primary),
+        if rank == TermOrder::Lower {
+            return self.drop_link(link, "it is a primary of a term that has ended");
+        }
+        self.meet(link, primary);
+        if let Some(peer) = self.links.peer_of(link) {
+            peer.fork = fork(&own, primary);
+        }
+        if rank == TermOrder::Conflicting {
+            return self.histories_differ(link, own.tail.lsn.min(primary.tail.lsn));
         }
         if rank == TermOrder::Higher {
             self.meta.sb.term = primary.term;
+            self.taken_over(primary.node, &primary.name);
             self.meta.save(true);
+            self.tell(Happening::Term { primary: primary.name.clone() });
         }
         if rank == TermOrder::Higher || matches!(verdict, Verdict::Compare(_)) {
             self.links.follow(primary.node);
@@ -213,16 +249,21 @@ impl Run {
         }
     }
 
-    /// A primary has dialled another one, which has proved to be of this group.
-    fn met_primary(&mut self, link: LinkId, other: &Identity) {
+    /// A primary has dialled a node that has proved to be of this group, and that knows of another primary.
+    fn met_other(&mut self, link: LinkId, other: &Identity) {
         self.meet(link, other);
+        let parted = fork(&self.identity(), other);
         if order(self.meta.sb.term, other.term) == TermOrder::Higher {
+            if let Some(peer) = self.links.peer_of(link) {
+                peer.fork = parted;
+            }
             return self.superseded(link, other.term);
         }
-        let why = "it is a primary too: choose which side to keep";
-        self.set_peer(link, "Diverged", Some(why.into()));
+        if other.role == Role::Primary {
+            self.set_diverged(link, parted, true, "it is a primary, too");
+        }
         self.be_patient(link);
-        self.drop_link(link, why);
+        self.drop_link(link, "it does not follow this node");
     }
 
     /// One primary at a time: under a term that may have ended, nothing is acknowledged any more (I8).
@@ -241,6 +282,7 @@ impl Run {
 
     /// The journal here is a prefix of the primary's.
     pub(super) fn histories_agree(&mut self, link: LinkId) {
+        self.rejoined();
         let tail = self.journal.tail().point.lsn;
         if let Part::Shadow(s) = &mut self.part {
             // What was announced beyond the end here belongs to records that never came.
@@ -254,9 +296,11 @@ impl Run {
 
     /// The journal here holds something that the primary never wrote.
     pub(super) fn histories_differ(&mut self, link: LinkId, lsn: Lsn) {
-        let why = format!("its history and this node's differ, at LSN {lsn} at the latest");
-        self.set_peer(link, "Diverged", Some(why));
-        self.send(link, refuse(&format!("histories differ, at LSN {lsn} at the latest; nothing was merged")));
+        let known = self.links.peer_of(link).and_then(|p| p.fork);
+        self.set_diverged(link, known, false, "this node holds what it never wrote");
+        let at =
+            known.map_or_else(|| format!("at LSN {lsn} at the latest"), |lsn| format!("after LSN {lsn}"));
+        self.send(link, refuse(&format!("histories differ, {at}; nothing was merged")));
         self.be_patient(link);
         self.drop_link(link, "histories differ");
     }

@@ -71,6 +71,8 @@ pub struct Image {
     pub(super) finish: Finish,
     /// What the batch under way puts into the stage.
     staging: Vec<Extent>,
+    /// The shell has not answered the last [`OpenStage`](super::event::Action::OpenStage).
+    pub(super) making: bool,
 }
 
 impl Image {
@@ -100,6 +102,7 @@ impl Image {
             staged: Staged::default(),
             finish: Finish::default(),
             staging: Vec::new(),
+            making: false,
         }
     }
 
@@ -118,6 +121,11 @@ impl Image {
     /// No request that changes the image is in flight, whatever became of the last ones.
     pub fn is_quiet(&self) -> bool {
         self.applier.is_quiet() && self.reader.is_idle()
+    }
+
+    /// Newest record of which something may be in the backing.
+    pub fn newest(&self) -> Lsn {
+        self.upto.unwrap_or(self.applied).point.lsn
     }
 
     /// Nothing of the backing is being changed.
@@ -141,7 +149,7 @@ impl Run {
             Part::Primary(p) if p.is_redoing() => self.journal.tail().point.lsn,
             Part::Primary(_) => Lsn(0),
             Part::Shadow(s) if s.is_cutting() => Lsn(0),
-            Part::Shadow(s) => self.journal.durable().min(s.vouched()),
+            Part::Shadow(s) => self.journal.durable().min(s.vouched()).min(s.wanted()),
         }
     }
 

@@ -8,6 +8,7 @@
 
 use super::compare::Side;
 use super::event::{Level, Refresh};
+use super::history::Happening;
 use super::meta::Ticket;
 use super::run::{Part, Run};
 use super::scrub::Spoilt;
@@ -224,8 +225,20 @@ impl Run {
         }
     }
 
+    /// The journal's end, or all of it, is about to be another one: nothing of it is read again.
+    fn leave_journal(&mut self) {
+        let turning = matches!(&self.part, Part::Shadow(s) if s.is_cutting() || s.rebase.is_some());
+        if turning || self.admin.is_promoting() {
+            self.end_scrub();
+            if let Some(job) = self.running_job().filter(|j| j.journal == JournalRead::Reading) {
+                job.journal = JournalRead::Done;
+            }
+        }
+    }
+
     /// Moves the job on; whether anything moved.
     pub(super) fn pump_job(&mut self) -> bool {
+        self.leave_journal();
         let connected = self.links.receiving().is_some();
         let shadow = matches!(self.part, Part::Shadow(_));
         let Some(job) = self.running_job() else { return false };
@@ -291,10 +304,12 @@ impl Run {
         let moved = !out.is_empty() || !finished.is_empty();
         self.do_tasks(Side::Target, serial, out);
         finished.into_iter().for_each(|w| self.window_done(w));
+        self.account_settled();
         let moved = moved | self.scrub_job();
         let Some(job) = &mut self.compare.job else { return moved };
-        let compared = job.target.open_windows() == 0 && job.plan.is_done();
+        let compared = job.target.is_idle() && job.plan.is_done();
         if compared && job.journal == JournalRead::Done {
+            debug_assert!(job.ahead.is_empty(), "a window was forgotten");
             job.phase = Phase::Settling;
             self.image.repaired = true;
             self.hurry_checkpoint();
@@ -317,16 +332,22 @@ impl Run {
         }
         let Some(job) = &mut self.compare.job else { return };
         let mut window = window;
-        let mut found = Vec::new();
+        let mut found = None;
         if !job.verify {
             // It is repaired: nobody will find it again, whatever becomes of the link.
-            found.push(Finished { skipped: 0, ..window.clone() });
+            found = Some(Finished { skipped: 0, ..window.clone() });
             (window.different, window.rotten, window.their_rotten) = Default::default();
         }
         job.ahead.push(window);
-        let before = job.low_water();
-        found.extend(job.ahead.extract_if(.., |w| w.extent.start() < before));
         found.iter().for_each(|w| self.account(w));
+    }
+
+    /// Windows that are behind this job now count for good.
+    fn account_settled(&mut self) {
+        let Some(job) = &mut self.compare.job else { return };
+        let before = job.low_water();
+        let settled: Vec<_> = job.ahead.extract_if(.., |w| w.extent.start() < before).collect();
+        settled.iter().for_each(|w| self.account(w));
     }
 
     /// Adds a window to what is told.
@@ -409,7 +430,6 @@ impl Run {
 
     /// Goes on reading the journal; whether anything moved.
     fn scrub_job(&mut self) -> bool {
-        let turning = matches!(&self.part, Part::Shadow(s) if s.is_cutting() || s.rebase.is_some());
         let Some(job) = &mut self.compare.job else { return false };
         let (cause, verify) = (job.status.cause.clone(), job.verify);
         match job.journal {
@@ -427,8 +447,7 @@ impl Run {
         let mut over = true;
         if let Some(scrub) = &mut self.scrub {
             job.status.journal_read = scrub.read();
-            // Its end, or all of it, is about to be another one.
-            over = scrub.is_over() || turning || self.admin.is_promoting();
+            over = scrub.is_over();
             for s in scrub.found.drain(..) {
                 let (volume, node) = (JOURNAL.to_owned(), Some(job.status.shadow.clone()));
                 let range =
@@ -518,6 +537,17 @@ impl Run {
             s.repaired,
             reason.map_or_else(String::new, |r| format!(" ({r})"))
         );
+        let (outcome, compared, repaired) = (state.to_owned(), s.compared, s.repaired);
+        let (cause, differ, identical_at, why) = (s.cause.clone(), s.differ, s.lsn, s.reason.clone());
+        self.tell(Happening::Compared {
+            cause,
+            outcome,
+            compared,
+            differ,
+            repaired,
+            identical_at,
+            reason: why,
+        });
         let level = if state == "Done" { Level::Info } else { Level::Warn };
         self.log(level, text);
         if let Some(link) = self.links.receiving() {

@@ -7,6 +7,7 @@
 use super::config::NodeConfig;
 use super::event::{Action, Level, LinkId};
 use super::feed::Reader;
+use super::history::Happening;
 use super::meta::Ticket;
 use super::run::{Part, Run};
 use crate::format::message::{Identity, Message, proof, refuse};
@@ -14,7 +15,7 @@ use crate::format::superblock::{Peer, Superblock};
 use crate::journal::Tail;
 use crate::link::lag::{ClockEstimate, Timeline};
 use crate::link::sender::Sender;
-use crate::units::{HistoryPoint, Lsn, NodeId};
+use crate::units::{HistoryPoint, Lsn, NodeId, Term};
 use std::collections::BTreeMap;
 
 /// Where a link stands.
@@ -22,8 +23,9 @@ use std::collections::BTreeMap;
 pub enum LinkState {
     /// Accepted: the challenge is out.
     Challenged,
-    /// Accepted: the chain hash at this LSN is being looked up; to be proved over this nonce.
-    Locating { nonce: [u8; 32], at: Lsn },
+    /// Accepted: the chain hash at this LSN is being looked up; to be proved over this nonce. `forked`: the
+    /// histories part there.
+    Locating { nonce: [u8; 32], at: Lsn, forked: bool },
     /// Accepted: the shadow compares at this LSN.
     Welcomed { at: Lsn },
     /// Accepted: the shadow can't go on by the journal, and was told so.
@@ -63,6 +65,8 @@ pub struct Link {
     beat: u64,
     /// The records after this one are kept for it, until it begins.
     pub(super) held: Option<Lsn>,
+    /// Where the peer's history leaves the one here: offered to it as a common point.
+    pub(super) fork: Option<HistoryPoint>,
 }
 
 /// What is known of a peer, connected or not.
@@ -81,6 +85,12 @@ pub struct PeerView {
     pub(super) resyncing: bool,
     /// As it says, its image was all zeroes at LSN 0.
     pub(super) blank: bool,
+    /// The highest term that it knew when it was last met.
+    pub(super) term: Option<Term>,
+    /// After this LSN its history and the one here hold different records, as far as it has told.
+    pub(super) fork: Option<Lsn>,
+    /// It was a primary too when it was last met, under a term that neither side can call ended.
+    rival: bool,
 }
 
 impl PeerView {
@@ -98,7 +108,15 @@ impl PeerView {
             sent_bytes: 0,
             resyncing: known.is_some_and(|p| p.resyncing),
             blank: false,
+            term: None,
+            fork: None,
+            rival: false,
         }
+    }
+
+    /// It has diverged, and only an administrator can say which side is kept.
+    pub(super) fn is_rival(&self) -> bool {
+        self.rival && self.state == "Diverged"
     }
 }
 
@@ -235,8 +253,13 @@ impl Links {
         }
     }
 
-    /// This node follows that primary.
+    /// This node follows that primary: what another one made of it means nothing any more.
     pub fn follow(&mut self, node: NodeId) {
+        for view in self.peers.iter_mut().filter(|v| v.node != Some(node)) {
+            if matches!(view.state, "Resync" | "Diverged") {
+                (view.state, view.reason) = ("Disconnected", None);
+            }
+        }
         if self.primary != Some(node) {
             self.heard = Heard::default();
         }
@@ -247,6 +270,20 @@ impl Links {
     pub fn is_live(&self, node: NodeId) -> bool {
         let live = |l: &Link| matches!(l.state, LinkState::Sending(_) | LinkState::Receiving);
         self.by_id.values().any(|l| l.peer == Some(node) && live(l))
+    }
+
+    /// What was known of those that followed this node means nothing any more.
+    pub fn forget_followers(&mut self) {
+        for view in &mut self.peers {
+            let (node, term, fork) = (view.node, view.term, view.fork);
+            *view = PeerView { node, term, fork, ..PeerView::new(&view.name, None) };
+        }
+    }
+
+    /// The link on which this peer is fed.
+    pub fn sending_to(&self, node: NodeId) -> Option<LinkId> {
+        let fed = |l: &Link| l.peer == Some(node) && matches!(l.state, LinkState::Sending(_));
+        self.by_id.iter().find(|(_, l)| fed(l)).map(|(id, _)| *id)
     }
 
     /// Nobody is waited for any longer before he is dialled.
@@ -281,6 +318,7 @@ impl Run {
             heard,
             beat,
             held: None,
+            fork: None,
         };
         self.links.by_id.insert(link, fresh);
         if self.fault.is_some() {
@@ -307,6 +345,9 @@ impl Run {
         }
         self.compare.forget(link);
         let gone = self.links.by_id.remove(&link);
+        if let Some(peer) = gone.as_ref().and_then(|l| l.dialed) {
+            self.heard_out(peer);
+        }
         if gone.is_some_and(|l| matches!(l.state, LinkState::Receiving)) {
             self.forget_held();
         }
@@ -315,6 +356,7 @@ impl Run {
     /// Dialling failed.
     pub(super) fn dial_failed(&mut self, peer: usize) {
         let redial = self.cfg.timing.redial;
+        self.heard_out(peer);
         if let Some(d) = self.links.dials.get_mut(peer) {
             d.busy = false;
             d.at = self.now.mono + redial;
@@ -332,11 +374,15 @@ impl Run {
             return;
         }
         let was_fed = matches!(l.state, LinkState::Receiving);
+        let dialed = l.dialed;
         l.state = LinkState::Closing;
         l.held = None;
         self.compare.forget(link);
         if was_fed {
             self.forget_held();
+        }
+        if let Some(peer) = dialed {
+            self.heard_out(peer);
         }
         self.out.push(Action::Close { link });
         let name = self.links.peer_of(link).map(|p| {
@@ -364,9 +410,22 @@ impl Run {
             p.reason = reason.clone();
             let name = p.name.clone();
             if let (true, Some(reason)) = (news, reason) {
+                if state == "Diverged" {
+                    let (peer, reason) = (name.clone(), reason.clone());
+                    self.tell(Happening::Diverged { peer, reason });
+                }
                 self.log(Level::Warn, format!("{name}: {state}: {reason}"));
             }
         }
+    }
+
+    /// The histories have parted after `fork`; `rival`: the peer is a primary, too.
+    pub(super) fn set_diverged(&mut self, link: LinkId, fork: Option<Lsn>, rival: bool, why: &str) {
+        let at = fork.map_or_else(String::new, |lsn| format!(" after LSN {lsn}"));
+        if let Some(p) = self.links.peer_of(link) {
+            (p.fork, p.rival) = (fork, rival);
+        }
+        self.set_peer(link, "Diverged", Some(format!("{why}; the histories part{at}")));
     }
 
     /// Dialling this link's peer again soon won't help.
@@ -395,6 +454,7 @@ impl Run {
             applied: sb.limit.min(tail.point.lsn),
             openings: sb.openings.clone(),
             resyncing: self.is_remaking(),
+            rewinds: sb.retired.is_some_and(|r| r.rewinds),
         }
     }
 
@@ -463,6 +523,7 @@ impl Run {
             (LinkState::Receiving, Message::Copy(record)) => self.copy_came(Some(record)),
             (LinkState::Receiving, Message::NoCopy { .. }) => self.copy_came(None),
             (LinkState::Sending(_), Message::AskCopy { lsn }) => l.copy = Some(lsn),
+            (LinkState::Receiving, Message::Handover { at }) => self.handed_over(link, at),
             (LinkState::Receiving, Message::Durable { lsn }) => self.announced(lsn),
             (LinkState::Receiving, Message::Compare(word)) => self.heard_as_shadow(link, *word),
             (LinkState::Sending(_), Message::Compare(word)) => self.heard_as_primary(link, *word),
@@ -578,17 +639,21 @@ impl Run {
 
     /// A shadow dials its primary; a primary those who do not come, for one may have been promoted.
     fn dial(&mut self) {
-        if self.fault.is_some() || self.admin.is_promoting() {
+        if self.fault.is_some() || self.admin.is_promoting() || self.is_retiring() {
             return;
         }
         let patience = match &self.part {
             Part::Shadow(s) if s.closing || s.is_turning() || self.links.receiving().is_some() => return,
+            // Who holds records of his own waits for an administrator's word.
+            Part::Shadow(_) if self.meta.sb.retired.is_some_and(|r| !r.rewinds) => return,
             Part::Shadow(_) if !self.journal.is_quiet() => {
                 let lsn = self.journal.tail().point.lsn;
                 return self.journal.want(lsn);
             }
             Part::Shadow(_) => 1,
-            Part::Primary(p) if p.closing || !p.is_serving() => return,
+            Part::Primary(p) if p.closing => return,
+            Part::Primary(_) if self.is_asking() => 1,
+            Part::Primary(p) if !p.is_serving() => return,
             Part::Primary(_) => PATIENCE,
         };
         for i in 0..self.links.dials.len() {
@@ -596,8 +661,9 @@ impl Run {
             let node = self.links.peers.iter().find(|p| p.name == *name).and_then(|p| p.node);
             let linked =
                 self.links.by_id.values().any(|l| l.dialed == Some(i) || (node.is_some() && l.peer == node));
+            let asked = self.is_asking() && !self.asks(i);
             let dial = &mut self.links.dials[i];
-            if !self.cfg.peers[i].dial || linked || dial.busy {
+            if !self.cfg.peers[i].dial || linked || asked || dial.busy {
                 continue;
             }
             let at = dial.at + (patience - 1) * self.cfg.timing.redial;

@@ -3,14 +3,16 @@
 //! Owns: the order in which the machines see things. Invariant: a node is a function of its
 //! configuration, its two memories, its files, and the sequence of (now, event).
 //!
-//! `boot` finds the journal's end; `run` is the node afterwards: `primary` and `shadow` are its
+//! `boot` finds the journal's end, `asking` waits for news of a promotion; `run` is the node afterwards: `primary` and `shadow` are its
 //! roles, `image` the backing and its checkpoint, `feed` the way of records to their readers,
 //! `links` the connections, `greeting` their handshake,
 //! `compare`, `job` and `refresh` the comparison of images, `scrub` the journal read again, `offer`, `rebase` and `remake` the resync of a shadow
-//! that its primary's journal can't feed,
+//! that its primary's journal can't feed, `view` what others see of a shadow, `retire` and `salvage` the end of a primary,
+//! `marks` the named places in the write order, `history` what is kept of all that for people,
 //! `followers` what a primary owes its shadows, `admin` what administrators ask, `report` what they are told.
 
 mod admin;
+mod asking;
 mod boot;
 mod compare;
 pub mod config;
@@ -18,9 +20,11 @@ pub mod event;
 mod feed;
 mod followers;
 mod greeting;
+pub mod history;
 mod image;
 mod job;
 mod links;
+mod marks;
 mod meta;
 mod offer;
 mod primary;
@@ -28,11 +32,15 @@ mod rebase;
 mod refresh;
 mod remake;
 mod report;
+mod retire;
 mod run;
+mod salvage;
 mod scrub;
 mod sealing;
 mod shadow;
 pub mod status;
+mod switchover;
+mod view;
 
 use crate::disk::{DiskRequest, IoError, Memory};
 use crate::units::Now;
@@ -54,6 +62,7 @@ const COMPARE: u8 = 8;
 const STAGE: u8 = 9;
 const INDEX: u8 = 10;
 const SCRUB: u8 = 11;
+const VIEW: u8 = 12;
 
 /// The mapped files of a node.
 pub struct Memories {
@@ -166,6 +175,8 @@ impl Node {
                 Some(_) => actions.push(Action::Complete { id, result: Err(IoError::EIO) }),
                 None => self.early.push((id, op)),
             },
+            // A view lives in a process: there is none yet, and none any more.
+            Event::View { id, .. } => actions.push(Action::Complete { id, result: Err(IoError::EIO) }),
             Event::LinkUp { link, .. } => actions.push(Action::Close { link }),
             Event::Admin { id, op: AdminOp::Status } => {
                 let status = Box::new(report::bare(&self.cfg, state, broken));

@@ -17,8 +17,14 @@ use crate::units::{HistoryPoint, Lsn};
 const MOST: usize = 1 << 18;
 
 impl Run {
-    /// Tells a shadow that it needs a resync, and from what.
-    pub(super) fn offer_resync(&mut self, link: LinkId, nonce: [u8; 32], cause: Cause) {
+    /// Tells a shadow that it needs a resync, and from what. `fork`: where its history leaves the one here.
+    pub(super) fn offer_resync(
+        &mut self,
+        link: LinkId,
+        nonce: [u8; 32],
+        cause: Cause,
+        fork: Option<HistoryPoint>,
+    ) {
         self.set_peer(link, "Resync", Some(cause.text().into()));
         let Some(peer) = self.links.peer_of(link) else { return };
         let (node, blank) = (peer.node, peer.blank);
@@ -29,7 +35,11 @@ impl Run {
             self.update_keep();
         }
         let oldest = self.journal.oldest().lsn;
-        let points = self.points(blank && self.meta.sb.blank);
+        let mut points = self.points(blank && self.meta.sb.blank);
+        if let (Some(fork), Some(link)) = (fork, self.links.by_id.get_mut(&link)) {
+            link.fork = Some(fork);
+            points.push(fork);
+        }
         self.welcome(link, nonce, Verdict::Resync { cause, oldest, points });
     }
 
@@ -56,12 +66,12 @@ impl Run {
         let LinkState::Offering { since, at } = &mut link.state else { return false };
         let at = *at.get_or_insert(tail);
         link.held = Some(at.point.lsn);
-        let since = *since;
+        let (since, fork) = (*since, link.fork);
         if self.journal.durable() < at.point.lsn {
             self.journal.want(at.point.lsn);
             return false;
         }
-        let since = since.filter(|p| self.points(true).contains(p));
+        let since = since.filter(|p| fork == Some(*p) || self.points(true).contains(p));
         self.tell_candidates(id, at, since);
         true
     }

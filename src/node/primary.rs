@@ -79,6 +79,8 @@ pub struct Primary {
     /// Room was asked for and not found; in the journal.
     pub(super) starved: bool,
     pub(super) journal_full: bool,
+    /// The term is being raised: no record takes a place meanwhile.
+    pub(super) raising: Option<Ticket>,
     /// No more requests: the node is shutting down.
     pub(super) closing: bool,
     pub(super) written_bytes: u64,
@@ -103,6 +105,7 @@ impl Primary {
             reads: Slab::new(),
             starved: false,
             journal_full: false,
+            raising: None,
             closing: false,
             written_bytes: 0,
         }
@@ -208,7 +211,7 @@ impl Run {
     /// A front end's request.
     pub(super) fn request(&mut self, id: RequestId, op: Op) {
         let refused = match &self.part {
-            _ if self.fault.is_some() => Some(IoError::EIO),
+            _ if self.fault.is_some() || self.is_retiring() => Some(IoError::EIO),
             Part::Shadow(_) => Some(IoError::EROFS),
             Part::Primary(p) if p.closing => Some(IoError::ESHUTDOWN),
             Part::Primary(_) => None,
@@ -216,8 +219,10 @@ impl Run {
         if let Some(error) = refused {
             return self.complete(id, Err(error));
         }
+        let moving = self.moving.is_some();
         let Part::Primary(p) = &mut self.part else { return };
         match op {
+            Op::Write { .. } | Op::Zero { .. } if moving => p.waiting.push_back((id, op)),
             _ if !p.is_serving() => p.waiting.push_back((id, op)),
             Op::Read(extent) => self.read(ReadFor::Front(id), extent),
             Op::Flush => {
@@ -309,7 +314,7 @@ impl Run {
         let mut moved = false;
         loop {
             let Part::Primary(p) = &mut self.part else { return moved };
-            if !p.is_serving() {
+            if !p.is_serving() || self.moving.is_some() {
                 return moved;
             }
             p.starved = false;
@@ -411,7 +416,7 @@ impl Run {
                 moved
             }
             Stage::Serving => {
-                let mut moved = self.retry_waiting();
+                let mut moved = self.retry_waiting() | self.pump_raise();
                 moved |= self.pump_sealing();
                 moved |= self.commit();
                 moved | self.begin_write_back()
@@ -441,7 +446,7 @@ impl Run {
 
     /// Begins a batch of write-back when it is due.
     fn begin_write_back(&mut self) -> bool {
-        let hurry = self.image.hurry || self.admin.is_draining();
+        let hurry = self.image.hurry || self.admin.is_draining() || self.is_moving_over();
         let after = self.cfg.timing.write_back_after;
         let durable = self.journal.durable();
         let Part::Primary(p) = &mut self.part else { return false };

@@ -9,19 +9,22 @@
 //! image stays as it was until the new one is whole (I1).
 
 use super::event::{Level, LinkId};
+use super::history::Happening;
 use super::links::LinkState;
 use super::meta::Ticket;
 use super::run::{Part, Run, fetch};
+use super::salvage::Saving;
 use super::{JOURNAL, MAPS, STAGE};
 use crate::disk::{DiskOp, DiskRequest, File, Token};
 use crate::format::message::{Cause, Identity, Message, Opening};
 use crate::format::record::origin;
 use crate::format::superblock::{Anchor, OldImage, Resync, ResyncStage};
 use crate::journal::cursor::Place;
+use crate::journal::maps::Gathered;
 use crate::journal::{Journal, Tail};
 use crate::link::boundary::Search;
 use crate::node::feed::Fetched;
-use crate::units::{Extent, HistoryPoint, Lsn, NodeId};
+use crate::units::{Extent, Generation, HistoryPoint, Lsn, NodeId};
 
 /// The token of the syncs before the change of journals.
 pub(super) const MARKED: u64 = 1 << 40;
@@ -39,6 +42,8 @@ pub struct Rebase {
     openings: Vec<Opening>,
     /// Both images were all zeroes at LSN 0.
     blank: bool,
+    /// Everything that was written on either side since the common point, if that can be told so exactly.
+    touched: Option<Gathered>,
     step: Step,
 }
 
@@ -46,12 +51,14 @@ enum Step {
     /// The old journal goes into the image. The primary's points.
     Draining(Vec<HistoryPoint>),
     Searching(Search),
+    /// What is given up is saved.
+    Saving(Saving),
     Asked(Option<HistoryPoint>),
     /// The stage is being made.
     Offered(Box<Offer>),
     /// The dirty maps and the stage's map are being synced; so many are not yet.
     Marking(Box<Offer>, u32),
-    Saving(Ticket),
+    Turning(Ticket),
 }
 
 /// On the way back to the old image.
@@ -62,9 +69,14 @@ pub struct Retreat {
 }
 
 impl Rebase {
+    /// What is being saved.
+    pub(super) fn saving(&mut self) -> Option<&mut Saving> {
+        if let Step::Saving(saving) = &mut self.step { Some(saving) } else { None }
+    }
+
     /// The journal's end is about to be another one.
     pub(super) fn is_turning(&self) -> bool {
-        matches!(self.step, Step::Offered(_) | Step::Marking(..) | Step::Saving(_))
+        matches!(self.step, Step::Offered(_) | Step::Marking(..) | Step::Turning(_))
     }
 }
 
@@ -84,11 +96,21 @@ impl Run {
             // Nobody was shown anything of that lineage: the old image may be of this one.
             return self.retreat(None);
         }
-        if stopped || (cause == Cause::Lineage && self.meta.sb.consistent) {
+        let own_way = matches!(cause, Cause::Lineage | Cause::Fork) && self.meta.sb.consistent;
+        if stopped || (own_way && !self.meta.sb.retired.is_some_and(|r| r.rewinds)) {
+            if own_way && !stopped {
+                return self.histories_differ(link, self.journal.tail().point.lsn);
+            }
             self.be_patient(link);
             return self.drop_link(link, "a resync is needed");
         }
-        let rebase = Rebase { link, openings: primary.openings.clone(), blank, step: Step::Draining(points) };
+        let rebase = Rebase {
+            link,
+            openings: primary.openings.clone(),
+            blank,
+            touched: None,
+            step: Step::Draining(points),
+        };
         if let Part::Shadow(s) = &mut self.part {
             s.rebase = Some(rebase);
         }
@@ -96,6 +118,7 @@ impl Run {
         self.leave_others(link);
         self.set_state(link, LinkState::Rebasing);
         self.log(Level::Info, format!("resync: {}", cause.text()));
+        self.tell(Happening::Resync { cause: cause.text().into() });
     }
 
     /// Moves the way to another history on; whether anything moved.
@@ -104,7 +127,7 @@ impl Run {
         let Some(mut rebase) = s.rebase.take() else { return false };
         let link = rebase.link;
         let linked = self.links.by_id.get(&link).is_some_and(|l| matches!(l.state, LinkState::Rebasing));
-        if !linked && !matches!(rebase.step, Step::Saving(_)) {
+        if !linked && !matches!(rebase.step, Step::Turning(_)) {
             return true; // the primary holds nothing for it any more
         }
         let next = match rebase.step {
@@ -114,9 +137,19 @@ impl Run {
                 (Step::Searching(Search::new(points, self.image.applied.point.lsn, rebase.blank)), true)
             }
             Step::Searching(search) => self.search(link, search),
-            Step::Offered(offer) => self.prepare(offer),
-            Step::Marking(offer, 0) => (Step::Saving(self.save_rebase(*offer, &rebase.openings)), true),
-            Step::Saving(ticket) if self.meta.is_saved(ticket) => {
+            Step::Offered(offer) => self.prepare(offer, rebase.touched.as_ref()),
+            Step::Saving(saving) if saving.is_done() => {
+                let since = saving.since;
+                rebase.touched = saving.touched;
+                self.send(link, Message::Resync { since });
+                (Step::Asked(since), true)
+            }
+            Step::Saving(mut saving) => {
+                let moved = self.pump_salvage(&mut saving);
+                (Step::Saving(saving), moved)
+            }
+            Step::Marking(offer, 0) => (Step::Turning(self.save_rebase(*offer, &rebase.openings)), true),
+            Step::Turning(ticket) if self.meta.is_saved(ticket) => {
                 self.adopt();
                 if linked {
                     self.set_state(link, LinkState::Settling(ticket));
@@ -176,8 +209,11 @@ impl Run {
             };
             found = search.compare(own);
         }
-        self.send(id, Message::Resync { since: found });
-        (Step::Asked(found), true)
+        // Only records that were nobody else's are saved; a shadow that is behind has none.
+        let own = self.meta.sb.retired.is_some();
+        let (oldest, last) = (self.journal.oldest().lsn, self.journal.tail().point.lsn);
+        let last = if own { last } else { Lsn(0) };
+        (Step::Saving(Saving::new(found, oldest, last, self.maps.gather())), true)
     }
 
     /// The point of the own history at this LSN, if it is known without the journal.
@@ -192,6 +228,11 @@ impl Run {
     /// The primary tells what has changed there: the maps hold it from now on, whatever becomes of this.
     pub(super) fn candidates(&mut self, extents: &[Extent]) {
         extents.iter().for_each(|e| self.maps.mark(*e));
+        if let Part::Shadow(s) = &mut self.part
+            && let Some(touched) = s.rebase.as_mut().and_then(|r| r.touched.as_mut())
+        {
+            extents.iter().for_each(|e| self.maps.add(touched, *e));
+        }
     }
 
     /// The primary names the point after which it holds its records.
@@ -213,6 +254,11 @@ impl Run {
         if !known || at.point.lsn == Lsn(0) || at.generation.term > term {
             return self.drop_link(link, "it offers a point that can't be in its history");
         }
+        let runs = |g| g == Generation::default() || rebase.openings.iter().any(|o| o.generation == g);
+        if !runs(at.generation) {
+            // What leads there would never be known here.
+            return self.drop_link(link, "it has begun another run since it said who it is");
+        }
         rebase.step = Step::Offered(Box::new(Offer { at, since, members }));
     }
 
@@ -223,7 +269,7 @@ impl Run {
         !sb.consistent || (sb.resync.is_none() && (asked || self.image.applied.point.lsn == Lsn(0)))
     }
 
-    fn prepare(&mut self, offer: Box<Offer>) -> (Step, bool) {
+    fn prepare(&mut self, offer: Box<Offer>, touched: Option<&Gathered>) -> (Step, bool) {
         let in_place = self.remakes_in_place();
         if !in_place && !self.stage_ready() {
             return (Step::Offered(offer), false);
@@ -231,7 +277,10 @@ impl Run {
         if let Some(since) = offer.since
             && self.meta.sb.resync.is_none()
         {
-            self.maps.rewind(since.lsn);
+            match touched {
+                Some(touched) => self.maps.rewind_to(since, touched),
+                None => self.maps.rewind(since.lsn),
+            }
         }
         let mut sync = |owner, file| {
             let token = Token::new(owner, MARKED);
@@ -257,6 +306,7 @@ impl Run {
 
     fn save_rebase(&mut self, offer: Offer, openings: &[Opening]) -> Ticket {
         let Offer { at, since, members } = offer;
+        self.tell_given_up(since.map_or(Lsn(0), |p| p.lsn), "a resync: the journal begins anew");
         let in_place = self.remakes_in_place();
         let old = OldImage {
             at: anchor(&self.image.applied, self.journal.tail().time),
@@ -317,6 +367,7 @@ impl Run {
         self.links.checkpoint = point.lsn;
         self.maps.settled();
         self.forget_held();
+        self.marks.cut(point.lsn);
         self.job_failed("the journal began anew");
         if let Part::Shadow(s) = &mut self.part {
             s.begin_anew(point.lsn);
@@ -344,6 +395,7 @@ impl Run {
         s.rebase = None;
         s.retreat = Some(Retreat { why: why.clone(), ticket: None });
         let text = why.unwrap_or_else(|| "it is not wanted any more".into());
+        self.tell(Happening::ResyncStopped { reason: text.clone() });
         self.log(Level::Warn, format!("the resync stops: {text}. The old image stays"));
         self.job_failed(&text);
         self.close_links("the resync stops");
@@ -402,9 +454,11 @@ impl Run {
             self.meta.sb.resync = Some(resync);
             return self.end_retreat();
         };
-        if resync.since.is_none() {
+        // A map file that was lost meanwhile begins at a point that the old image never was at.
+        if resync.since.is_none_or(|since| self.maps.ranges()[0].from.lsn > since.lsn) {
             self.maps.restart(old.at.point);
         }
+        self.tell_given_up(old.at.point.lsn, "the resync stopped: the old image stays");
         self.begin_journal(old.at, old.openings);
         self.meta.sb.sync_set = old.sync_set;
         let ticket = self.meta.save(true);

@@ -41,6 +41,9 @@ impl Run {
         let link = match &fed[..] {
             [(link, _)] => *link,
             [] => {
+                if let Some(refused) = self.apart(wish.peer.as_deref()) {
+                    return self.answer(id, Err(refused));
+                }
                 let who = wish.peer.as_deref().unwrap_or("a shadow");
                 let text = format!("{who} is not connected: bring it or its link back, then try again");
                 return self.answer(id, Err((Refusal::Unreachable, text)));
@@ -83,13 +86,33 @@ impl Run {
         self.answer(id, Ok("stopped; what was repaired stays".into()));
     }
 
+    /// The histories have parted, so a comparison would say nothing: whose, and what to do.
+    fn apart(&self, peer: Option<&str>) -> Option<(Refusal, String)> {
+        let meant = |name: &str| peer.is_none_or(|p| p == name);
+        let diverged = self.links.peers.iter().find(|v| v.state == "Diverged" && meant(&v.name));
+        let what = match diverged {
+            Some(v) => format!("the histories of {} and this node have parted", v.name),
+            None if self.is_retired() => self.promoted_since(),
+            None => return None,
+        };
+        let group = &self.cfg.group_name;
+        Some((Refusal::Diverged, format!("{what}: `volrep status {group}` tells what to do")))
+    }
+
     /// Begins a job here.
     fn begin_refresh(&mut self, wish: &Refresh) -> Result<String, (Refusal, String)> {
+        if self.is_viewed() {
+            let text = "a view holds the image there: close it first (volrep view";
+            return Err((Refusal::Busy, format!("{text} {} --close)", self.cfg.group_name)));
+        }
         if self.resume_resync(wish.in_place) {
             return Ok("the resync begins again".into());
         }
         if self.is_remaking() {
             return Err((Refusal::Busy, "a resync is under way: it ends with an equal image".into()));
+        }
+        if let Some(refused) = self.apart(None).filter(|_| self.links.receiving().is_none()) {
+            return Err(refused);
         }
         if self.links.receiving().is_none() {
             let text = "the primary is not connected: bring it or its link back, then try again";
@@ -193,6 +216,6 @@ impl Run {
             self.compare.asked = None;
             self.answer(id, Err((Refusal::Unreachable, "the link to the shadow went down".into())));
         }
-        self.open_early() | self.pump_job()
+        self.open_early() | self.confirm_closed() | self.pump_job()
     }
 }

@@ -8,6 +8,7 @@
 
 use super::STAGE;
 use super::event::{Action, Level};
+use super::history::Happening;
 use super::meta::Ticket;
 use super::run::{Part, Run};
 use crate::apply::Source;
@@ -96,7 +97,7 @@ impl Run {
 
     /// Nothing may be put into the image now.
     pub(super) fn image_waits(&self) -> bool {
-        if matches!(&self.part, Part::Shadow(s) if s.is_turning()) {
+        if self.view_holds() || matches!(&self.part, Part::Shadow(s) if s.is_turning()) {
             return true;
         }
         let Some(resync) = &self.meta.sb.resync else { return !matches!(self.image.finish, Finish::Idle) };
@@ -127,7 +128,28 @@ impl Run {
 
     fn open_stage(&mut self, fresh: bool, job: u64) {
         self.image.staged = Staged::Opening { fresh, job };
+        self.ask_for_stage(fresh);
+    }
+
+    fn ask_for_stage(&mut self, fresh: bool) {
+        self.image.making = true;
         self.out.push(Action::OpenStage { fresh });
+    }
+
+    /// The shell makes a stage, or opens one: another one would be taken for it.
+    pub(super) fn is_making_stage(&self) -> bool {
+        self.image.making
+    }
+
+    /// A view needs what a resync has: files beside the journal.
+    pub(super) fn make_overlay(&mut self) {
+        self.ask_for_stage(true);
+    }
+
+    /// A resync goes on, or is about to change what the image and the journal are.
+    pub(super) fn is_resyncing(&self) -> bool {
+        let way = matches!(&self.part, Part::Shadow(s) if s.rebase.is_some() || s.retreat.is_some());
+        way || !matches!(self.image.finish, Finish::Idle) || !matches!(self.image.staged, Staged::Absent)
     }
 
     /// The image is between two places, and nothing may sync what is there of it.
@@ -144,6 +166,7 @@ impl Run {
         match &self.image.staged {
             Staged::Open { .. } => true,
             Staged::Opening { .. } => false,
+            Staged::Absent if self.image.making => false,
             Staged::Absent => {
                 let job = self.resync_number();
                 self.open_stage(true, job);
@@ -154,6 +177,10 @@ impl Run {
 
     /// The answer to [`Action::OpenStage`].
     pub(super) fn stage_opened(&mut self, result: Result<Box<dyn Memory>, String>) {
+        self.image.making = false;
+        if self.view_mut().is_some_and(|v| v.is_making()) {
+            return self.overlay_opened(result);
+        }
         let Staged::Opening { fresh, job } = self.image.staged else { return };
         self.image.staged = Staged::Absent;
         let sb = &self.meta.sb;
@@ -342,6 +369,8 @@ impl Run {
 
     /// The image is that of the journal again.
     fn image_made(&mut self) {
+        self.rejoined();
+        self.tell(Happening::ResyncDone);
         let lsn = self.image.applied.point.lsn;
         self.log(Level::Info, format!("the image is that of the primary's history again, at LSN {lsn}"));
         if let Some(link) = self.links.receiving() {

@@ -50,6 +50,7 @@ pub fn bare(cfg: &NodeConfig, state: &str, reason: Option<String>) -> Status {
         verified: None,
         unrepaired_bytes: 0,
         refresh: None,
+        view: None,
     }
 }
 
@@ -90,6 +91,7 @@ impl Run {
             lag: self.lag(),
             verified: sb.verified.as_ref().filter(|_| sb.role == Role::Shadow).map(Verified::from),
             unrepaired_bytes: sb.unrepaired,
+            view: self.view_status(),
             refresh: self.compare.job.as_ref().map(|j| &j.status).or(self.compare.told.as_ref()).cloned(),
             ..bare(&self.cfg, "", None)
         }
@@ -108,6 +110,7 @@ impl Run {
             name: p.name.clone(),
             state: p.state.into(),
             reason: p.reason.clone(),
+            rival: p.is_rival(),
             sync: p.node.is_some_and(|n| self.meta.sb.sync_set.contains(&n)),
             received_lsn: p.received.0,
             durable_lsn: p.durable.0,
@@ -118,6 +121,7 @@ impl Run {
             heard_seconds_ago: p.heard.map(|at| seconds(self.now.mono.saturating_sub(at))),
             round_trip_seconds: p.clock.round_trip().map(seconds),
             sent_bytes: p.sent_bytes,
+            fork_lsn: p.fork.filter(|_| p.state == "Diverged" || self.is_retired()).map(|lsn| lsn.0),
             verified: known.and_then(|k| k.verified.as_ref()).map(Verified::from),
         }
     }
@@ -132,8 +136,16 @@ impl Run {
             );
         }
         match &self.part {
+            Part::Primary(_) if self.is_retiring() => {
+                let why = format!("{}: this node is about to become a shadow", self.promoted_since());
+                ("Retired", Some(why), self.to_rejoin())
+            }
             Part::Primary(p) if !p.is_serving() => {
                 let left = self.journal.tail().point.lsn.0 - self.image.applied.point.lsn.0;
+                if left == 0 && self.is_asking() {
+                    let why = "it asks its peers whether another node was promoted meanwhile";
+                    return ("Recovering", Some(why.into()), "none: wait until it serves".into());
+                }
                 let why = format!("{left} records are being put back into the backing");
                 ("Recovering", Some(why), "none: wait until it serves".into())
             }
@@ -160,16 +172,49 @@ impl Run {
                     );
                     return ("Blocked", Some(why), action);
                 }
+                if let Some(v) = self.links.peers.iter().find(|v| v.is_rival()) {
+                    let why =
+                        format!("{}: {}", v.name, v.reason.as_deref().unwrap_or("it is a primary, too"));
+                    let action = format!(
+                        "choose which side is kept. To keep {0}, here: volrep resolve {1} --keep {0}; to keep {2}, on {0}: \
+                         volrep resolve {1} --keep {2}",
+                        v.name, self.cfg.group_name, self.cfg.name
+                    );
+                    return ("Diverged", Some(why), action);
+                }
                 let resync = self.links.peers.iter().find(|v| matches!(v.state, "Resync" | "Diverged"));
                 let action = match resync {
                     Some(v) if v.state == "Resync" => format!("{} needs a resync", v.name),
-                    Some(v) => format!("{} has diverged: choose which side to keep", v.name),
+                    Some(v) => format!(
+                        "{0} has diverged: to have it follow this node, on {0}: volrep rejoin {1}",
+                        v.name, self.cfg.group_name
+                    ),
                     None => "none".into(),
                 };
                 ("UpToDate", None, action)
             }
-            Part::Shadow(_) => self.shadow_state(),
+            Part::Shadow(_) => self.state_of_viewed(self.shadow_state()),
         }
+    }
+
+    /// It was a primary, and its own records wait for an administrator's word.
+    pub(super) fn is_retired(&self) -> bool {
+        self.is_retiring() || self.meta.sb.retired.is_some_and(|r| !r.rewinds)
+    }
+
+    /// Why it is retired.
+    pub(super) fn promoted_since(&self) -> String {
+        let term = self.meta.sb.term;
+        let view = self.links.view(term.node);
+        let name = view.map_or_else(|| "another node".to_owned(), |v| v.name.clone());
+        let fork = view.and_then(|v| v.fork);
+        let at = fork.map_or_else(String::new, |lsn| format!(", and the histories part after LSN {lsn}"));
+        format!("{name} was promoted under term {} while this node was the primary{at}", term.counter)
+    }
+
+    fn to_rejoin(&self) -> String {
+        let group = &self.cfg.group_name;
+        format!("volrep rejoin {group}: what only this node holds goes to a salvage file, then it follows")
     }
 
     /// The shadow that is away and without which a write finds no room in the journal.
@@ -204,6 +249,21 @@ impl Run {
             let why = format!("{old}{}", self.resync_percent());
             return ("Resyncing", Some(why), "none: wait".into());
         }
+        if let Some(node) = self.meta.sb.handed {
+            let name = self.links.peers.iter().find(|p| p.node == Some(node)).map_or("a peer", |p| &p.name);
+            let why = format!("{name} was told to take over, and has not been heard since");
+            let action = format!(
+                "bring {name} or its link back; if it is lost for good, fence it and promote this node"
+            );
+            return ("Outdated", Some(why), action);
+        }
+        if self.meta.sb.retired.is_some_and(|r| !r.rewinds) {
+            let why = format!(
+                "{}: what this node holds of its own is kept until it rejoins",
+                self.promoted_since()
+            );
+            return ("Retired", Some(why), self.to_rejoin());
+        }
         if let Part::Shadow(s) = &self.part
             && let Some(why) = &s.stopped
         {
@@ -211,8 +271,8 @@ impl Run {
             return ("Outdated", Some(format!("the resync stopped: {why}")), action);
         }
         if let Some(v) = self.links.peers.iter().find(|v| v.state == "Diverged") {
-            let action = format!("choose which side to keep: this node or {}", v.name);
-            return ("Diverged", v.reason.clone(), action);
+            let why = format!("{}: {}", v.name, v.reason.as_deref().unwrap_or("the histories differ"));
+            return ("Diverged", Some(why), self.to_rejoin());
         }
         if let Some(v) = self.links.peers.iter().find(|v| v.state == "Resync") {
             let action = "a resync is needed: join this node anew".to_owned();

@@ -6,15 +6,17 @@
 use super::boot::Booted;
 use super::compare::Comparing;
 use super::config::NodeConfig;
-use super::event::{Action, Actions, Event, Level};
+use super::event::{Action, Actions, Event, Level, Refusal};
 use super::feed::Feed;
+use super::history::Happening;
 use super::image::{CheckPart, Image};
 use super::links::Links;
+use super::marks::Marks;
 use super::meta::Meta;
 use super::primary::Primary;
 use super::shadow::Shadow;
 use super::{
-    APPLY, COMPARE, ENCODE, FRONT, INDEX, JOURNAL, JOURNAL_RECOVERY, MAPS, READER, SCRUB, STAGE, SUPER,
+    APPLY, COMPARE, ENCODE, FRONT, INDEX, JOURNAL, JOURNAL_RECOVERY, MAPS, READER, SCRUB, STAGE, SUPER, VIEW,
 };
 use super::{rebase, remake};
 use crate::disk::{DiskRequest, DiskResult, IoError, Memory, Token};
@@ -56,6 +58,13 @@ pub struct Run {
     pub(super) fault: Option<String>,
     pub(super) admin: super::admin::Admin,
     pub(super) compare: Comparing,
+    /// The node gives its place as primary up.
+    pub(super) retiring: Option<super::retire::Retiring>,
+    /// The primary hands its place over.
+    pub(super) moving: Option<super::switchover::Moving>,
+    /// A primary that starts waits for its peers' word.
+    pub(super) asking: Option<super::asking::Asking>,
+    pub(super) marks: Marks,
     /// The journal is being read again.
     pub(super) scrub: Option<super::scrub::Scrubbing>,
 }
@@ -63,14 +72,14 @@ pub struct Run {
 impl Run {
     /// Takes over from boot.
     pub fn new(cfg: NodeConfig, ring: Option<Box<dyn Memory>>, booted: Booted, now: Now) -> Run {
-        let Booted { mut sb, slot, maps, index, recovered: r } = booted;
+        let Booted { mut sb, slot, maps, index, marks, recovered: r } = booted;
         for peer in &mut sb.peers {
             // A position beyond the own end belongs to records that this node has lost.
             peer.durable = peer.durable.min(r.tail.point.lsn);
         }
         let part = match sb.role {
             Role::Primary => Part::Primary(Primary::new()),
-            Role::Shadow => Part::Shadow(Shadow::new(sb.limit)),
+            Role::Shadow => Part::Shadow(Shadow::new(sb.limit, r.tail.point.lsn)),
         };
         let journal = Journal::new(JOURNAL, sb.group, sb.geometry, r.head, r.segments, r.tail);
         let mut run = Run {
@@ -91,6 +100,10 @@ impl Run {
             fault: None,
             admin: super::admin::Admin::default(),
             compare: Comparing::new(HashKey::of(cfg.group)),
+            retiring: None,
+            moving: None,
+            asking: None,
+            marks: Marks::new(marks),
             scrub: None,
             cfg,
         };
@@ -98,6 +111,10 @@ impl Run {
         run.begin_timeline();
         run.find_stage();
         run.take_up_comparison();
+        let role = if run.meta.sb.role == Role::Primary { "primary" } else { "shadow" };
+        run.tell(Happening::Started { role: role.into() });
+        run.note_superseded();
+        run.begin_asking();
         run
     }
 
@@ -119,9 +136,11 @@ impl Run {
         self.now = now;
         match event {
             Event::Request { id, op } => self.request(id, op),
+            Event::View { id, op } => self.view_request(id, op),
             Event::Disk { token, result } => self.disk_done(token, result),
             Event::Encoded { token, encoded } => self.encoded(token.id(), encoded),
             Event::Stage { result } => self.stage_opened(result),
+            Event::Salvaged { result } => self.salvaged(result),
             Event::Compared { token, product } => self.compared(token.id(), product),
             Event::LinkUp { link, dialed, nonce } => self.link_up(link, dialed, nonce),
             Event::Message { link, message } => self.message(link, message),
@@ -164,8 +183,12 @@ impl Run {
         if let Some(at) = self.journal.poll(self.now, after, limit, &mut self.disk) {
             self.wake_at(at);
         }
+        self.pump_marks();
         moved |= self.pump_links();
+        moved |= self.pump_asking();
         moved |= self.pump_refresh();
+        moved |= self.pump_retiring();
+        moved |= self.pump_moving();
         moved | self.pump_admin()
     }
 
@@ -213,6 +236,10 @@ impl Run {
             }
             COMPARE => {
                 self.image_read(token.id(), result);
+                Ok(())
+            }
+            VIEW => {
+                self.view_done(token.id(), result);
                 Ok(())
             }
             SCRUB => {
@@ -263,7 +290,9 @@ impl Run {
         self.log(Level::Error, text.clone());
         self.fault = Some(text);
         self.refuse_everything();
-        self.refuse_admin();
+        let why = self.fault.clone().unwrap_or_default();
+        self.forget_view(&why);
+        self.refuse_admin(Refusal::Failed, &why);
         self.close_links("this node has failed");
     }
 

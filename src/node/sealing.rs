@@ -4,16 +4,17 @@
 //! record takes its place in the chain in the order in which its epoch closed; a generation is
 //! durable in both superblock slots before its first record, and its first record before any READ.
 
-use super::event::{Action, Level};
+use super::event::{Action, Level, LinkId};
 use super::primary::Stage;
 use super::run::{Part, Run};
 use crate::cache::{Cache, Gathered, RingId, RingState, ring::Ring};
-use crate::format::message::Role;
+use crate::disk::Memory;
+use crate::format::message::{Role, refuse};
 use crate::format::record::{Encoded, Kind, Stamp, encode_note, flags, seal};
-use crate::journal::tail_of;
+use crate::journal::{Tail, tail_of};
 use crate::link::lag::Sample;
 use crate::role;
-use crate::units::{BootId, Lsn, MILLIS};
+use crate::units::{BootId, Lsn, MILLIS, Term};
 use std::collections::VecDeque;
 
 /// Epochs being encoded or waiting for their turn.
@@ -74,11 +75,26 @@ impl Pipeline {
             self.commit_took = now.saturating_sub(since).min(LONG);
         }
     }
-    /// Adds a record that carries no writes.
-    pub fn note(&mut self, kind: Kind, flags: u32, payload: &[u8]) {
+    /// Adds a record that carries no writes, for which so much of the journal was set aside; its number.
+    pub fn note(&mut self, kind: Kind, flags: u32, payload: &[u8], reserved: u64) -> u64 {
         self.jobs += 1;
         let encoded = Some(encode_note(payload));
-        self.queue.push_back(Sealing { job: self.jobs, last_write: None, kind, flags, reserved: 0, encoded });
+        let note = Sealing { job: self.jobs, last_write: None, kind, flags, reserved, encoded };
+        // What opens a generation comes before everything.
+        if flags & flags::OPENS != 0 {
+            self.queue.push_front(note)
+        } else {
+            self.queue.push_back(note)
+        }
+        self.jobs
+    }
+    /// Sets journal bytes aside.
+    pub fn reserve(&mut self, bytes: u64) {
+        self.reserved += bytes;
+    }
+    /// Gives them back.
+    pub fn release(&mut self, bytes: u64) {
+        self.reserved -= bytes;
     }
 }
 
@@ -92,7 +108,7 @@ impl Run {
 
     fn close_epoch(&mut self) -> bool {
         let timing = self.cfg.timing;
-        let draining = self.admin.is_draining();
+        let draining = self.admin.is_draining() || self.is_retiring() || self.is_moving_over();
         let durable = self.journal.durable();
         let tail = self.journal.tail().last_write;
         let Part::Primary(p) = &mut self.part else { return false };
@@ -126,10 +142,14 @@ impl Run {
 
     fn gather_epochs(&mut self) -> bool {
         let level = self.cfg.level;
-        let Part::Primary(p) = &mut self.part else { return false };
-        let Some(cache) = &mut p.cache else { return false };
         let mut moved = false;
-        while p.pipeline.queue.len() < DEPTH {
+        loop {
+            moved |= self.gather_marks();
+            let Part::Primary(p) = &mut self.part else { return false };
+            let Some(cache) = &mut p.cache else { return false };
+            if p.pipeline.queue.len() >= DEPTH {
+                break;
+            }
             // Behind: compressing would make it worse.
             let level = level.filter(|_| cache.closed() < DEPTH);
             let Some(Gathered { job, last_seq, reserved }) = cache.gather(level) else { break };
@@ -145,6 +165,7 @@ impl Run {
             };
             self.out.push(Action::Encode { token: Self::encode_token(sealing.job), job });
             p.pipeline.queue.push_back(sealing);
+            self.marks.gathered();
             moved = true;
         }
         moved
@@ -163,6 +184,9 @@ impl Run {
         let mut moved = false;
         while self.journal.in_flight() < APPENDS {
             let Part::Primary(p) = &mut self.part else { break };
+            if p.raising.is_some() {
+                break;
+            }
             let Some(len) =
                 p.pipeline.queue.front().and_then(|s| s.encoded.as_ref()).map(Encoded::padded_len)
             else {
@@ -209,6 +233,7 @@ impl Run {
         if s.kind == Kind::SyncSet && s.flags & flags::OPENS == 0 {
             self.links.entering_at(record.stamp.lsn);
         }
+        self.marks.appended(&record, Some(s.job));
         p.appended(tail_of(&record), self.now.mono);
         let bytes = self.links.bytes_before + self.journal.bytes();
         self.links.timeline.push(Sample { lsn: record.stamp.lsn, time: record.stamp.time, bytes });
@@ -220,6 +245,7 @@ impl Run {
     pub(super) fn open(&mut self) -> bool {
         let end = self.journal.tail().point.lsn;
         let checkpointed = self.links.checkpoint == end && self.checkpoint_idle();
+        let asking = self.is_asking();
         let Part::Primary(p) = &mut self.part else { return false };
         match p.stage {
             Stage::Redo if self.image.applied.point.lsn == end && self.image.is_idle() => {
@@ -227,7 +253,7 @@ impl Run {
                 self.image.hurry = true;
                 true
             }
-            Stage::Checkpoint if checkpointed && !self.admin.is_promoting() => {
+            Stage::Checkpoint if checkpointed && !asking && !self.admin.is_promoting() => {
                 self.open_generation();
                 true
             }
@@ -239,16 +265,29 @@ impl Run {
         }
     }
 
+    /// A node that gives its place up opens one, too, if its cache holds something: a record that was on its way
+    /// when the process died may be elsewhere, so no other record of its generation may take that LSN.
     fn open_generation(&mut self) {
         let tail = *self.journal.tail();
+        let retiring = self.is_retiring();
         let sb = &self.meta.sb;
-        let id = RingId { group: sb.group, boot: self.cfg.boot, term: sb.term };
+        let term = if retiring { sb.generation.term } else { sb.term };
+        let id = RingId { group: sb.group, boot: self.cfg.boot, term };
         let live = !sb.clean && sb.cache_boot == self.cfg.boot && sb.cache_boot != BootId::default();
         let Some(memory) = self.ring.take() else {
             return self.fail("there is no memory for the write cache: this node can't be a primary".into());
         };
         let ring = match Ring::open(memory, id, tail.last_write) {
-            RingState::Ours(ring) if live => ring,
+            RingState::Ours(ring) if live && !(retiring && ring.last_seq() == ring.freed_seq()) => ring,
+            RingState::Ours(ring) if retiring => return self.nothing_left(ring.into_memory(), &tail),
+            RingState::Foreign(memory) if retiring => {
+                if live {
+                    let text = "the write cache is missing: what it held is not in the journal, nor will it be in a \
+                                salvage file";
+                    self.log(Level::Error, text);
+                }
+                return self.nothing_left(memory, &tail);
+            }
             RingState::Foreign(_) if live && !self.cfg.accept_lost_cache => {
                 return self.fail(
                     "the write cache is missing, but this machine has not rebooted since it was in use: \
@@ -265,12 +304,64 @@ impl Run {
         p.cache = Some(Cache::new(ring));
         let sb = &mut self.meta.sb;
         sb.role = Role::Primary;
-        sb.generation = role::next_generation(&sb.openings, sb.term);
+        sb.generation = role::next_generation(&sb.openings, term);
         role::note_opening(&mut sb.openings, sb.generation, tail.point);
+        let promoted = sb.generation.start == 1 && tail.point.lsn > Lsn(0);
+        if promoted && self.maps.ranges().last().is_some_and(|r| r.from != tail.point) {
+            // Whoever goes on from here under another term is told exactly what has changed since.
+            self.maps.rotate(tail.point);
+        }
         sb.cache_boot = self.cfg.boot;
         sb.clean = false;
         sb.floor = sb.floor.max(tail.point.lsn);
         p.stage = Stage::Opening(self.meta.save(true));
+    }
+
+    /// A node that gives its place up has nothing to write any more.
+    fn nothing_left(&mut self, ring: Box<dyn Memory>, tail: &Tail) {
+        self.ring = Some(ring);
+        if let Part::Primary(p) = &mut self.part {
+            p.begin_at(tail, true);
+            p.stage = Stage::Settling(tail.point.lsn);
+        }
+    }
+
+    /// Another primary gives way to this one: the term rises above both.
+    pub(super) fn raise_over(&mut self, link: LinkId, other: Term) {
+        let serving =
+            matches!(&self.part, Part::Primary(p) if p.is_serving() && p.raising.is_none() && !p.closing);
+        self.send(link, refuse("the term is being raised above both: try again"));
+        self.drop_link(link, "it gives way: the term is raised");
+        if !serving || self.is_retiring() || self.moving.is_some() {
+            return;
+        }
+        self.close_links("the term is raised");
+        let tail = *self.journal.tail();
+        let sb = &mut self.meta.sb;
+        let seen = Term { counter: sb.term.counter.max(other.counter), node: sb.node };
+        sb.term = role::next_term(seen, sb.node);
+        sb.generation = role::next_generation(&sb.openings, sb.term);
+        role::note_opening(&mut sb.openings, sb.generation, tail.point);
+        sb.floor = sb.floor.max(tail.point.lsn);
+        let (counter, ticket) = (sb.term.counter, self.meta.save(true));
+        if let Part::Primary(p) = &mut self.part {
+            p.raising = Some(ticket);
+        }
+        self.log(Level::Warn, format!("the term is raised to {counter}"));
+    }
+
+    /// Goes on under the new term once it is durable.
+    pub(super) fn pump_raise(&mut self) -> bool {
+        let members: Vec<u8> = self.meta.sb.sync_set.iter().flat_map(|n| n.0.to_le_bytes()).collect();
+        let Part::Primary(p) = &mut self.part else { return false };
+        if !p.raising.is_some_and(|ticket| self.meta.is_saved(ticket)) {
+            return false;
+        }
+        p.raising = None;
+        let (generation, after) = (self.meta.sb.generation, self.journal.tail().point.lsn);
+        p.pipeline.note(Kind::SyncSet, flags::OPENS | flags::SYNC, &members, 0);
+        self.tell_generation(generation, after);
+        true
     }
 
     fn open_journal(&mut self) {
@@ -279,12 +370,14 @@ impl Run {
         let Part::Primary(p) = &mut self.part else { return };
         let Some(cache) = &mut p.cache else { return };
         let leftover = cache.last_seq() - cache.freed_seq();
-        p.pipeline.note(Kind::SyncSet, flags::OPENS | flags::SYNC, &members);
+        p.pipeline.note(Kind::SyncSet, flags::OPENS | flags::SYNC, &members, 0);
         cache.close();
         let last = Lsn(end.0 + 1 + cache.closed() as u64);
         p.stage = Stage::Settling(last);
         self.journal.want(last);
-        let start = self.meta.sb.generation.start;
+        let generation = self.meta.sb.generation;
+        self.tell_generation(generation, end);
+        let start = generation.start;
         self.log(
             Level::Info,
             format!("serving after LSN {end}, start {start} of the term; {leftover} writes taken up from the cache"),

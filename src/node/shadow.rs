@@ -9,6 +9,7 @@ use super::meta::Ticket;
 use super::rebase::{Rebase, Retreat};
 use super::run::{Part, Run};
 use super::status::{Lag, Quantiles};
+use super::view::View;
 use super::{JOURNAL, JOURNAL_RECOVERY};
 use crate::disk::DiskResult;
 use crate::format::message::Message;
@@ -36,6 +37,9 @@ pub struct Shadow {
     /// everything up to here: only that much may be applied, or the restarted shadow would let
     /// records be taken back that its image has.
     vouched: Lsn,
+    /// Before this record is applied the backings are no image: an earlier process, or the primary that this
+    /// was, may have put there what comes up to it.
+    whole_from: Lsn,
     /// The superblock that will vouch for a higher limit.
     vouching: Option<(Ticket, Lsn)>,
     /// No more dialling: the node is shutting down.
@@ -48,6 +52,8 @@ pub struct Shadow {
     pub(super) stopped: Option<String>,
     /// An administrator gives the old image up for the next resync.
     pub(super) in_place: bool,
+    /// Others look at the image, which stays as it is meanwhile.
+    pub(super) view: Option<View>,
     /// No comparison of a resync begins before.
     pub(super) compare_at: u64,
 }
@@ -75,8 +81,9 @@ const RECEIVED_STEP: u64 = 32;
 const TOLD_AFTER: u64 = 5 * MILLIS;
 
 impl Shadow {
-    /// A shadow without a link; the primary has everything up to `limit`, as recovery found.
-    pub fn new(limit: Lsn) -> Shadow {
+    /// A shadow without a link, whose journal ends with `tail`; the primary has everything up to `limit`, as
+    /// recovery found.
+    pub fn new(limit: Lsn, tail: Lsn) -> Shadow {
         Shadow {
             cut: None,
             told: None,
@@ -86,12 +93,14 @@ impl Shadow {
             held: VecDeque::new(),
             held_bytes: 0,
             vouched: limit,
+            whole_from: limit.min(tail),
             vouching: None,
             closing: false,
             rebase: None,
             retreat: None,
             stopped: None,
             in_place: false,
+            view: None,
             compare_at: 0,
         }
     }
@@ -101,6 +110,7 @@ impl Shadow {
         self.undurable.clear();
         self.unapplied.clear();
         (self.vouched, self.vouching, self.told) = (at, None, None);
+        self.whole_from = Lsn(0);
         self.compare_at = 0;
     }
 
@@ -113,6 +123,16 @@ impl Shadow {
     /// Nothing above it may be applied.
     pub fn vouched(&self) -> Lsn {
         self.vouched
+    }
+
+    /// An image that stands at this record, or at a later one, is one.
+    pub fn whole_from(&self) -> Lsn {
+        self.whole_from
+    }
+
+    /// A view that is being opened wants nothing above it in the image.
+    pub fn wanted(&self) -> Lsn {
+        self.view.as_ref().map_or(Lsn(u64::MAX), View::wanted)
     }
 
     /// Nothing above `tail` was ever here.
@@ -131,6 +151,7 @@ impl Run {
     /// Moves the shadow on; whether anything moved.
     pub(super) fn pump_shadow(&mut self) -> bool {
         let mut moved = self.append_held();
+        moved |= self.pump_view();
         moved |= self.pump_rebase();
         moved |= self.pump_retreat();
         moved |= self.pump_finish();
@@ -205,6 +226,10 @@ impl Run {
             self.journal.append(self.now, &record, wanted, &mut self.disk);
             super::boot::note(&mut self.meta.sb, &mut self.maps, &record);
             self.job_touched(&record);
+            self.marks.appended(&record, None);
+            if record.stamp.flags & flags::OPENS != 0 {
+                self.tell_generation(record.stamp.generation, lsn.prev());
+            }
             self.links.record_bytes += record.wire_len();
             self.feed.push(record, self.journal.written());
             moved = true;
@@ -307,12 +332,14 @@ impl Run {
             self.journal.is_quiet() && self.image.is_idle() && self.checkpoint_idle() && self.scrub.is_none();
         let Part::Shadow(s) = &mut self.part else { return };
         let Some(Cut { at, stage, .. }) = &mut s.cut else { return };
+        let after = at.lsn;
         match stage {
             CutStage::Waiting if quiet => {
                 // A crash in the middle of the cut must not look like damage.
                 self.meta.sb.floor = self.meta.sb.floor.min(at.lsn);
                 self.meta.sb.clean = false;
                 *stage = CutStage::Saving(self.meta.save(true));
+                self.tell_given_up(after, "the primary does not have it");
             }
             CutStage::Saving(ticket) if self.meta.is_saved(*ticket) => {
                 let origin = origin(self.cfg.group);
@@ -337,6 +364,7 @@ impl Run {
                 self.journal = Journal::new(JOURNAL, sb.group, sb.geometry, r.head, r.segments, r.tail);
                 sb.openings.retain(|o| o.at.lsn < at.lsn);
                 self.maps.rewind(at.lsn);
+                self.marks.cut(at.lsn);
                 s.undurable.clear();
                 s.unapplied.retain(|(lsn, _)| *lsn <= at.lsn);
                 self.forget_held();
@@ -349,7 +377,10 @@ impl Run {
                 );
                 self.histories_agree(link);
             }
-            Outcome::Differs => self.histories_differ(link, at.lsn),
+            Outcome::Differs => {
+                self.tell_marks_again(at.lsn);
+                self.histories_differ(link, at.lsn);
+            }
             Outcome::Stopped(text) => self.fail(text),
         }
     }

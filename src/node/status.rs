@@ -22,7 +22,7 @@ pub struct Status {
     /// "primary" or "shadow".
     pub role: String,
     /// Primary: "Recovering", "UpToDate", "Blocked" or "Failed". Shadow: "Recovering", "UpToDate",
-    /// "CatchingUp", "Outdated", "Resyncing", "Inconsistent", "Diverged" or "Failed".
+    /// "CatchingUp", "Outdated", "Resyncing", "Inconsistent" or "Failed". Either: "Diverged", "Retired".
     pub state: String,
     /// Why, when the state is not UpToDate.
     pub reason: Option<String>,
@@ -66,8 +66,44 @@ pub struct Status {
     pub unrepaired_bytes: u64,
     /// The comparison that is under way, or the last one since the start.
     pub refresh: Option<RefreshStatus>,
+    /// On a shadow: the view of it that is open.
+    pub view: Option<ViewStatus>,
     /// What the administrator should do now; "none" most of the time.
     pub action: String,
+}
+
+/// A view of a shadow.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+pub struct ViewStatus {
+    /// "read-only" or "scratch".
+    pub kind: String,
+    /// "Opening", "Open", "Closing" or "Failed" (its users get errors, and records are applied again).
+    pub state: String,
+    /// Why it failed.
+    pub reason: Option<String>,
+    /// The record whose image it shows, while it is open.
+    pub lsn: Option<u64>,
+    /// Since when, RFC 3339.
+    pub since: String,
+    /// Bytes of the volumes that were written in it, and lie in its overlay.
+    pub overlay_bytes: u64,
+    /// Records here that are not in the image.
+    pub waiting_records: u64,
+    /// Its devices or NBD URIs, in the order of the volumes.
+    pub devices: Vec<String>,
+}
+
+/// A mark: a named place in the write order.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct MarkStatus {
+    /// Its text.
+    pub text: String,
+    /// Its record.
+    pub lsn: u64,
+    /// When it was sealed, RFC 3339.
+    pub time: String,
+    /// The chain hash of its record, hexadecimal: another history has another one at this LSN.
+    pub hash: String,
 }
 
 /// A proof that a shadow was identical.
@@ -180,6 +216,8 @@ pub struct PeerStatus {
     pub state: String,
     /// Why, when not UpToDate.
     pub reason: Option<String>,
+    /// Diverged, and a primary like this node: both were promoted.
+    pub rival: bool,
     /// In the sync set.
     pub sync: bool,
     /// Last record it received.
@@ -200,6 +238,9 @@ pub struct PeerStatus {
     pub round_trip_seconds: Option<f64>,
     /// Bytes of records sent to it since the start.
     pub sent_bytes: u64,
+    /// The histories have parted: the last LSN that both have; null when they have not, or nobody can tell.
+    #[serde(default)]
+    pub fork_lsn: Option<u64>,
     /// On a primary: when that shadow was last proved identical, as it told; not yet: null.
     pub verified: Option<Verified>,
 }

@@ -36,6 +36,8 @@ pub enum Task {
     Say(Compare),
     /// The extents (by number) of this window have these roots now.
     Learn(Extent, Vec<(usize, Root)>),
+    /// Say [`Compare::Closed`] of this window once everything that was accepted is in records.
+    Cover(u32),
 }
 
 struct Batch {
@@ -179,6 +181,9 @@ impl Source {
                 let w = self.windows.remove(window).ok_or("a window that is not open")?;
                 self.parts.retain(|(id, ..)| *id != w.id);
                 out.push(Task::Learn(w.extent, w.learned().collect()));
+                let clean = w.touched.is_clean();
+                let closed = Compare::Closed { window: *window, lsn: Lsn(0) };
+                out.push(if clean { Task::Say(closed) } else { Task::Cover(*window) });
             }
             _ => return Err("a word that a shadow does not say"),
         }

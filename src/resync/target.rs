@@ -1,8 +1,8 @@
 //! The shadow's side of the comparison: it asks, compares, and says what is to be repaired.
 //!
 //! Owns: the windows that are open. Invariants: a sector is compared or repaired only if no record after
-//! the window's LSN has touched it on either side, looked at again when the repair is submitted; what the
-//! primary sends is believed only where it was asked for and has the size that it must have.
+//! the window's LSN has touched it on either side, looked at again when the repair is submitted; a window is
+//! behind us only when the image has the records that did; what the primary sends is believed only where it was asked for and has the size that it must have.
 
 use super::hash::{HashKey, Job, Product, UNKNOWN, window_root};
 use super::leaves::{Leaves, Wanted};
@@ -67,6 +67,9 @@ pub struct Target {
     reading: u64,
     asking: u64,
     finished: Vec<Finished>,
+    /// Windows done with whose touched sectors may still be older here: where they start, and the record
+    /// that ends that, once the primary has told it. Until then they count for nothing if the link breaks.
+    closing: BTreeMap<u32, (u64, Option<Lsn>)>,
     /// Bytes repaired since the start.
     pub repaired: u64,
 }
@@ -90,6 +93,7 @@ impl Target {
             reading: 0,
             asking: 0,
             finished: Vec::new(),
+            closing: BTreeMap::new(),
             repaired: 0,
         }
     }
@@ -104,10 +108,17 @@ impl Target {
         self.windows.keys().copied().collect()
     }
 
-    /// The first byte that an open window covers.
+    /// Every window is done with, and what was passed over in it has come by record.
+    pub fn is_idle(&self) -> bool {
+        self.windows.is_empty() && self.closing.is_empty()
+    }
+
+    /// The first byte of a window that is open, or whose touched sectors have not come by record.
     pub fn first_open(&self) -> Option<u64> {
         // They are opened in order.
-        self.windows.values().next().map(|w| w.extent.start())
+        let open = self.windows.values().next().map(|w| w.extent.start());
+        let closing = self.closing.values().next().map(|(start, _)| *start);
+        open.into_iter().chain(closing).min()
     }
 
     /// Opens a window.
@@ -162,6 +173,7 @@ impl Target {
             }
             self.pump(number, out);
         }
+        self.closing.retain(|_, (_, upto)| upto.is_none_or(|upto| upto > lsn));
     }
 
     /// A word of the primary.
@@ -223,6 +235,10 @@ impl Target {
                     Purpose::Batch(batch),
                     Job::Unpack(self.key, payload, raw as usize),
                 ));
+            }
+            Compare::Closed { window, lsn } => {
+                let closing = self.closing.get_mut(&window).filter(|(_, upto)| upto.is_none());
+                closing.ok_or("the end of a window that was not closed")?.1 = Some(lsn);
             }
             _ => return Err("a word that a primary does not say"),
         }
@@ -520,12 +536,16 @@ impl Target {
             rotten: w.leaves.read().filter(rotten).filter_map(|i| extent_of(w.extent, i)).collect(),
             their_rotten: w.their_rotten.iter().filter_map(|i| extent_of(w.extent, (*i).into())).collect(),
         });
+        self.closing.insert(number, (w.extent.start(), None));
         out.push(Task::Say(Compare::Close { window: number }));
     }
 
     /// What the oldest window waits for.
     pub fn waits_for(&self) -> Option<&'static str> {
-        let w = self.windows.values().next()?;
+        let Some(w) = self.windows.values().next() else {
+            let (_, upto) = self.closing.values().next()?;
+            return Some(if upto.is_none() { "the link" } else { "writes to be applied" });
+        };
         Some(match w.stage {
             _ if w.lsn.is_none() => "the link",
             _ if !w.begun => "writes to be applied",

@@ -38,6 +38,9 @@ enum Sent {
     Record(Lsn, Extent, u8),
 }
 
+/// What [`Pair::step`] may be told.
+const STEPS: u8 = 7;
+
 /// A primary and a shadow, and what is under way on each and between them.
 struct Pair {
     source: Source,
@@ -48,6 +51,14 @@ struct Pair {
     records: VecDeque<(Lsn, Extent, u8)>,
     tail: Lsn,
     applied: Lsn,
+    /// Accepted and in no record; how many were, and are in one.
+    unsealed: VecDeque<(Extent, u8)>,
+    accepted: usize,
+    sealed: usize,
+    /// The primary's image as of each of its records.
+    images: BTreeMap<Lsn, Vec<u8>>,
+    /// Windows to be confirmed when so many writes are in records.
+    covers: VecDeque<(u32, usize)>,
     to_target: VecDeque<Sent>,
     to_source: VecDeque<Compare>,
     source_work: VecDeque<Pending>,
@@ -67,6 +78,11 @@ impl Pair {
         Pair {
             source: Source::new(key()),
             target: Target::new(key(), verify, 1),
+            images: BTreeMap::from([(Lsn(7), theirs.clone())]),
+            unsealed: VecDeque::new(),
+            accepted: 0,
+            sealed: 0,
+            covers: VecDeque::new(),
             theirs,
             ours,
             records: VecDeque::new(),
@@ -99,7 +115,15 @@ impl Pair {
                         assert_eq!(root, super::hash::hash(&key(), &cut(&self.theirs, e)).roots[0], "{e:?}");
                     }
                 }
+                Task::Cover(window) => self.covers.push_back((window, self.accepted)),
             }
+        }
+        self.confirm();
+    }
+
+    fn confirm(&mut self) {
+        while let Some((window, _)) = self.covers.pop_front_if(|(_, n)| *n <= self.sealed) {
+            self.to_target.push_back(Sent::Word(Compare::Closed { window, lsn: self.tail }));
         }
     }
 
@@ -109,7 +133,7 @@ impl Pair {
                 Task::Say(word) => self.to_source.push_back(word),
                 Task::Read(id, purpose, e) => self.target_work.push_back(Pending::Read(id, purpose, e)),
                 Task::Work(id, purpose, job) => self.target_work.push_back(Pending::Work(id, purpose, job)),
-                Task::Learn(..) => unreachable!("a shadow tells what it has learned with the window"),
+                Task::Learn(..) | Task::Cover(..) => unreachable!("they are a primary's"),
             }
         }
     }
@@ -118,8 +142,21 @@ impl Pair {
     fn write(&mut self, e: Extent, byte: u8) {
         self.source.touch(e);
         self.theirs[e.start() as usize..(e.start() + e.len()) as usize].fill(byte);
+        self.unsealed.push_back((e, byte));
+        self.accepted += 1;
+    }
+
+    /// It becomes a record.
+    fn seal(&mut self) -> bool {
+        let Some((e, byte)) = self.unsealed.pop_front() else { return false };
+        let mut image = self.images[&self.tail].clone();
+        image[e.start() as usize..(e.start() + e.len()) as usize].fill(byte);
         self.tail = self.tail.next();
+        self.sealed += 1;
+        self.images.insert(self.tail, image);
         self.to_target.push_back(Sent::Record(self.tail, e, byte));
+        self.confirm();
+        true
     }
 
     fn apply(&mut self) {
@@ -145,7 +182,8 @@ impl Pair {
         let heard = match &word {
             Compare::Open { window, extent, wanted, quick } => {
                 let (w, e, lsn) = (*window, *extent, self.tail);
-                self.source.open(w, e, wanted, *quick, lsn, std::iter::empty(), unknown(), &mut out)
+                let newer = self.unsealed.iter().map(|(e, _)| *e);
+                self.source.open(w, e, wanted, *quick, lsn, newer, unknown(), &mut out)
             }
             word => self.source.heard(word, &mut out),
         };
@@ -156,7 +194,7 @@ impl Pair {
     /// One step of the side that `who` says; whether there was anything to do.
     fn step(&mut self, who: u8) -> Result<bool, &'static str> {
         let mut out = Vec::new();
-        match who % 6 {
+        match who {
             0 => match self.to_target.pop_front() {
                 None => return Ok(false),
                 Some(Sent::Word(word)) => self.hear_target(word)?,
@@ -212,12 +250,13 @@ impl Pair {
                 }
                 None => return Ok(false),
             },
-            _ => {
+            5 => {
                 if self.records.is_empty() {
                     return Ok(false);
                 }
                 self.apply();
             }
+            _ => return Ok(self.seal()),
         }
         let mut more = Vec::new();
         self.target.applied(self.applied, |_| unknown(), &mut more);
@@ -236,7 +275,7 @@ impl Pair {
     fn finish(&mut self) -> Result<(), &'static str> {
         loop {
             let mut moved = false;
-            for who in 0..6 {
+            for who in 0..STEPS {
                 moved |= self.step(who)?;
             }
             if !moved {
@@ -259,7 +298,7 @@ proptest! {
     fn what_differs_is_repaired_and_nothing_else(
         spoilt in prop::collection::vec(0..SIZE, 0..12),
         writes in prop::collection::vec((0u64..SIZE / SECTOR, 1u64..40, any::<u8>()), 0..20),
-        steps in prop::collection::vec(0u8..8, 0..400),
+        steps in prop::collection::vec(0u8..9, 0..400),
         verify in any::<bool>(),
     ) {
         let (theirs, mut ours) = images();
@@ -274,13 +313,17 @@ proptest! {
         let mut writes = writes.into_iter();
         pair.open();
         for who in steps {
-            if who >= 6 {
+            if who >= STEPS {
                 if let Some((sector, sectors, byte)) = writes.next() {
                     let len = (sectors * SECTOR).min(SIZE - sector * SECTOR);
                     pair.write(extent(sector * SECTOR, len), byte);
                 }
             } else {
                 prop_assert_eq!(pair.step(who).map(drop), Ok(()));
+            }
+            // From now on the link may be gone for good.
+            if !verify && pair.target.is_idle() {
+                prop_assert!(pair.ours == pair.images[&pair.applied], "equal as of LSN {}", pair.applied);
             }
         }
         prop_assert_eq!(pair.finish(), Ok(()));
@@ -311,7 +354,7 @@ fn lied_to(change: impl Fn(&mut Compare)) -> (Result<(), &'static str>, bool) {
             change(word);
         }
         let mut moved = false;
-        let refused = (0..6).find_map(|who| match pair.step(who) {
+        let refused = (0..STEPS).find_map(|who| match pair.step(who) {
             Ok(m) => {
                 moved |= m;
                 None

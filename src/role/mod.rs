@@ -45,6 +45,88 @@ pub fn promotion(f: Facts) -> Promotion {
     }
 }
 
+/// What a node knows when it is told to give its own records up.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct RejoinFacts {
+    /// Its role.
+    pub role: Role,
+    /// It was a primary and has learned of another one since, or is about to become a shadow for that.
+    pub retired: bool,
+    /// A peer's history differs from its own.
+    pub diverged: bool,
+    /// The operator has named the side that is kept.
+    pub kept: bool,
+}
+
+/// The answer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Rejoin {
+    /// Go on.
+    Allowed,
+    /// There is nothing to give up.
+    Follows,
+    /// A primary that knows of no other.
+    OnlyPrimary,
+    /// Two primaries: the operator has to say which side is kept.
+    NotKept,
+}
+
+/// The table of [`Rejoin`]; its test enumerates every combination of facts.
+pub fn rejoin(f: RejoinFacts) -> Rejoin {
+    match f {
+        RejoinFacts { retired: true, .. } => Rejoin::Allowed,
+        RejoinFacts { role: Role::Shadow, diverged: true, .. } => Rejoin::Allowed,
+        RejoinFacts { role: Role::Shadow, diverged: false, .. } => Rejoin::Follows,
+        RejoinFacts { diverged: false, .. } => Rejoin::OnlyPrimary,
+        RejoinFacts { kept: false, .. } => Rejoin::NotKept,
+        RejoinFacts { kept: true, .. } => Rejoin::Allowed,
+    }
+}
+
+/// What a primary knows when it is told to hand its place over.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct SwitchFacts {
+    /// It is a primary that serves.
+    pub serving: bool,
+    /// The shadow is one of its peers.
+    pub known: bool,
+    /// It is fed right now.
+    pub linked: bool,
+    /// It has an image of its own, and all records that the journal had not just got.
+    pub current: bool,
+    /// Another change of this node is under way.
+    pub busy: bool,
+}
+
+/// The answer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Switch {
+    /// Go on.
+    Allowed,
+    /// There is nothing to hand over.
+    NotPrimary,
+    /// No such peer.
+    Unknown,
+    /// It can't be told.
+    Unreachable,
+    /// It lacks too much.
+    NotCurrent,
+    /// Not now.
+    Busy,
+}
+
+/// The table of a switchover; its test enumerates every combination of facts.
+pub fn switchover(f: SwitchFacts) -> Switch {
+    match f {
+        SwitchFacts { serving: false, .. } => Switch::NotPrimary,
+        SwitchFacts { busy: true, .. } => Switch::Busy,
+        SwitchFacts { known: false, .. } => Switch::Unknown,
+        SwitchFacts { linked: false, .. } => Switch::Unreachable,
+        SwitchFacts { current: false, .. } => Switch::NotCurrent,
+        SwitchFacts { current: true, .. } => Switch::Allowed,
+    }
+}
+
 /// The term of a promotion on `node` that has seen `seen`.
 pub fn next_term(seen: Term, node: NodeId) -> Term {
     Term { counter: seen.counter + 1, node }
@@ -84,6 +166,44 @@ mod tests {
                 assert_eq!(promotion(f), Promotion::Unfenced);
             }
         }
+    }
+
+    #[test]
+    fn the_table_of_rejoin_answers_every_combination() {
+        for bits in 0..16u32 {
+            let bit = |i: u32| bits >> i & 1 == 1;
+            let role = if bit(0) { Role::Primary } else { Role::Shadow };
+            let f = RejoinFacts { role, retired: bit(1), diverged: bit(2), kept: bit(3) };
+            let answer = rejoin(f);
+            // A primary that serves gives way only when another one is known and was named as kept.
+            let safe = f.retired || (f.diverged && (role == Role::Shadow || f.kept));
+            assert_eq!(answer == Rejoin::Allowed, safe, "{f:?}");
+            assert_eq!(answer == Rejoin::Follows, !f.retired && role == Role::Shadow && !f.diverged, "{f:?}");
+        }
+    }
+
+    #[test]
+    fn the_table_of_switchover_answers_every_combination() {
+        let mut counts = std::collections::BTreeMap::new();
+        for bits in 0..32u32 {
+            let bit = |i: u32| bits >> i & 1 == 1;
+            let f =
+                SwitchFacts { serving: bit(0), known: bit(1), linked: bit(2), current: bit(3), busy: bit(4) };
+            let answer = switchover(f);
+            let all = f.serving && f.known && f.linked && f.current && !f.busy;
+            assert_eq!(answer == Switch::Allowed, all, "{f:?}");
+            let true_of_it = match answer {
+                Switch::Allowed => all,
+                Switch::NotPrimary => !f.serving,
+                Switch::Unknown => !f.known,
+                Switch::Unreachable => !f.linked,
+                Switch::NotCurrent => !f.current,
+                Switch::Busy => f.busy,
+            };
+            assert!(true_of_it, "{f:?} -> {answer:?}");
+            *counts.entry(format!("{answer:?}")).or_insert(0) += 1;
+        }
+        assert_eq!(counts.len(), 6, "{counts:?}");
     }
 
     #[test]

@@ -1,9 +1,9 @@
 //! What every verb owes: help, usage errors, no such group, the JSON form of an error.
 
-use super::{Place, volrep};
+use super::{Daemon, Place, place::until, volrep};
 
 /// Each verb, and a command line that is complete but names a group that does not exist.
-const VERBS: [(&str, &[&str], &[&str]); 10] = [
+const VERBS: [(&str, &[&str], &[&str]); 18] = [
     (
         "init",
         &["init", "g", "--volume", "a=/x"],
@@ -41,13 +41,21 @@ const VERBS: [(&str, &[&str], &[&str]); 10] = [
     ("attach", &["attach", "g"], &["--device"]),
     ("detach", &["detach", "g"], &["--dry-run"]),
     ("status", &["status", "g"], &["--watch"]),
+    ("history", &["history", "g"], &[]),
+    ("mark", &["mark", "g", "before batch"], &[]),
     ("promote", &["promote", "g"], &["--dry-run", "--i-fenced-the-old-primary", "--yes"]),
+    ("switchover", &["switchover", "g", "--to", "db2"], &["--to", "--dry-run", "--yes"]),
     (
         "refresh",
         &["refresh", "g"],
         &["--peer", "--quick", "--rate", "--no-wait", "--stop", "--dry-run", "--in-place", "--yes"],
     ),
     ("verify", &["verify", "g"], &["--peer", "--quick", "--rate", "--no-wait", "--stop"]),
+    ("rejoin", &["rejoin", "g"], &["--dry-run", "--yes"]),
+    ("resolve", &["resolve", "g", "--keep", "db2"], &["--keep", "--dry-run", "--yes"]),
+    ("salvage", &["salvage", "g"], &[]),
+    ("view", &["view", "g", "--read-only"], &["--read-only", "--scratch", "--close", "--at", "--device"]),
+    ("drill", &["drill", "g", "--run", "/bin/true"], &["--run", "--timeout", "--device"]),
 ];
 const SHARED: [&str; 6] = ["--json", "--config", "--state-dir", "--run-dir", "--shm-dir", "--dev-dir"];
 
@@ -90,9 +98,10 @@ fn an_unknown_flag_is_usage() {
 fn no_such_group_is_told_with_what_there_is() {
     let place = Place::new();
     place.init(&["data=disk:1M"]).expect(0, &[]);
-    for (verb, ..) in VERBS.iter().filter(|(verb, ..)| !["init", "join"].contains(verb)) {
-        place.run(&[verb, "gg"]).expect(10, &["no group `gg`", "did you mean `g`?"]);
-        let ended = place.run(&[verb, "nowhere", "--json"]);
+    for (_, complete, _) in VERBS.iter().filter(|(verb, ..)| !["init", "join"].contains(verb)) {
+        let of = |group: &'static str| [&[complete[0], group], &complete[2..]].concat();
+        place.run(&of("gg")).expect(10, &["no group `gg`", "did you mean `g`?"]);
+        let ended = place.run(&[&of("nowhere")[..], &["--json"]].concat());
         ended.expect(10, &["here are: g"]);
         let error = ended.json();
         assert_eq!(error["schema_version"], 1);
@@ -163,12 +172,40 @@ fn status_of_a_stopped_group() {
 }
 
 #[test]
+fn the_history_needs_no_daemon() {
+    let place = Place::new();
+    place.init(&["data=disk:1M"]).expect(0, &[]);
+    assert_eq!(place.run(&["history", "g"]).expect(0, &[]).stdout, "nothing has happened here yet\n");
+    assert_eq!(place.run(&["history", "g", "--json"]).json()["events"].as_array().unwrap().len(), 0);
+    let daemon = Daemon::start(&place);
+    let serves = |s: &serde_json::Value| s["state"] == "UpToDate";
+    until("it serves", || serves(&place.run(&["status", "g", "--json"]).json()).then_some(()));
+    let mark = place.run(&["mark", "g", "before batch", "--json"]).expect(0, &[]).json();
+    assert_eq!(mark["mark"], "before batch");
+    daemon.stop();
+    let history = place.run(&["history", "g", "--json"]).expect(0, &[]).json();
+    let events = history["events"].as_array().unwrap();
+    let kinds: Vec<_> = events.iter().map(|e| e["event"].as_str().unwrap()).collect();
+    assert_eq!(kinds, ["started", "generation", "mark"]);
+    let (told, kept) = (&mark, &events[2]["mark"]);
+    assert_eq!((&kept["text"], &kept["lsn"], &kept["hash"]), (&told["mark"], &told["lsn"], &told["hash"]));
+    assert_eq!(events[2]["given_up"], false);
+    let text = place.run(&["history", "g"]).expect(0, &[]).stdout.clone();
+    assert!(text.lines().count() == 3 && text.contains("before batch"), "{text}");
+}
+
+#[test]
 fn verbs_that_need_the_daemon_say_so() {
     let place = Place::new();
     place.init(&["data=disk:1M"]).expect(0, &[]);
-    for verb in ["attach", "detach", "promote", "refresh", "verify"] {
-        place.run(&[verb, "g"]).expect(1, &["not running", "volrep serve g"]);
+    place.run(&["mark", "g", "before batch"]).expect(1, &["not running", "volrep serve g"]);
+    place.run(&["mark", "g", "a\nb"]).expect(2, &["one visible line"]);
+    let verbs = ["attach", "detach", "promote", "refresh", "verify", "rejoin", "resolve", "view", "drill"];
+    for (_, complete, _) in VERBS.iter().filter(|(verb, ..)| verbs.contains(verb)) {
+        place.run(complete).expect(1, &["not running", "volrep serve g"]);
     }
+    place.run(&["view", "g", "--close"]).expect(1, &["not running", "volrep serve g"]);
+    place.run(&["resolve", "g"]).expect(2, &["--keep"]);
 }
 
 #[test]

@@ -5,8 +5,10 @@
 mod contract;
 mod control;
 mod full_disk;
+mod giving_up;
 #[path = "../place/mod.rs"]
 mod place;
+mod salvage;
 mod setup;
 
 pub use place::{Daemon, Ended, Place, program, volrep};

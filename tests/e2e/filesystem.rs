@@ -10,10 +10,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-const MIB: u64 = 1 << 20;
+pub const MIB: u64 = 1 << 20;
 
 /// Says why a test can't run here; readies its thread if it can. The first thing in a test.
-fn missing() -> bool {
+pub fn missing() -> bool {
     let root = nix::unistd::geteuid().is_root();
     let devices = ["/dev/fuse", "/dev/loop-control"].iter().all(|p| Path::new(p).exists());
     if !root || !devices {
@@ -26,7 +26,7 @@ fn missing() -> bool {
 }
 
 /// Mounts a device below the primary's place (so that it is taken away whatever happens).
-fn mounted(place: &Path, device: &str, kind: &str) -> PathBuf {
+pub fn mounted(place: &Path, device: &str, kind: &str) -> PathBuf {
     let dir = place.join("fs");
     fs::create_dir_all(&dir).unwrap();
     mount(Some(device), &dir, Some(kind), MsFlags::empty(), None::<&str>).unwrap();
@@ -126,17 +126,18 @@ fn a_killed_daemon_gives_a_mounted_file_system_an_error_and_it_recovers() {
     client("e2fsck", &["-fn", pair.shadow.backing("data").to_str().unwrap()]);
 }
 
-const BIN: &str = "/usr/lib/postgresql/15/bin";
+/// Where Debian has the server.
+pub const BIN: &str = "/usr/lib/postgresql/15/bin";
 
 /// A server that is stopped at the end, hard.
-struct Postgres {
+pub struct Postgres {
     child: Child,
     dir: PathBuf,
     sockets: PathBuf,
 }
 
 /// A command under the user that PostgreSQL insists on.
-fn as_postgres(program: &str) -> Command {
+pub fn as_postgres(program: &str) -> Command {
     let mut command = Command::new("setpriv");
     command.args(["--reuid=postgres", "--regid=postgres", "--clear-groups", &format!("{BIN}/{program}")]);
     command.current_dir("/");
@@ -144,7 +145,8 @@ fn as_postgres(program: &str) -> Command {
 }
 
 impl Postgres {
-    fn start(dir: &Path, sockets: &Path) -> Postgres {
+    /// Waits until it answers.
+    pub fn start(dir: &Path, sockets: &Path) -> Postgres {
         let mut command = as_postgres("postgres");
         command.arg("-D").arg(dir).arg("-k").arg(sockets).args([
             "-c",
@@ -160,7 +162,8 @@ impl Postgres {
         });
         server
     }
-    fn psql(&self, args: &[&str]) -> Command {
+    /// A client.
+    pub fn psql(&self, args: &[&str]) -> Command {
         let mut command = as_postgres("psql");
         command.arg("-h").arg(&self.sockets).args([
             "-d",
@@ -175,8 +178,9 @@ impl Postgres {
         command.args(args);
         command
     }
+    /// The answer to one statement.
     #[track_caller]
-    fn query(&self, sql: &str) -> String {
+    pub fn query(&self, sql: &str) -> String {
         let output = self.psql(&["-c", sql]).output().unwrap();
         assert!(output.status.success(), "{sql}: {}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8(output.stdout).unwrap().trim().to_owned()

@@ -173,7 +173,7 @@ fn a_backing_that_does_not_fit_is_refused() {
     refused(&pair.shadow).expect(1, &["data", "16773120", "16777216", "enlarge"]);
     file.set_len(16 * MIB).unwrap();
 
-    // The primary's own file, under its own name, another name, and while the primary is away.
+    // The primary's own file, under its own name and another one.
     let theirs = pair.primary.backing("data");
     let link = pair.shadow.place.path().join("link");
     std::fs::hard_link(&theirs, &link).unwrap();

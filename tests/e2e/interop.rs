@@ -146,6 +146,8 @@ fn fio_verifies_random_sizes_overlaps_and_trims() {
     }
     let out = client("fio", &args);
     assert!(out.matches("err= 0").count() >= 4, "{out}");
+    let sums = ["READ: ", "WRITE: ", "TRIM: "];
+    out.lines().filter(|l| sums.iter().any(|s| l.contains(s))).for_each(|l| eprintln!("{}", l.trim()));
     pair.finish();
 }
 

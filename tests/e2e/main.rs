@@ -6,7 +6,9 @@
 mod crash;
 #[path = "../descriptors/mod.rs"]
 mod descriptors;
+mod drill;
 mod exits;
+mod failback;
 mod filesystem;
 mod input;
 mod interop;
@@ -19,3 +21,6 @@ mod place;
 mod refresh;
 mod resync;
 mod shadows;
+mod split_brain;
+mod switchover;
+mod view;

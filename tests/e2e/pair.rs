@@ -37,6 +37,8 @@ pub struct Setup {
     pub filled: u64,
     /// No other test runs meanwhile.
     pub alone: bool,
+    /// The shadow listens, too, and the primary knows where: it can follow when the roles have changed.
+    pub back: bool,
 }
 
 impl Default for Setup {
@@ -49,6 +51,7 @@ impl Default for Setup {
             config: "",
             filled: 0,
             alone: false,
+            back: false,
         }
     }
 }
@@ -142,6 +145,10 @@ impl Node {
     pub fn backing(&self, volume: &str) -> PathBuf {
         self.place.path().join(volume)
     }
+    /// Tells it where another node listens.
+    pub fn knows(&self, name: &str, address: &str) {
+        self.configure(|text| format!("{text}\n[[peer]]\nname = \"{name}\"\naddress = \"{address}\"\n"));
+    }
     /// Changes its configuration.
     pub fn configure(&self, change: impl FnOnce(String) -> String) {
         let path = self.place.config().join("g.toml");
@@ -157,7 +164,8 @@ impl Drop for Node {
         let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
         let ours = |line: &str| line.split(' ').nth(1).map(PathBuf::from).filter(|p| p.starts_with(&below));
         let mut mounts: Vec<_> = mounts.lines().filter_map(ours).collect();
-        let front = mounts.iter().position(|m| m.ends_with("run/g/fuse")).map(|i| mounts.remove(i));
+        let fronts = mounts.extract_if(.., |m| m.ends_with("run/g/fuse") || m.ends_with("run/g/view"));
+        let fronts: Vec<_> = fronts.collect();
         for mount in mounts.iter().rev() {
             let _ = umount2(mount, MntFlags::MNT_DETACH);
         }
@@ -167,7 +175,7 @@ impl Drop for Node {
             daemon.kill();
         }
         self.daemon = None;
-        if let Some(front) = front {
+        for front in fronts {
             let loops = Command::new("losetup")
                 .args(["--list", "--noheadings", "--output", "NAME,BACK-FILE"])
                 .output();
@@ -220,7 +228,12 @@ impl Pair {
         primary.configure(|text| format!("{}\n{}", setup.config, text));
         let token = primary.place.run(&["token", "g", "--peer", "db2"]);
         token.expect(0, &[]);
-        let mut args = vec!["join", token.stdout.trim(), "--listen", "none", "--journal-size", setup.journal];
+        let listen = if setup.back { format!("127.0.0.1:{}", free_port()) } else { "none".to_owned() };
+        if setup.back {
+            primary.knows("db2", &listen);
+        }
+        let mut args =
+            vec!["join", token.stdout.trim(), "--listen", &listen, "--journal-size", setup.journal];
         let volumes: Vec<_> = setup.volumes.iter().map(|(n, _)| format!("{n}={n}")).collect();
         volumes.iter().for_each(|v| args.extend(["--volume", v]));
         shadow.place.run(&args).expect(0, &[]);

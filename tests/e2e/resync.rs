@@ -183,9 +183,20 @@ fn the_first_copy_of_a_volume_that_holds_something_is_whole_or_not_usable() {
 }
 
 /// A small file system, gone with it.
-struct Small(PathBuf);
+pub struct Small(PathBuf);
 
 impl Small {
+    /// Gives a shadow that is stopped a journal on one: its stage lies there, too.
+    pub fn under(shadow: &Node, size: &str) -> Small {
+        let small = Small(shadow.place.path().join("small"));
+        std::fs::create_dir(&small.0).unwrap();
+        small.size(size, MsFlags::empty());
+        std::fs::copy(shadow.place.config().join("state/g/journal"), small.0.join("journal")).unwrap();
+        let dir = format!("[journal]\ndir = {:?}", small.0);
+        shadow.configure(|t| t.replace("[journal]", &dir).replace("direct = true", "direct = false"));
+        small
+    }
+
     fn size(&self, size: &str, flags: MsFlags) {
         mount(Some("volrep-test"), &self.0, Some("tmpfs"), flags, Some(size)).unwrap();
     }
@@ -207,12 +218,7 @@ fn full_stage() -> Option<(Pair, Small, PathBuf)> {
     let old = pair.shadow.place.path().join("old");
     std::fs::copy(pair.shadow.backing("data"), &old).unwrap();
     // The journal, and so the stage, on a disk that has no room for what differs.
-    let small = Small(pair.shadow.place.path().join("small"));
-    std::fs::create_dir(&small.0).unwrap();
-    small.size("size=48m", MsFlags::empty());
-    std::fs::copy(pair.shadow.place.config().join("state/g/journal"), small.0.join("journal")).unwrap();
-    let dir = format!("[journal]\ndir = {:?}", small.0);
-    pair.shadow.configure(|t| t.replace("[journal]", &dir).replace("direct = true", "direct = false"));
+    let small = Small::under(&pair.shadow, "size=48m");
     pair.shadow.start();
     let reason = until("the resync stops", || {
         let s = pair.shadow.status();

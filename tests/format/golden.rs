@@ -60,7 +60,9 @@ fn the_segment_header_stays_as_it_is() {
 
 #[test]
 fn the_record_stays_as_it_is() {
-    for (name, record) in [("record_raw", raw_record()), ("record_sync_set", sync_set_record())] {
+    for (name, record) in
+        [("record_raw", raw_record()), ("record_sync_set", sync_set_record()), ("record_mark", mark_record())]
+    {
         let bytes = golden(name, &record.journal_bytes());
         let decoded = Record::decode(bytes.clone()).unwrap();
         assert_eq!(decoded.stamp, record.stamp);
@@ -72,6 +74,8 @@ fn the_record_stays_as_it_is() {
     assert_eq!(decoded.extents().collect::<Vec<_>>(), extents());
     assert_eq!(decoded.payload().unwrap(), pattern(1536));
     assert_eq!(sync_set_record().members().unwrap().len(), 2);
+    assert_eq!(mark_record().mark().as_deref(), Some("before batch \u{fc}"));
+    assert_eq!(sync_set_record().mark(), None);
     golden("origin", &origin(group()).0);
 }
 

@@ -9,7 +9,8 @@ use volrep::format::message::{Cause, Identity, Message, Opening, Role, Verdict};
 use volrep::format::record::{self, Compressor, Content, EncodeJob, Kind, Record, Stamp};
 use volrep::format::segment::SegmentHeader;
 use volrep::format::superblock::{
-    Anchor, Comparison, Geometry, MapRange, OldImage, Peer, Resync, ResyncStage, Superblock, Verified, Volume,
+    Anchor, Comparison, Geometry, MapRange, OldImage, Peer, Resync, ResyncStage, Retired, Superblock,
+    Verified, Volume,
 };
 use volrep::units::{Address, Extent, Generation, GroupId, Hash, HistoryPoint, Lsn, NodeId, Term};
 
@@ -81,6 +82,10 @@ pub fn sync_set_record() -> Record {
     record::seal(record::encode_note(&ids), stamp(Kind::SyncSet))
 }
 
+pub fn mark_record() -> Record {
+    record::seal(record::encode_note("before batch \u{fc}".as_bytes()), stamp(Kind::Mark))
+}
+
 pub fn segment() -> SegmentHeader {
     SegmentHeader {
         group: group(),
@@ -146,6 +151,8 @@ pub fn superblock() -> Superblock {
                 verified: Some(Verified { time: 0x0e01, lsn: Lsn(0x0e02), differences: 0x0e03 }),
             },
         ],
+        retired: Some(Retired { term: term(3), rewinds: true }),
+        handed: Some(NodeId(0x0b01)),
         resync: Some(Resync {
             job: 0x0d01,
             stage: ResyncStage::Staging,
@@ -190,6 +197,7 @@ pub fn identity() -> Identity {
         applied: Lsn(48),
         openings: vec![Opening { generation: generation(2), at: point(12) }],
         resyncing: true,
+        rewinds: true,
     }
 }
 
@@ -228,6 +236,7 @@ pub fn messages() -> Vec<(&'static str, Message)> {
         ("ask_copy", Message::AskCopy { lsn: Lsn(0x0a06) }),
         ("copy", Message::Copy(raw_record())),
         ("no_copy", Message::NoCopy { lsn: Lsn(0x0a07) }),
+        ("handover", Message::Handover { at: point(0x0a08) }),
     ]
     .into_iter()
     .chain(words().into_iter().map(|(name, word)| (name, Message::Compare(Box::new(word)))))
@@ -263,6 +272,7 @@ fn words() -> Vec<(&'static str, Compare)> {
             Compare::Data { window, batch: 0x0f03, touched: vec![1, 2, 3], payload: pattern(40).into() },
         ),
         ("compare_close", Compare::Close { window }),
+        ("compare_closed", Compare::Closed { window, lsn: Lsn(77) }),
         ("compare_fail", Compare::Fail { text: "reading failed".into() }),
         ("compare_begin", Compare::Begin { quick: true, verify: false, rate: 0x0f04, in_place: true }),
         ("compare_stop", Compare::Stop),

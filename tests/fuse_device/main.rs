@@ -66,7 +66,15 @@ fn options(dir: &Path, group: Arc<MemoryGroup>, block: u32, loop_device: bool) -
     FuseOptions {
         mount_dir: dir.join("fuse"),
         dev_dir: dir.join("dev"),
-        volumes: vec![Volume { volume: 0, name: "data".into(), size, block, link: "epic".into() }],
+        volumes: vec![Volume {
+            volume: 0,
+            name: "data".into(),
+            size,
+            block,
+            link: "epic".into(),
+            read_only: false,
+            lasting: true,
+        }],
         loop_device,
         submit: group,
     }

@@ -71,7 +71,7 @@ fn long() -> bool {
 
 /// Rounds of killing a daemon.
 fn rounds() -> (&'static str, u32) {
-    if long() { ("200", 3000) } else { ("6", 300) }
+    if long() { ("200", 3000) } else { ("4", 300) }
 }
 
 /// What the other tests take for granted of tools/vm.
@@ -119,6 +119,16 @@ fn nbd_device() {
 }
 
 #[test]
+fn nbd_view() {
+    guest("view.bash", &["nbd"], 300);
+}
+
+#[test]
+fn ublk_view() {
+    guest("view.bash", &["ublk"], 300);
+}
+
+#[test]
 fn nbd_database() {
     guest("database.bash", &["nbd"], 300);
 }
@@ -127,6 +137,11 @@ fn nbd_database() {
 fn nbd_restart() {
     let (rounds, limit) = rounds();
     guest("restart.bash", &["nbd", rounds], limit);
+}
+
+#[test]
+fn nbd_retired() {
+    guest("retired.bash", &["nbd"], 300);
 }
 
 #[test]
@@ -148,6 +163,11 @@ fn ublk_database() {
 fn ublk_restart() {
     let (rounds, limit) = rounds();
     guest("restart.bash", &["ublk", rounds], limit);
+}
+
+#[test]
+fn ublk_retired() {
+    guest("retired.bash", &["ublk"], 300);
 }
 
 #[test]

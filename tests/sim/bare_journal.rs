@@ -45,6 +45,8 @@ fn superblock(group: GroupId) -> Superblock {
         sync_set: vec![],
         peers: vec![],
         maps_id: 0,
+        retired: None,
+        handed: None,
         resync: None,
         comparison: None,
         verified: None,

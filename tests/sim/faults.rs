@@ -132,22 +132,17 @@ impl World {
                     self.hosts[node].away = Some((until, latest));
                 }
             }
-            Fault::StageFull => {
+            Fault::View | Fault::ViewClose => {
                 if let Some(node) = self.some_shadow() {
-                    let rng = &mut self.scenario.rng;
-                    let (file, kind) = rng.pick(&[
-                        (File::Stage(0), 1),
-                        (File::Stage(0), 1),
-                        (File::Stage(0), 2),
-                        (File::Stage(0), 0),
-                        (File::StageMap, 1),
-                        (File::StageMap, 2),
-                    ]);
-                    let fault = DiskFault { errno: 28, drops: rng.permille(500) };
-                    let skip = rng.log(1, 20) - 1;
-                    self.hosts[node].armed.push(Armed { file, kind, skip, fault });
+                    return self.strike_view(node, fault);
                 }
             }
+            Fault::StageFull => {
+                if let Some(node) = self.some_shadow() {
+                    self.fill_stage(node);
+                }
+            }
+            Fault::Switchover => return self.switch_over(),
             Fault::LostMaps => {
                 let node = self.scenario.rng.below(self.hosts.len() as u64) as usize;
                 self.crash(node, false);
@@ -180,12 +175,29 @@ impl World {
                     return self.ask_in_place(node);
                 }
             }
+            Fault::Mark => return self.ask_mark(primary),
             Fault::SlowDisk => {
                 let node = self.scenario.rng.below(self.hosts.len() as u64) as usize;
                 self.hosts[node].slow = self.scenario.rng.pick(&[1, 10, 50]);
             }
         }
         Ok(())
+    }
+
+    /// A request to a stage will fail, or there is no room for one.
+    pub fn fill_stage(&mut self, node: usize) {
+        let rng = &mut self.scenario.rng;
+        let (file, kind) = rng.pick(&[
+            (File::Stage(0), 1),
+            (File::Stage(0), 1),
+            (File::Stage(0), 2),
+            (File::Stage(0), 0),
+            (File::StageMap, 1),
+            (File::StageMap, 2),
+        ]);
+        let fault = DiskFault { errno: 28, drops: rng.permille(500) };
+        let skip = rng.log(1, 20) - 1;
+        self.hosts[node].armed.push(Armed { file, kind, skip, fault });
     }
 
     fn stop(&mut self, node: usize) -> Outcome {

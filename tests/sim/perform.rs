@@ -56,6 +56,7 @@ fn digest(message: &Message) -> (u64, u64) {
         Message::AskCopy { lsn } => (14, lsn.0),
         Message::Copy(r) => (15, r.stamp.lsn.0),
         Message::NoCopy { lsn } => (16, lsn.0),
+        Message::Handover { at } => (21, at.lsn.0),
         Message::Compare(word) => (20, word.wire_len()),
     }
 }
@@ -95,6 +96,8 @@ impl World {
                     self.after(delay, Coming::Stage { node, incarnation, fresh });
                 }
                 Action::DropStage => self.drop_stage(node)?,
+                Action::History(event) => self.keep_event(node, event)?,
+                Action::Salvage(part) => self.salvage(node, part)?,
                 Action::Complete { id, result } => self.complete(node, id.0, result)?,
                 Action::Dial { peer } => {
                     let incarnation = self.hosts[node].incarnation;
@@ -451,6 +454,10 @@ impl World {
                 self.after(0, Coming::Granted { node, incarnation, purpose });
                 Ok(())
             }
+            Answer::Marked(mark) => {
+                self.trace.say(self.now, node, "marked", &format!("{mark:?}"));
+                self.marked(node, id, &mark)
+            }
             Answer::Refused(why, text) => {
                 self.trace.say(self.now, node, "refused", &format!("{purpose:?}: {why:?} {text}"));
                 self.refused(node, purpose, why, &text)
@@ -461,8 +468,20 @@ impl World {
     fn refused(&mut self, node: usize, purpose: Purpose, why: Refusal, text: &str) -> Outcome {
         self.counts.met(&format!("{purpose:?} refused: {why:?}"));
         match purpose {
+            Purpose::Promote if self.scenario.other == Some(node) => {
+                self.scenario.other = None;
+                return Ok(());
+            }
             Purpose::Promote => return self.promotion_refused(text),
-            Purpose::Refresh => return Ok(()),
+            Purpose::Switchover => {
+                self.switchover_answered(node);
+                return Ok(());
+            }
+            Purpose::View => {
+                self.hosts[node].view = None;
+                return Ok(());
+            }
+            Purpose::Refresh | Purpose::Rejoin | Purpose::ViewClose | Purpose::Mark => return Ok(()),
             Purpose::Shutdown if self.hosts[node].watch.faulted => {
                 let incarnation = self.hosts[node].incarnation;
                 self.after(0, Coming::Granted { node, incarnation, purpose });
@@ -475,7 +494,7 @@ impl World {
             }
             _ => {}
         }
-        let fault = self.hosts[node].watch.faulted || self.scenario.demoted(node);
+        let fault = self.hosts[node].watch.faulted || self.scenario.demoted(node) || self.is_moving(node);
         if fault {
             Ok(())
         } else {

@@ -72,10 +72,18 @@ pub enum Fault {
     StopRefresh,
     /// He gives the old image of a shadow up, should it need a resync.
     InPlace,
+    /// He moves the primary to another node.
+    Switchover,
+    /// Somebody opens a view of a shadow.
+    View,
+    /// Somebody closes it.
+    ViewClose,
+    /// An administrator marks the write order.
+    Mark,
 }
 
 /// Every kind.
-pub const FAULTS: [Fault; 31] = [
+pub const FAULTS: [Fault; 35] = [
     Fault::KillPrimary,
     Fault::PowerPrimary,
     Fault::KillShadow,
@@ -107,6 +115,10 @@ pub const FAULTS: [Fault; 31] = [
     Fault::Verify,
     Fault::StopRefresh,
     Fault::InPlace,
+    Fault::Switchover,
+    Fault::View,
+    Fault::ViewClose,
+    Fault::Mark,
 ];
 
 /// How the primary is lost before the promotion.
@@ -183,6 +195,12 @@ pub struct Plan {
     pub ambush: u64,
     /// The promotion, after this many requests, and the node promoted.
     pub promotion: Option<(u64, Loss, usize)>,
+    /// The primary is moved, there and back; nobody is promoted then.
+    pub moves: bool,
+    /// Who holds records of its own after that is told to rejoin.
+    pub rejoin: bool,
+    /// Another shadow is promoted, too.
+    pub double: bool,
     /// Slowest disk write, ns.
     pub disk_write: u64,
     /// Slowest sync, ns.
@@ -195,8 +213,14 @@ impl Plan {
         let nodes = if rng.permille(350) { 3 } else { 2 };
         // Writes go round the journal several times, and shadows stay away for long.
         let resyncs = rng.permille(400);
+        // Views are left open while the journal goes round.
+        let views = rng.permille(300);
         let mut mix = draw_mix(rng);
-        if resyncs {
+        let laps = views && rng.permille(400);
+        if laps {
+            (mix.largest, mix.zero, mix.rich) = (4000, 0, 1000);
+            mix.requests = rng.within(60, 140);
+        } else if resyncs {
             mix.largest = rng.pick(&[256, 512]);
             mix.requests = rng.within(200, 600);
             mix.rich = rng.pick(&[700, 1000]);
@@ -248,14 +272,47 @@ impl Plan {
             faults.extend((0..count).map(|_| (rng.within(1, mix.requests), rng.pick(&kinds))));
             faults.sort_unstable();
         }
-        Plan {
+        if rng.permille(400) {
+            let count = rng.within(1, 12);
+            faults.extend((0..count).map(|_| (rng.within(1, mix.requests), Fault::Mark)));
+            faults.sort_unstable();
+        }
+        if views {
+            // A course of views, with what goes on without regard to them.
+            let kinds = [
+                Fault::ViewClose,
+                Fault::Partition,
+                Fault::Cut,
+                Fault::KillShadow,
+                Fault::PowerShadow,
+                Fault::IoErrorShadow,
+                Fault::RestartShadow,
+                Fault::Refresh,
+                Fault::StageFull,
+            ];
+            for _ in 0..rng.within(1, 5) {
+                let at = rng.within(1, if laps { mix.requests / 3 } else { mix.requests });
+                faults.push((at, Fault::View));
+                if rng.permille(500) {
+                    faults.push((rng.within(at, mix.requests), rng.pick(&kinds)));
+                }
+            }
+            faults.sort_unstable();
+        }
+        let moves = promotion.is_none() && rng.permille(400);
+        if moves {
+            let count = rng.within(1, 6);
+            faults.extend((0..count).map(|_| (rng.within(1, mix.requests), Fault::Switchover)));
+            faults.sort_unstable();
+        }
+        let mut plan = Plan {
             nodes,
             volumes,
             before,
             blank,
             ambush: if resyncs { rng.pick(&[0, 50, 300]) } else { 0 },
             segment: 2 << 20,
-            segments: rng.pick(&[4, 4, 4, 5, 8]),
+            segments: if laps { 4 } else { rng.pick(&[4, 4, 4, 5, 8]) },
             cache: rng.pick(&[1, 2, 4, 8]) << 20,
             level: rng.pick(&[None, Some(1), Some(1), Some(3)]),
             full: if behind { FullPolicy::Behind } else { FullPolicy::Block },
@@ -266,9 +323,20 @@ impl Plan {
             faults,
             mix,
             promotion,
+            moves,
+            rejoin: rng.permille(700),
+            double: rng.permille(300),
             disk_write: rng.log(50 * MICROS, 20 * MILLIS),
             disk_sync: rng.log(100 * MICROS, 50 * MILLIS),
-        }
+        };
+        // Drawn last, for the seeds that were looked at before it.
+        plan.timing.ask = rng.pick(&[MILLIS, 50 * MILLIS, SECONDS, SECONDS, 3 * SECONDS]);
+        plan
+    }
+
+    /// An old primary that comes back finds the promoted one in time.
+    pub fn finds_the_promoted(&self) -> bool {
+        self.faults.is_empty() && self.ambush == 0 && self.timing.ask >= SECONDS
     }
 }
 
@@ -325,6 +393,7 @@ fn draw_timing(rng: &mut Prng) -> Timing {
         redial: rng.log(10 * MILLIS, 500 * MILLIS),
         write_back_after: rng.log(100 * MICROS, 500 * MILLIS),
         checkpoint_after: rng.log(5 * MILLIS, SECONDS),
+        ask: 0,
     }
 }
 

@@ -5,13 +5,13 @@
 
 use crate::content::{SECTOR, WriteId, parse_run};
 use crate::history::Image;
+use crate::moves::Move;
 use crate::plan::{Fault, Loss};
 use crate::prng::Prng;
 use crate::workload::Asked;
 use crate::world::{Coming, Outcome, Purpose, World, broken};
 use bytes::Bytes;
 use std::collections::BTreeSet;
-use volrep::disk::File;
 use volrep::node::event::{AdminOp, Op, Refresh};
 use volrep::node::status::Status;
 use volrep::units::{Address, Extent, Hash, MILLIS, SECONDS};
@@ -62,6 +62,12 @@ pub struct Scenario {
     rebase: bool,
     /// When the old primary came back.
     returned: Option<u64>,
+    /// It follows now.
+    pub rejoined: bool,
+    /// The other node that was promoted, while it is a primary.
+    pub other: Option<usize>,
+    /// The primary is being moved.
+    pub moving: Option<Move>,
 }
 
 impl Scenario {
@@ -82,7 +88,14 @@ impl Scenario {
             dials_fail_until: 0,
             rebase: false,
             returned: None,
+            rejoined: false,
+            other: None,
+            moving: None,
         }
+    }
+    /// The whole image is being read.
+    pub fn is_reading(&self) -> bool {
+        self.verify.is_some()
     }
     /// What is going on.
     pub fn phase(&self) -> Phase {
@@ -111,7 +124,16 @@ impl Scenario {
     }
     /// Another node was promoted over this one (or is about to be).
     pub fn demoted(&self, node: usize) -> bool {
-        node == 0 && (self.promoted || self.phase == Phase::Promote)
+        node == 0 && !self.rejoined && (self.promoted || self.phase == Phase::Promote)
+    }
+    /// This one is the primary from now on, and what it holds is the truth.
+    pub fn crown(&mut self, node: usize) {
+        (self.promoted, self.rebase, self.primary, self.other) = (true, true, node, None);
+        self.verify = None;
+    }
+    /// Another node was promoted.
+    pub fn is_promoted(&self) -> bool {
+        self.promoted
     }
 }
 
@@ -129,10 +151,18 @@ impl World {
         }
         self.counts.check("liveness");
         self.shut_out_old();
+        self.ask_rejoins()?;
+        self.watch_move()?;
         let settled = self.scenario.phase == Phase::Settle && self.all_current(false) && self.all_mended()?;
         match self.scenario.phase {
             Phase::Join if self.all_current(true) => self.begin_work(),
-            Phase::Work => self.work_on()?,
+            Phase::Work => {
+                self.work_on()?;
+                // A FLUSH may wait for it.
+                if self.now - self.work.progress > PATIENCE / 4 {
+                    self.resume_resyncs()?;
+                }
+            }
             Phase::Promote => self.promote_on()?,
             Phase::Settle if settled => {
                 self.enter(Phase::Drain);
@@ -221,6 +251,7 @@ impl World {
             return Ok(());
         };
         self.check_told(node, &s)?;
+        self.check_view(node, &s)?;
         let watch = &self.hosts[node].watch;
         let ordered =
             s.checkpoint_lsn <= s.applied_lsn && s.applied_lsn <= s.tail_lsn && s.durable_lsn <= s.tail_lsn;
@@ -239,7 +270,7 @@ impl World {
                 self.restart(node, false, delay);
                 Ok(())
             }
-            "Diverged" if !self.scenario.demoted(0) => {
+            "Diverged" if !self.scenario.promoted && self.scenario.phase != Phase::Promote => {
                 broken("I1", format!("diverged without a promotion: {}", self.describe(node)))
             }
             _ => Ok(()),
@@ -253,7 +284,10 @@ impl World {
 
     /// A process began.
     pub fn booted(&mut self, node: usize) -> Outcome {
-        if node == self.scenario.primary && self.scenario.phase != Phase::Promote {
+        if self.scenario.moving.as_ref().is_some_and(|m| m.is_from(node)) {
+            self.switchover_answered(node);
+            self.move_left();
+        } else if node == self.scenario.primary && self.scenario.phase != Phase::Promote {
             self.ask(node, AdminOp::Open, Purpose::Open)?;
         } else if self.scenario.demoted(node) {
             self.issue(node, Op::Flush, Asked::Probe)?;
@@ -297,11 +331,16 @@ impl World {
     pub fn granted(&mut self, node: usize, purpose: Purpose) -> Outcome {
         match purpose {
             Purpose::Open if node == self.scenario.primary => self.begin_verify(node),
+            Purpose::Promote if self.scenario.other == Some(node) => {
+                self.counts.met("promoted, both");
+                Ok(())
+            }
             Purpose::Promote => {
                 self.counts.met("promoted");
-                (self.scenario.promoted, self.scenario.rebase, self.scenario.primary) = (true, true, node);
-                self.enter(Phase::Work);
-                self.ask(node, AdminOp::Open, Purpose::Open)
+                self.scenario.crown(node);
+                self.stray_view_request(node)?;
+                self.promote_another(node)?;
+                self.begin_again(node)
             }
             Purpose::Drain => {
                 self.enter(Phase::Rest);
@@ -314,8 +353,25 @@ impl World {
                 self.restart(node, power, delay);
                 Ok(())
             }
-            Purpose::Open | Purpose::Status | Purpose::Refresh => Ok(()),
+            Purpose::Switchover => {
+                self.switchover_answered(node);
+                Ok(())
+            }
+            Purpose::View => self.view_opened(node),
+            Purpose::Open
+            | Purpose::Status
+            | Purpose::Refresh
+            | Purpose::Rejoin
+            | Purpose::ViewClose
+            | Purpose::Mark => Ok(()),
         }
+    }
+
+    /// The work goes on at this node.
+    pub fn begin_again(&mut self, node: usize) -> Outcome {
+        self.work.open = false;
+        self.enter(Phase::Work);
+        self.ask(node, AdminOp::Open, Purpose::Open)
     }
 
     /// The promotion is refused; it may be for the moment only.
@@ -358,7 +414,8 @@ impl World {
         {
             return self.lose_primary(loss, target);
         }
-        if self.work.finished(&self.plan.mix) && self.scenario.verify.is_none() {
+        let still = self.scenario.verify.is_none() && self.scenario.moving.is_none();
+        if self.work.finished(&self.plan.mix) && still {
             self.settle();
         }
         Ok(())
@@ -382,7 +439,7 @@ impl World {
 
     /// The old primary came back unasked; whoever follows it is to find the promoted node.
     fn shut_out_old(&mut self) {
-        if !self.scenario.promoted || self.hosts[0].gone {
+        if !self.scenario.promoted || self.hosts[0].gone || self.plan.rejoin {
             return;
         }
         if self.hosts[0].node.is_some() {
@@ -397,7 +454,7 @@ impl World {
     /// The primary is lost in the middle of a shadow's resync, and that shadow is promoted.
     pub fn lose_primary_to(&mut self, node: usize) -> Outcome {
         let early = self.scenario.phase == Phase::Join || self.scenario.verify.is_some();
-        if self.scenario.promoted || early {
+        if self.scenario.promoted || early || self.plan.moves {
             return Ok(());
         }
         let loss = self.scenario.rng.pick(&[Loss::Forever, Loss::Kill, Loss::Power]);
@@ -431,18 +488,23 @@ impl World {
             return Ok(()); // a random moment, not the first
         }
         self.scenario.asked = true;
+        if self.hosts[target].view.is_some() {
+            self.counts.met("promoted with a view open");
+        }
         self.ask(target, AdminOp::Promote { fenced: true, dry_run: false }, Purpose::Promote)
     }
 
     /// Nodes that must follow the primary: not the one that was replaced.
-    fn followers(&self) -> impl Iterator<Item = usize> {
+    pub fn followers(&self) -> impl Iterator<Item = usize> {
         let (primary, promoted) = (self.scenario.primary, self.scenario.promoted);
-        (0..self.hosts.len()).filter(move |n| *n != primary && !(promoted && *n == 0))
+        let away = promoted && (self.hosts[0].gone || !self.plan.rejoin);
+        (0..self.hosts.len()).filter(move |n| *n != primary && !(away && *n == 0))
     }
 
     /// A follower that lawfully waits for a resync.
-    fn excused(&self, s: &Status) -> bool {
-        self.scenario.promoted && matches!(s.state.as_str(), "Outdated" | "Diverged")
+    pub fn excused(&self, s: &Status) -> bool {
+        let left_behind = matches!(s.state.as_str(), "Outdated" | "Diverged");
+        self.scenario.promoted && !self.plan.rejoin && left_behind
     }
 
     fn all_current(&self, joining: bool) -> bool {
@@ -554,6 +616,7 @@ impl World {
         if v.rebase {
             self.check_promoted(node, &v.image, tail)?;
             self.model.rebase(&v.image);
+            self.marks.since = self.model.tick();
             self.scenario.rebase = false;
         }
         if self.scenario.phase != Phase::Join {
@@ -580,7 +643,8 @@ impl World {
         }
     }
 
-    fn tail_hash(&mut self, node: usize) -> Result<Hash, crate::world::Violation> {
+    /// The chain hash of a node's last record.
+    pub fn tail_hash(&mut self, node: usize) -> Result<Hash, crate::world::Violation> {
         let Some(s) = self.poll(node)? else {
             return broken("contract", "gone while it was looked at");
         };
@@ -591,7 +655,7 @@ impl World {
         }
     }
 
-    fn same_image(&self, image: &[Vec<WriteId>], tail: Hash, when: &str) -> Outcome {
+    pub fn same_image(&self, image: &[Vec<WriteId>], tail: Hash, when: &str) -> Outcome {
         let expected = self.history.image(tail);
         for (volume, (is, should)) in image.iter().zip(&expected).enumerate() {
             if let Some(sector) = is.iter().zip(should).position(|(a, b)| a != b) {
@@ -602,44 +666,6 @@ impl World {
                 );
                 return broken("I1", text);
             }
-        }
-        Ok(())
-    }
-
-    /// After the drain: every backing is the image of its own tail, and they are all the same.
-    fn last_look(&mut self) -> Outcome {
-        let primary = self.scenario.primary;
-        let tail = self.tail_hash(primary)?;
-        let current: Vec<_> = self.followers().collect();
-        for node in std::iter::once(primary).chain(current) {
-            let s = self.hosts[node].status.clone().expect("at rest");
-            if node != primary && self.excused(&s) {
-                self.counts.met(&format!("excused at the end: {}", s.state));
-                continue;
-            }
-            self.counts.check("I1");
-            let mut image = Vec::new();
-            for &(number, _, _) in &self.plan.volumes {
-                let content = self.hosts[node].disk.content(File::Backing(number));
-                image.push(parse_run(content, number, 0).or_else(|text| broken("I12", text))?);
-            }
-            self.same_image(&image, tail, &format!("at rest, node {node}"))?;
-            if node == primary {
-                self.check_at_rest(primary)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// The primary's backing agrees with what was answered.
-    fn check_at_rest(&mut self, node: usize) -> Outcome {
-        for &(number, size, _) in &self.plan.volumes {
-            let extent = Extent::new(Address::new(number, 0).expect("small"), size).expect("whole sectors");
-            let tick = self.model.tick();
-            let content = self.hosts[node].disk.content(File::Backing(number));
-            self.model
-                .check_read(extent, content, tick)
-                .or_else(|text| broken("I2", format!("at rest: {text}")))?;
         }
         Ok(())
     }

@@ -28,6 +28,8 @@ pub struct Watch {
     pub stopping: bool,
     /// Highest term of another node that this process was told of.
     pub heard_term: u64,
+    /// An administrator has said whom it follows.
+    chose: bool,
     /// Term under which it last opened a generation of its own.
     pub acting_term: u64,
     /// Highest point that it ever said it had applied.
@@ -36,6 +38,8 @@ pub struct Watch {
     claimed: u64,
     term: Term,
     said_applied: u64,
+    /// By an administrator's word it gives up what its next primary does not hold.
+    rewinds: bool,
     base_segment: u64,
     stage: Option<ResyncStage>,
     consistent: bool,
@@ -54,11 +58,13 @@ impl Default for Watch {
             latched: false,
             stopping: false,
             heard_term: 0,
+            chose: false,
             acting_term: 0,
             applied: None,
             claimed: 0,
             term: Term::default(),
             said_applied: 0,
+            rewinds: false,
             base_segment: 1,
             stage: None,
             consistent: true,
@@ -73,6 +79,15 @@ impl Watch {
     pub fn booted(&mut self) {
         (self.faulted, self.latched, self.stopping) = (false, false, false);
         self.said_applied = 0;
+    }
+    /// Highest LSN that it claimed durable in its present history.
+    pub fn claimed(&self) -> u64 {
+        self.claimed
+    }
+    /// What it had applied is given up, by an administrator's word.
+    pub fn give_up(&mut self) {
+        (self.applied, self.said_applied) = (None, 0);
+        self.chose = true;
     }
     /// A disk fault was delivered.
     pub fn failed(&mut self, file: File, kind: u8) {
@@ -112,6 +127,14 @@ impl World {
                 self.watch_append(node, offset as usize + at, &record)?;
                 at += len;
             } else {
+                let here = offset as usize + at;
+                let watch = &mut self.hosts[node].watch;
+                // Its end is cut off: what the primary has lost. (Records up to the checkpoint are recycled.)
+                let mut newest = watch.places.range(watch.shown + 1..);
+                if let Some((lsn, _)) = newest.find(|(_, (place, len))| (*place..place + len).contains(&here))
+                {
+                    watch.claimed = watch.claimed.min(lsn - 1);
+                }
                 at += 4096;
             }
         }
@@ -162,10 +185,13 @@ impl World {
         self.trace.say(self.now, node, "slot", &text);
         let host = &mut self.hosts[node];
         let watch = &mut host.watch;
-        if s.term < watch.term {
+        // Of two promotions under one counter an administrator may choose either.
+        let chosen = watch.chose && s.term.counter == watch.term.counter;
+        if s.term < watch.term && !chosen {
             return broken("I7", format!("the term falls from {:?} to {:?}", watch.term, s.term));
         }
         watch.term = s.term;
+        watch.rewinds = s.retired.is_some_and(|r| r.rewinds);
         let stage = s.resync.as_ref().map(|r| r.stage);
         let mut step = false;
         if s.base_segment != watch.base_segment {
@@ -218,6 +244,12 @@ impl World {
         };
         // What was being written when its last process ended may not be there.
         let watch = &mut self.hosts[node].watch;
+        if watch.base_segment != s.base_segment {
+            watch.claimed = watch.claimed.min(s.floor.0);
+        }
+        if s.retired.is_some_and(|r| r.rewinds) {
+            watch.give_up(); // it still does what it was told
+        }
         (watch.term, watch.base_segment, watch.consistent) = (s.term, s.base_segment, s.consistent);
         (watch.stage, watch.shown) = (s.resync.as_ref().map(|r| r.stage), shown(&s));
         let host = &self.hosts[node];
@@ -285,7 +317,7 @@ impl World {
     }
 
     /// It says that everything up to here is durable in its journal.
-    fn watch_claim(&mut self, node: usize, lsn: u64) -> Outcome {
+    pub fn watch_claim(&mut self, node: usize, lsn: u64) -> Outcome {
         let host = &mut self.hosts[node];
         let (live, durable) = (host.disk.content(File::Journal), host.disk.durable(File::Journal));
         let news = host.watch.places.range(host.watch.claimed + 1..).take_while(|(l, _)| **l <= lsn);
@@ -325,7 +357,7 @@ impl World {
             );
         }
         // After a restart redo begins at the checkpoint: the position told may fall, the image does not.
-        if lsn > said.lsn.0 {
+        if lsn > said.lsn.0 && !watch.rewinds {
             watch.applied = Some(HistoryPoint { lsn: volrep::units::Lsn(lsn), hash });
         }
         Ok(())

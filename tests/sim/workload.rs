@@ -91,7 +91,7 @@ impl Workload {
 }
 
 /// Draws an extent: small ones are likelier, and many lie in the same few places.
-fn draw_extent(volumes: &[(u8, u64, u64)], mix: &Mix, rng: &mut Prng) -> Extent {
+pub fn draw_extent(volumes: &[(u8, u64, u64)], mix: &Mix, rng: &mut Prng) -> Extent {
     let (number, size, block) = rng.pick(volumes);
     let sectors = size / SECTOR as u64;
     // The front end tells its client the smallest unit.
@@ -202,6 +202,9 @@ impl World {
 
     /// A request is answered.
     pub fn complete(&mut self, node: usize, id: u64, result: Result<Bytes, IoError>) -> Outcome {
+        if id > crate::view::IDS {
+            return self.view_complete(node, id, result);
+        }
         let errno = result.as_ref().err().map_or(0, |e| e.errno as u64);
         self.trace.note(self.now, node, "complete", [id, errno, 0]);
         let Some(request) = self.work.outstanding.remove(&id) else {
@@ -239,7 +242,13 @@ impl World {
                 let (incarnation, bytes) = (self.hosts[node].incarnation, bytes.clone());
                 self.after(0, Coming::Verified { node, incarnation, extent, bytes, tick });
             }
-            Asked::Probe => self.may_acknowledge(node, false)?,
+            Asked::Probe => {
+                self.may_acknowledge(node, false)?;
+                self.counts.check("asked");
+                if self.plan.finds_the_promoted() && self.scenario.demoted(node) {
+                    return broken("I8", "an old primary serves beside the new one, which could answer");
+                }
+            }
         }
         Ok(())
     }
@@ -281,7 +290,7 @@ impl World {
             self.after(1_000_000, Coming::Verified { node, incarnation, extent, bytes, tick });
         }
         let watch = &self.hosts[node].watch;
-        if watch.faulted || watch.stopping || self.scenario.demoted(node) {
+        if watch.faulted || watch.stopping || self.scenario.demoted(node) || self.is_moving(node) {
             return Ok(());
         }
         broken("contract", format!("{asked:?} failed without a fault: {error}"))

@@ -18,6 +18,7 @@ use std::collections::BTreeMap;
 use volrep::disk::{File, Token};
 use volrep::format::message::Role;
 use volrep::format::record::{Compressor, Encoded, origin};
+use volrep::format::salvage::Head;
 use volrep::format::superblock::{Anchor, Geometry, SLOT, Superblock, Volume};
 use volrep::node::config::{NodeConfig, PeerConfig, VolumeConfig};
 use volrep::node::event::{Actions, AdminId, AdminOp, Event};
@@ -78,6 +79,10 @@ pub enum Coming {
     Verified { node: usize, incarnation: u32, extent: Extent, bytes: Bytes, tick: u64 },
     /// Something befalls a shadow in the middle of its resync.
     Ambush { node: usize, fault: Fault },
+    /// The shell has written a part of a salvage file.
+    Salvaged { node: usize, incarnation: u32, end: bool },
+    /// The user of a view goes on.
+    View { node: usize, incarnation: u32 },
     /// A partition ends.
     Heal { pair: (usize, usize) },
 }
@@ -97,6 +102,16 @@ pub enum Purpose {
     Status,
     /// `Refresh`.
     Refresh,
+    /// `Switchover`.
+    Switchover,
+    /// `Rejoin`.
+    Rejoin,
+    /// `View`.
+    View,
+    /// `ViewClose`.
+    ViewClose,
+    /// `Mark`.
+    Mark,
 }
 
 /// A machine.
@@ -112,6 +127,10 @@ pub struct Host {
     pub maps: Slot,
     /// Its hash index.
     pub index: Slot,
+    /// What it has given up: the head of each salvage file, its records, and whether it was finished.
+    pub salvage: Vec<(Head, Vec<Bytes>, bool)>,
+    /// What has befallen it, as kept.
+    pub kept: crate::marks::Kept,
     /// What was spoilt on its disk.
     pub rot: crate::compare::Rot,
     /// Syncs of mapped files in flight, by ticket.
@@ -139,6 +158,8 @@ pub struct Host {
     pub slow: u64,
     /// It stays away until so many requests were submitted, or until that time.
     pub away: Option<(u64, u64)>,
+    /// The view of it, as its user knows it.
+    pub view: Option<crate::view::Seen>,
     /// Disk faults to come.
     pub armed: Vec<crate::perform::Armed>,
 }
@@ -202,10 +223,14 @@ pub struct World {
     pub model: Model,
     /// Records.
     pub history: History,
+    /// Marks.
+    pub marks: crate::marks::Marks,
     /// Requests.
     pub work: Workload,
     /// Phases.
     pub scenario: Scenario,
+    /// Of shadows.
+    pub views: crate::view::Views,
     /// What happened.
     pub trace: Trace,
     /// For the report.
@@ -237,6 +262,7 @@ impl World {
         let hosts = (0..plan.nodes).map(|n| host(&plan, n, &ids, group, key, &mut rng)).collect();
         let work = Workload::new(rng.fork());
         let scenario = Scenario::new(rng.fork());
+        let views = crate::view::Views::new(rng.fork());
         let mut world = World {
             plan,
             now: 0,
@@ -246,8 +272,10 @@ impl World {
             net: Network::default(),
             model,
             history,
+            marks: crate::marks::Marks::default(),
             work,
             scenario,
+            views,
             trace: Trace::new(verbose),
             counts: Counts::default(),
             rng,
@@ -329,10 +357,15 @@ impl World {
             Coming::Compared { node, incarnation, token, product } if self.lives(node, incarnation) => {
                 self.step(node, Event::Compared { token, product })
             }
+            Coming::Salvaged { node, incarnation, end } if self.lives(node, incarnation) => {
+                let result = Ok(end.then(|| "a file".to_owned()));
+                self.step(node, Event::Salvaged { result })
+            }
             Coming::Stage { node, incarnation, fresh } if self.lives(node, incarnation) => {
                 self.stage_opened(node, fresh)
             }
-            Coming::Stage { .. } => Ok(()),
+            Coming::View { node, incarnation } if self.lives(node, incarnation) => self.view_goes_on(node),
+            Coming::Stage { .. } | Coming::Salvaged { .. } | Coming::View { .. } => Ok(()),
             Coming::Dialed { node, incarnation, peer } if self.lives(node, incarnation) => {
                 self.dialed(node, peer)
             }
@@ -346,7 +379,9 @@ impl World {
             | Coming::Encoded { .. }
             | Coming::Compared { .. }
             | Coming::Dialed { .. } => Ok(()),
-            Coming::Ask { node, incarnation } if self.lives(node, incarnation) => {
+            Coming::Ask { node, incarnation }
+                if self.lives(node, incarnation) && node == self.scenario.primary =>
+            {
                 self.ask(node, AdminOp::Open, Purpose::Open)
             }
             Coming::Granted { .. } | Coming::Verified { .. } | Coming::Ask { .. } => Ok(()),
@@ -426,6 +461,11 @@ impl World {
         }
     }
 
+    /// The number of the next request.
+    pub fn next_ask(&self) -> u64 {
+        self.next_admin + 1
+    }
+
     /// Asks a node something; the answer is handled by purpose.
     pub fn ask(&mut self, node: usize, op: AdminOp, purpose: Purpose) -> Outcome {
         self.next_admin += 1;
@@ -458,9 +498,10 @@ impl World {
         }
         self.trace.note(self.now, node, if power { "power loss" } else { "kill" }, [0; 3]);
         let host = &mut self.hosts[node];
-        (host.node, host.status) = (None, None);
+        (host.node, host.status, host.view) = (None, None, None);
         host.waiting.clear();
         host.map_syncs.clear();
+        host.kept.crash(&mut self.rng);
         host.armed.clear();
         host.wish += 1;
         if power {
@@ -479,6 +520,7 @@ impl World {
                 host.ring.clear();
             }
         }
+        self.views.forget(node);
         self.process_gone(node, power);
         self.disconnect_all(node, power);
     }
@@ -501,6 +543,8 @@ fn host(plan: &Plan, n: usize, ids: &[NodeId], group: GroupId, key: [u8; 32], rn
         disk,
         ring: Slot::new(volrep::cache::ring_len(plan.cache) as usize),
         maps,
+        salvage: Vec::new(),
+        kept: crate::marks::Kept::default(),
         rot: crate::compare::Rot::default(),
         index: Slot::new(volrep::resync::index::index_len(&sizes) as usize),
         config,
@@ -517,6 +561,7 @@ fn host(plan: &Plan, n: usize, ids: &[NodeId], group: GroupId, key: [u8; 32], rn
         watch: crate::watch::Watch::default(),
         slow: 1,
         away: None,
+        view: None,
         armed: Vec::new(),
     }
 }
@@ -600,6 +645,8 @@ fn superblock(
         sync_set: Vec::new(),
         peers: Vec::new(),
         maps_id: 0,
+        retired: None,
+        handed: None,
         resync: None,
         comparison: None,
         verified: None,

@@ -47,6 +47,9 @@ pub struct Config {
     pub compression: i32,
     /// Program that proves that a node can no longer write.
     pub fence_hook: Option<PathBuf>,
+    /// The database's start and stop scripts.
+    #[serde(default)]
+    pub hooks: Hooks,
     /// Write cache.
     #[serde(default)]
     pub cache: Cache,
@@ -159,6 +162,24 @@ impl Default for Device {
     }
 }
 
+/// Scripts of the administrator's, called around a change of roles.
+#[derive(Clone, PartialEq, Eq, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Hooks {
+    /// Mounts the volumes and starts the database.
+    pub start: Option<PathBuf>,
+    /// Stops the database and unmounts the volumes.
+    pub stop: Option<PathBuf>,
+    /// How long either may take.
+    pub timeout: Span,
+}
+
+impl Default for Hooks {
+    fn default() -> Hooks {
+        Hooks { start: None, stop: None, timeout: Span(Duration::from_secs(120)) }
+    }
+}
+
 /// A volume.
 #[derive(Clone, PartialEq, Eq, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -216,6 +237,8 @@ pub struct TimingOverrides {
     pub write_back_after: Option<Span>,
     /// Between checkpoints.
     pub checkpoint_after: Option<Span>,
+    /// For its peers' word, when a primary starts.
+    pub ask: Option<Span>,
 }
 
 /// A span of time, written "5ms", "2s".
@@ -371,6 +394,8 @@ impl Config {
         let dead_after = self.device.dead_after.0;
         let whole = dead_after.subsec_nanos() == 0 && (1..=86_400).contains(&dead_after.as_secs());
         bound(whole, "device.dead_after: from 1s to 1day, in whole seconds")?;
+        let limit = self.hooks.timeout.0;
+        bound((1..=86_400).contains(&limit.as_secs()), "hooks.timeout: from 1s to 1day")?;
         if let Some(listen) = &self.listen {
             listen.parse::<std::net::SocketAddr>().map_err(|_| {
                 format!(
@@ -436,6 +461,7 @@ impl TimingOverrides {
             ("redial", self.redial),
             ("write_back_after", self.write_back_after),
             ("checkpoint_after", self.checkpoint_after),
+            ("ask", self.ask),
         ];
         let day = 86_400 * crate::units::SECONDS;
         match spans.iter().find(|(_, s)| s.is_some_and(|s| !(50 * MICROS..=day).contains(&s.nanos()))) {

@@ -116,6 +116,13 @@ window = "{window}"
 # Then their requests fail, and the next daemon makes a new device. Whole seconds.
 dead_after = "{dead_after}"
 
+# The database's scripts, called as SCRIPT start|stop GROUP DEVICE... around a change of roles: `start` after the
+# volumes are attached (promote, switchover), `stop` before they are taken away (switchover). Exit status 0 is success.
+[hooks]
+{start}
+{stop}
+timeout = "{timeout}"
+
 # The volumes, one table each, in the order of their numbers; the same names, sizes and order on every node.
 #   path    the backing: a file or a block device, absolute
 #   direct  bypass the page cache (O_DIRECT)
@@ -128,6 +135,9 @@ dead_after = "{dead_after}"
         feed = exact(c.link.feed.0),
         window = exact(c.link.window.0),
         dead_after = written(c.device.dead_after.0),
+        start = line("start", c.hooks.start.as_deref().map(path), "\"/etc/volrep/database\""),
+        stop = line("stop", c.hooks.stop.as_deref().map(path), "\"/etc/volrep/database\""),
+        timeout = written(c.hooks.timeout.0),
     )
 }
 
@@ -145,7 +155,7 @@ const PEERS: &str = r#"# The other nodes, one [[peer]] table each. A primary acc
 # listed here have a say:
 #   name     what the node calls itself
 #   address  HOST:PORT on which it listens
-#   dial     dial it while this node is a shadow (by default if it has an address)
+#   dial     dial it while this node is a shadow, and to ask whether it was promoted (by default if it has an address)
 #   sync     a FLUSH waits until it is durable there as well
 "#;
 
@@ -187,6 +197,8 @@ fn timing(t: &TimingOverrides) -> String {
 {}
 # Between checkpoints.
 {}
+# A primary that starts waits this long for its peers' word that none was promoted meanwhile.
+{}
 "#,
         span("seal_after", t.seal_after, d.seal_after),
         line("seal_bytes", seal_bytes, &format!("\"{}\"", exact(d.seal_bytes))),
@@ -196,5 +208,6 @@ fn timing(t: &TimingOverrides) -> String {
         span("redial", t.redial, d.redial),
         span("write_back_after", t.write_back_after, d.write_back_after),
         span("checkpoint_after", t.checkpoint_after, d.checkpoint_after),
+        span("ask", t.ask, d.ask),
     )
 }

@@ -76,6 +76,7 @@ impl TimingOverrides {
             redial: ns(self.redial, d.redial),
             write_back_after: ns(self.write_back_after, d.write_back_after),
             checkpoint_after: ns(self.checkpoint_after, d.checkpoint_after),
+            ask: ns(self.ask, d.ask),
         }
     }
 }

@@ -11,6 +11,7 @@ fn sample() -> Config {
         key_file: "epic.key".into(),
         on_full: OnFull::Behind,
         compression: 3,
+        hooks: Hooks { start: None, stop: Some("/sbin/stop".into()), timeout: Span(Duration::from_secs(7)) },
         fence_hook: Some("/etc/volrep/fe\"nce".into()),
         cache: Cache { size: Size(8 << 20), accept_lost: true },
         journal: Journal { dir: Some("/j".into()), segment: Size(2 << 20), segments: 9 },

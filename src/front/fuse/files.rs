@@ -69,7 +69,7 @@ impl Files {
             ctime: self.since,
             crtime: self.since,
             kind: if file.is_some() { FileType::RegularFile } else { FileType::Directory },
-            perm: if file.is_some() { 0o600 } else { 0o700 },
+            perm: file.map_or(0o700, |v| if v.read_only { 0o400 } else { 0o600 }),
             nlink: if file.is_some() { 1 } else { 2 },
             uid: geteuid().as_raw(),
             gid: getegid().as_raw(),
@@ -88,6 +88,9 @@ impl Files {
         mode: i32,
     ) -> Result<Zeroing, Errno> {
         let volume = self.volume(ino)?;
+        if volume.read_only {
+            return Err(Errno::EROFS);
+        }
         let end = zeroed_end(volume, offset, length, mode)?;
         let (submit, fua) = (self.submit.clone(), fh == SYNC_HANDLE);
         Ok(Zeroing { submit, volume: volume.volume, from: offset, to: end, fua })
@@ -122,6 +125,9 @@ fn read_plan(volume: &Volume, offset: u64, size: u32) -> Option<(Extent, std::op
 /// serve it, its blocks would have to be read, changed and written back, and a write to the rest of
 /// such a block could come in between and be undone. The loop device only sends whole blocks.
 fn write_plan(volume: &Volume, offset: u64, len: u64) -> Result<Extent, Errno> {
+    if volume.read_only {
+        return Err(Errno::EROFS);
+    }
     let block = u64::from(volume.block);
     if !offset.is_multiple_of(block) || !len.is_multiple_of(block) || len == 0 {
         return Err(Errno::EINVAL);
@@ -236,6 +242,7 @@ impl Filesystem for Files {
 
     fn open(&self, _req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         match self.volume(ino) {
+            Ok(v) if v.read_only && flags.0 & libc::O_ACCMODE != libc::O_RDONLY => reply.error(Errno::EROFS),
             Ok(_) => {
                 let handle = if flags.0 & libc::O_DSYNC != 0 { SYNC_HANDLE } else { PLAIN_HANDLE };
                 // Without the second flag a write() holds the file for itself until it is answered.
@@ -403,7 +410,7 @@ mod tests {
     use super::*;
 
     fn volume(size: u64, block: u32) -> Volume {
-        Volume { volume: 3, name: "v".into(), size, block, link: "v".into() }
+        Volume { volume: 3, name: "v".into(), size, block, link: "v".into(), read_only: false, lasting: true }
     }
 
     #[test]
@@ -431,6 +438,8 @@ mod tests {
         for offset in [8192, u64::MAX - 1023] {
             assert_eq!(write_plan(&v, offset, 1024), Err(Errno::ENOSPC));
         }
+        let read_only = Volume { read_only: true, ..v };
+        assert_eq!(write_plan(&read_only, 1024, 2048), Err(Errno::EROFS));
     }
 
     #[test]

@@ -163,8 +163,9 @@ impl KernelNbd {
             identity: identity.to_owned(),
             size: volume.size,
             block: volume.block,
-            flags: transmission_flags(),
-            dead_after: options.dead_after.as_secs(),
+            flags: transmission_flags(volume.read_only),
+            // Of one that does not wait for the next daemon requests fail at once.
+            dead_after: if volume.lasting { options.dead_after.as_secs() } else { 0 },
             socket: theirs.as_raw_fd(),
         };
         let made = driver.connect(&new).and_then(|index| {
@@ -223,19 +224,20 @@ impl FrontEnd for KernelNbd {
         // All of them or none: the claims are kept until the last one is gone.
         let mut claims = Vec::new();
         for attached in self.attached.iter().filter(|a| !force && a.is_ours()) {
-            claims.push(claim(&device(attached.index))?);
+            claims.push((claim(&device(attached.index))?, attached.index));
         }
-        while let Some(attached) = self.attached.first() {
-            let device = device(attached.index);
-            if attached.is_ours() {
-                let action = format!("disconnect {}", device.node().display());
-                driver.disconnect(attached.index).map_err(failed(&action))?;
-            }
-            self.serve.close(attached.connection);
-            attached.link.remove(&device.node());
-            self.attached.remove(0);
+        // Nobody uses any of them from here on, so a failure below is no user's.
+        for (claim, index) in &claims {
+            let node = device(*index).node();
+            claim.sync_all().map_err(failed(&format!("flush {}", node.display())))?;
         }
-        Ok(())
+        let mut gone = Vec::new();
+        let done = self.disconnect_all(&mut driver, &mut gone);
+        // Only without a claim does a device lose its size. Until then a device manager that hears of the link
+        // would read what can't be read any more.
+        drop(claims);
+        gone.iter().for_each(|a| a.link.remove(&device(a.index).node()));
+        done
     }
 
     fn leave(&mut self) -> Result<(), FrontError> {
@@ -248,6 +250,20 @@ impl FrontEnd for KernelNbd {
         // Nothing is told; the channel ends with the last connection.
         let _ = told.recv();
         self.attached.clear();
+        Ok(())
+    }
+}
+
+impl KernelNbd {
+    fn disconnect_all(&mut self, driver: &mut Driver, gone: &mut Vec<Attached>) -> Result<(), FrontError> {
+        while let Some(attached) = self.attached.first() {
+            if attached.is_ours() {
+                let action = format!("disconnect {}", device(attached.index).node().display());
+                driver.disconnect(attached.index).map_err(failed(&action))?;
+            }
+            self.serve.close(attached.connection);
+            gone.push(self.attached.remove(0));
+        }
         Ok(())
     }
 }
@@ -267,8 +283,13 @@ impl Drop for KernelNbd {
     }
 }
 
-/// Takes away what earlier daemons left of these volumes and nobody uses.
-pub fn remove_left(owner: (GroupId, NodeId), dev_dir: &Path, volumes: &[Volume]) -> Result<(), FrontError> {
+/// Takes away what earlier daemons left of these volumes and nobody uses; with `force`, whoever uses it.
+pub fn remove_left(
+    owner: (GroupId, NodeId),
+    dev_dir: &Path,
+    volumes: &[Volume],
+    force: bool,
+) -> Result<(), FrontError> {
     let mut driver = Driver::find().map_err(failed("reach the NBD driver"))?;
     for volume in volumes {
         let identity = identity(owner, volume.volume);
@@ -276,7 +297,7 @@ pub fn remove_left(owner: (GroupId, NodeId), dev_dir: &Path, volumes: &[Volume])
             let node = device(left.index).node();
             // It answers nothing, so its page cache can't be written back: who has it open has lost that.
             let users = device(left.index).users(None);
-            if !users.is_empty() {
+            if !users.is_empty() && !force {
                 let text = format!(
                     "{} is in use ({}) and waits to be attached again: attach it, unmount and close it, then detach",
                     node.display(),
@@ -298,15 +319,13 @@ impl Attached {
     }
 }
 
-/// Keeps a device from being mounted or opened by others, once nobody uses it, and writes back what the
-/// page cache holds.
+/// Keeps a device from being mounted or opened by others, once nobody uses it.
 fn claim(device: &BlockDevice) -> Result<fs::File, FrontError> {
     let node = device.node();
     let claim = device.claim_unused().map_err(failed(&format!("open {}", node.display())))?;
     let claim = claim.map_err(|by| {
         FrontError::Busy(format!("{} is in use ({by}): unmount and close it, then try again", node.display()))
     })?;
-    claim.sync_all().map_err(failed(&format!("flush {}", node.display())))?;
     Ok(claim)
 }
 
@@ -332,6 +351,7 @@ fn export(volume: &Volume) -> Export {
         min_block: volume.block,
         preferred_block: BLOCK as u32,
         max_block: MAX_REQUEST as u32,
+        read_only: volume.read_only,
     }
 }
 
@@ -360,6 +380,7 @@ fn settle(index: u32, volume: &Volume) -> io::Result<()> {
         ("queue/logical_block_size", volume.block.to_string()),
         ("queue/write_cache", "write back".to_owned()),
         ("queue/fua", "1".to_owned()),
+        ("ro", u8::from(volume.read_only).to_string()),
     ];
     for (file, wanted) in expected {
         let is = device.attribute(file);

@@ -44,6 +44,8 @@ pub struct Export {
     pub preferred_block: u32,
     /// Largest payload of a request, bytes; more than the node accepts counts as that.
     pub max_block: u32,
+    /// Nothing may be written to it.
+    pub read_only: bool,
 }
 
 impl Export {

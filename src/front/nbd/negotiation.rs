@@ -101,9 +101,10 @@ impl Negotiation {
         self.structured && self.allocation == Some(export)
     }
 
-    fn flags(&self) -> u16 {
+    fn flags(&self, export: &Export) -> u16 {
         let negotiated = if self.structured { flag::SEND_DF } else { 0 };
-        transmission_flags() | flag::SEND_FAST_ZERO | flag::CAN_MULTI_CONN | negotiated
+        let fast = if export.read_only { 0 } else { flag::SEND_FAST_ZERO };
+        transmission_flags(export.read_only) | fast | flag::CAN_MULTI_CONN | negotiated
     }
 
     fn export_name(
@@ -113,7 +114,7 @@ impl Negotiation {
         replies: &mut Replies,
     ) -> Result<Next, ProtocolError> {
         let index = find(exports, name).ok_or(ProtocolError::UnknownExport)?;
-        replies.export(exports[index].offered(), self.flags(), !self.no_zeroes);
+        replies.export(exports[index].offered(), self.flags(&exports[index]), !self.no_zeroes);
         Ok(Next::Transmission(index))
     }
 
@@ -128,7 +129,7 @@ impl Negotiation {
         };
         let export = &exports[index];
         let (kind, size) = (info::EXPORT.to_be_bytes(), export.offered().to_be_bytes());
-        replies.option(option, rep::INFO, &[&kind, &size, &self.flags().to_be_bytes()]);
+        replies.option(option, rep::INFO, &[&kind, &size, &self.flags(export).to_be_bytes()]);
         // The block sizes bind, so they are told to those who did not ask, too.
         let sizes = [export.min(), export.preferred(), export.max()].map(u32::to_be_bytes);
         replies.option(option, rep::INFO, &[&info::BLOCK_SIZE.to_be_bytes(), sizes.as_flattened()]);
@@ -165,8 +166,9 @@ impl Negotiation {
 }
 
 /// What every export can do, as transmission flags. Clients that don't negotiate are told no more.
-pub fn transmission_flags() -> u16 {
-    flag::HAS_FLAGS | flag::SEND_FLUSH | flag::SEND_FUA | flag::SEND_TRIM | flag::SEND_WRITE_ZEROES
+pub fn transmission_flags(read_only: bool) -> u16 {
+    let writes = if read_only { flag::READ_ONLY } else { flag::SEND_TRIM | flag::SEND_WRITE_ZEROES };
+    flag::HAS_FLAGS | flag::SEND_FLUSH | flag::SEND_FUA | writes
 }
 
 fn known(option: u32) -> bool {

@@ -19,6 +19,7 @@ fn exports() -> Arc<[Export]> {
         min_block: 512,
         preferred_block: 4096,
         max_block: 32 << 20,
+        read_only: false,
     };
     Arc::new([export("data", 3, SIZE), export("wal", 4, 8 << 30)])
 }
@@ -150,7 +151,8 @@ fn without_negotiation_the_first_byte_is_a_requests() {
     // Not told of, so not to be used.
     feed(&mut session, request(0, cmd::BLOCK_STATUS, 3, 0, 512));
     assert_eq!(sent(&mut session), simple(22, 3));
-    assert_eq!(transmission_flags(), 0b110_1101);
+    assert_eq!(transmission_flags(false), 0b110_1101);
+    assert_eq!(transmission_flags(true), 0b000_1111);
 }
 
 #[test]

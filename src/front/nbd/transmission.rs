@@ -74,6 +74,7 @@ pub(super) struct Rules {
     max: u32,
     structured: bool,
     allocation: bool,
+    read_only: bool,
 }
 
 impl Rules {
@@ -86,6 +87,7 @@ impl Rules {
             max: export.max(),
             structured,
             allocation,
+            read_only: export.read_only,
         }
     }
 
@@ -107,6 +109,9 @@ impl Rules {
             };
         if header.flags & !allowed != 0 {
             return Err(Fault::new(wire::EINVAL, "flags not valid for this command"));
+        }
+        if self.read_only && matches!(header.command, cmd::WRITE | cmd::TRIM | cmd::WRITE_ZEROES) {
+            return Err(Fault::new(wire::EPERM, "the export is read-only"));
         }
         let verdict = match header.command {
             cmd::FLUSH => return Ok(Verdict::Flush), // its offset and length mean nothing

@@ -58,6 +58,7 @@ pub mod state {
 
 /// What a device is; part of its parameters.
 pub mod attribute {
+    pub const READ_ONLY: u32 = 1 << 0;
     pub const VOLATILE_CACHE: u32 = 1 << 2;
     pub const FUA: u32 = 1 << 3;
 }

@@ -188,15 +188,20 @@ pub fn usable() -> Result<(), UblkError> {
 }
 
 /// Takes away devices that an earlier daemon has left and that this one did not take over, unless
-/// somebody uses them.
-pub fn remove_left(owner: (GroupId, NodeId), dev_dir: &Path, volumes: &[Volume]) -> Result<(), UblkError> {
+/// somebody uses them; with `force`, even then.
+pub fn remove_left(
+    owner: (GroupId, NodeId),
+    dev_dir: &Path,
+    volumes: &[Volume],
+    force: bool,
+) -> Result<(), UblkError> {
     let (mut control, _) = driver()?;
     for volume in volumes {
         for info in control.marked(params::identity(owner, volume.volume))? {
             let device = block(info.dev_id);
             // Not claimed: what it has to be asked would wait for a server.
             let users = device.users(None);
-            if !users.is_empty() {
+            if !users.is_empty() && !force {
                 return Err(UblkError::Busy { device: device.node(), by: users.join(", ") });
             }
             tracing::warn!("{} of volume {} is taken away", device.node().display(), volume.name);
@@ -286,7 +291,7 @@ impl UblkDevices {
     }
 
     fn create(&mut self, identity: u64, volume: &Volume, transfer: Transfer) -> Result<u32, UblkError> {
-        let mut info = params::dev_info(identity, transfer, std::process::id());
+        let mut info = params::dev_info(identity, params::wanted(volume), transfer, std::process::id());
         self.control.add(&mut info).map_err(failed("make a ublk device"))?;
         let started = self.start(&info, volume);
         if started.is_err()
@@ -298,7 +303,7 @@ impl UblkDevices {
     }
 
     fn start(&mut self, info: &DevInfo, volume: &Volume) -> Result<(), UblkError> {
-        if info.flags & params::NEEDED != params::NEEDED {
+        if info.flags & params::wanted(volume) != params::wanted(volume) {
             return Err(UblkError::TooOld(info.flags));
         }
         let device = block(info.dev_id);

@@ -19,6 +19,12 @@ const LONGEST_ZERO: u64 = 1 << 30;
 /// Features that a device can't do without.
 pub const NEEDED: u64 = feature::USER_RECOVERY | feature::USER_RECOVERY_REISSUE | feature::CMD_IOCTL_ENCODE;
 
+/// Features that the device of a volume has.
+pub fn wanted(volume: &Volume) -> u64 {
+    // Without recovery the driver takes a device away when its server is gone.
+    if volume.lasting { NEEDED } else { feature::CMD_IOCTL_ENCODE }
+}
+
 /// How payloads go between the kernel and the server.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Transfer {
@@ -50,7 +56,7 @@ pub fn identity((group, node): (GroupId, NodeId), volume: u8) -> u64 {
 }
 
 /// What ADD_DEV is asked for.
-pub fn dev_info(identity: u64, transfer: Transfer, pid: u32) -> DevInfo {
+pub fn dev_info(identity: u64, wanted: u64, transfer: Transfer, pid: u32) -> DevInfo {
     let copy = if transfer == Transfer::UserCopy { feature::USER_COPY } else { 0 };
     DevInfo {
         nr_hw_queues: 1,
@@ -58,7 +64,7 @@ pub fn dev_info(identity: u64, transfer: Transfer, pid: u32) -> DevInfo {
         max_io_buf_bytes: PAYLOAD,
         dev_id: ANY_DEVICE,
         ublksrv_pid: pid as i32,
-        flags: NEEDED | copy,
+        flags: wanted | copy,
         ublksrv_flags: identity,
         ..DevInfo::default()
     }
@@ -74,7 +80,9 @@ pub fn params(volume: &Volume) -> Params {
     Params {
         len: size_of::<Params>() as u32,
         types: parameter::BASIC | parameter::DISCARD,
-        attrs: attribute::VOLATILE_CACHE | attribute::FUA,
+        attrs: attribute::VOLATILE_CACHE
+            | attribute::FUA
+            | if volume.read_only { attribute::READ_ONLY } else { 0 },
         logical_bs_shift: shift(block),
         physical_bs_shift: shift(physical),
         io_opt_shift: shift(physical),

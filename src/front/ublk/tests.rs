@@ -16,7 +16,15 @@ fn request(op: u8, flags: u32, start_sector: u64, nr_sectors: u32) -> IoDesc {
 }
 
 fn volume(size: u64, block: u32) -> Volume {
-    Volume { volume: 3, name: "data".into(), size, block, link: "epic".into() }
+    Volume {
+        volume: 3,
+        name: "data".into(),
+        size,
+        block,
+        link: "epic".into(),
+        read_only: false,
+        lasting: true,
+    }
 }
 
 #[test]
@@ -92,6 +100,11 @@ fn a_device_is_what_the_node_keeps() {
     assert_eq!((p.max_discard_segments, p.len), (1, 64));
     let p = params::params(&volume(1 << 20, 4096));
     assert_eq!((p.logical_bs_shift, p.physical_bs_shift), (12, 12));
+    // That of a view: it may be read-only, and no server takes it over.
+    let view = Volume { read_only: true, lasting: false, ..volume(1 << 20, 4096) };
+    assert_eq!(params::params(&view).attrs, p.attrs | attribute::READ_ONLY);
+    assert_eq!(params::wanted(&view) & (feature::USER_RECOVERY | feature::USER_RECOVERY_REISSUE), 0);
+    assert_eq!(params::wanted(&volume(512, 512)), NEEDED);
     // The driver refuses payloads above the buffer, and records don't take more.
     assert!(PAYLOAD as usize <= crate::format::record::MAX_RAW && p.max_sectors * 512 <= PAYLOAD);
 }
@@ -100,7 +113,7 @@ fn a_device_is_what_the_node_keeps() {
 fn user_copy_is_asked_for_where_it_is_offered() {
     assert_eq!(Transfer::best(NEEDED), Transfer::Buffers);
     assert_eq!(Transfer::best(NEEDED | feature::USER_COPY), Transfer::UserCopy);
-    let info = |transfer| params::dev_info(7, transfer, 42);
+    let info = |transfer| params::dev_info(7, NEEDED, transfer, 42);
     assert_eq!(info(Transfer::Buffers).flags, NEEDED);
     assert_eq!(info(Transfer::UserCopy).flags, NEEDED | feature::USER_COPY);
     let info = info(Transfer::UserCopy);
@@ -138,7 +151,7 @@ fn the_table_of_left_devices() {
 fn a_device_is_judged_by_what_the_driver_says() {
     let volume = volume(1 << 30, 512);
     let params = params::params(&volume);
-    let info = DevInfo { state: state::QUIESCED, ..params::dev_info(7, Transfer::UserCopy, 42) };
+    let info = DevInfo { state: state::QUIESCED, ..params::dev_info(7, NEEDED, Transfer::UserCopy, 42) };
     let decision = |info: &DevInfo, params: &Params| decide(Seen::new(&volume, info, params));
     assert_eq!(decision(&info, &params), Decision::TakeOver);
     for (state, right) in
