@@ -64,7 +64,9 @@ impl Promote {
         };
         let done = self.ask(places, fenced, false)?;
         if config.hooks.path(Hook::Start).is_some() {
-            self.start(places, &config.hooks)?;
+            // It is the primary whatever becomes of the database: trying it again would be refused.
+            self.start(places, &config.hooks)
+                .map_err(|f| Failure { what: format!("{done}; but {}", f.what), ..f })?;
         }
         let after = status::obtain(places, &self.group).ok();
         out.document(&self.document(&before, after.as_ref(), &done), || done.clone());

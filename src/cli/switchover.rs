@@ -8,7 +8,7 @@ use super::failure::{Exit, Failure};
 use super::hooks::Hook;
 use super::output::{Output, confirm};
 use super::places::Places;
-use super::{remote, status};
+use super::{interrupt, remote, status};
 use crate::control::{DeviceKind, Reply, Verb};
 use crate::node::status::{SCHEMA_VERSION, Status};
 use serde_json::json;
@@ -51,6 +51,8 @@ impl Switchover {
         }
         eprintln!("{plan}");
         confirm(&self.group, &format!("make {} the primary", self.to), self.yes)?;
+        // What was begun is carried on or undone; only a second signal ends it between.
+        interrupt::watch(|| {})?;
         let begun = Instant::now();
         let kind = self.kind(places, &devices)?;
         let done = self.hand_over(places, &config, &devices).map_err(|failure| {
@@ -109,9 +111,14 @@ impl Switchover {
         kind: Option<DeviceKind>,
     ) -> Result<(), Failure> {
         let now = status::obtain(places, &self.group)?;
-        let Some(device) = kind.filter(|_| now.role == "primary" && now.term == before.term) else {
+        let Some(device) = kind else { return Ok(()) };
+        if now.role != "primary" || now.term != before.term {
+            eprintln!(
+                "volrep: {} is {} {} now: its volumes are not attached by this command, nor is the database started",
+                now.node, now.role, now.state
+            );
             return Ok(());
-        };
+        }
         eprintln!("volrep: rolling back: the volumes are attached again");
         match remote::ask(places, &self.group, Verb::Attach { device }, None)? {
             Reply::Attached { volumes, .. } => {

@@ -105,7 +105,7 @@ async fn serve(stream: UnixStream, handle: Handle, fronts: Arc<Open>) {
         Ok(Some(line)) => match parse_request(&line) {
             Ok(verb) => {
                 tracing::debug!(?verb, "control request");
-                let Some(reply) = unless_gone(&stream, answer(verb, &handle, &fronts)).await else { return };
+                let Some(reply) = whole_or_unless_gone(&stream, verb, handle, fronts).await else { return };
                 reply
             }
             Err(refused) => refused,
@@ -116,6 +116,26 @@ async fn serve(stream: UnixStream, handle: Handle, fronts: Arc<Open>) {
         Err(_) => return,
     };
     send(&stream, &reply).await;
+}
+
+/// A verb of several steps goes on to its end without its client: half of one would leave an image frozen, or
+/// devices taken away for nothing.
+async fn whole_or_unless_gone(
+    stream: &UnixStream,
+    verb: Verb,
+    handle: Handle,
+    fronts: Arc<Open>,
+) -> Option<Reply> {
+    let whole = matches!(
+        verb,
+        Verb::View { .. } | Verb::ViewClose { .. } | Verb::Rejoin { .. } | Verb::Promote { .. }
+    );
+    if !whole {
+        return unless_gone(stream, answer(verb, &handle, &fronts)).await;
+    }
+    let (tell, told) = oneshot::channel();
+    tokio_uring::spawn(async move { drop(tell.send(answer(verb, &handle, &fronts).await)) });
+    unless_gone(stream, told).await?.ok()
 }
 
 /// The line without its end; `None` if it is too long or cut short.

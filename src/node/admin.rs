@@ -148,7 +148,9 @@ impl Run {
         let mut admin = std::mem::take(&mut self.admin);
         self.admin.heirs = std::mem::take(&mut admin.heirs);
         let text = why.to_owned();
-        if let Some(id) = self.moving.take().and_then(Moving::asked) {
+        let compared = self.compare.asked.take().map(|(id, _)| id);
+        let rejoined = self.take_rejoins();
+        for id in self.moving.take().and_then(Moving::asked).into_iter().chain(compared).chain(rejoined) {
             self.answer(id, Err((Refusal::Failed, text.clone())));
         }
         let drains = admin.drains.into_iter().map(|d| d.id);
@@ -259,6 +261,10 @@ impl Run {
         if self.admin.promotion.is_some() {
             return self.answer(id, Err((Refusal::Busy, "a promotion is under way".into())));
         }
+        if self.is_retiring() || self.is_moving_over() {
+            let text = "this node is giving its place as the primary up: try again in a moment";
+            return self.answer(id, Err((Refusal::Busy, text.into())));
+        }
         if self.admin.is_shutting_down() {
             let text = "the node is shutting down: start it again, then promote it";
             return self.answer(id, Err((Refusal::Busy, text.into())));
@@ -274,6 +280,7 @@ impl Run {
             Promotion::Allowed if dry_run => return self.answer(id, Ok(plan)),
             Promotion::Allowed => {
                 self.end_view("this node is being promoted");
+                self.end_moving(Err((Refusal::Failed, "this node was promoted meanwhile".into())));
                 self.close_links("this node is being promoted");
                 self.log(Level::Warn, format!("promotion begins: {plan}"));
                 self.admin.begin_promotion(Some(id));
@@ -364,6 +371,7 @@ impl Run {
                 sb.clean = true;
                 sb.cache_boot = BootId::default();
                 self.admin.promotion = Some((id, Some(self.meta.save(true))));
+                debug_assert!(matches!(self.part, Part::Shadow(_)), "a live primary is replaced");
                 // From here on nothing is followed; a generation opens only once this is durable.
                 self.part = Part::Primary(Primary::new());
                 true

@@ -179,7 +179,7 @@ impl Run {
     /// A peer that is configured for the sync set enters it once it is current.
     pub(super) fn enter_sync_set(&mut self) -> bool {
         let Part::Primary(p) = &mut self.part else { return false };
-        if !p.is_serving() || p.closing || self.fault.is_some() {
+        if !p.is_serving() || p.closing || self.fault.is_some() || self.moving.is_some() {
             return false;
         }
         if let Some((node, lsn)) = self.links.entering {

@@ -26,6 +26,10 @@ impl Run {
         }
         self.meet(link, hello);
         self.heard_out_by_name(&hello.name);
+        if self.is_retiring() || (self.is_asking() && hello.role == Role::Shadow) {
+            // Nobody follows this node before it knows whether it is the primary.
+            return self.drop_link(link, "this node does not know yet whom it follows");
+        }
         if self.takes_back(link, hello) {
             return;
         }

@@ -156,6 +156,9 @@ impl Happening {
     }
 }
 
+/// Marks that are remembered, at most; of the oldest half is forgotten then. The file holds fewer.
+const MAX_MARKS: usize = 16 << 10;
+
 /// The marks that are true after some events.
 #[derive(Default)]
 pub struct Standing {
@@ -189,6 +192,9 @@ impl Standing {
                 // One history's marks rise: what was above this one was given up, though nobody could tell.
                 self.give_up(m.lsn.saturating_sub(1));
                 self.marks.push((number, m.lsn, m.hash.clone()));
+                if self.marks.len() > MAX_MARKS {
+                    self.marks.drain(..MAX_MARKS / 2);
+                }
             }
             _ => {}
         }

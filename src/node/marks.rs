@@ -120,7 +120,7 @@ impl Run {
                 format!("a mark is one visible line of 1 to {MAX_MARK} bytes without spaces around it");
             return Err((Refusal::Failed, text));
         }
-        if self.is_retiring() {
+        if self.is_retiring() || self.is_moving_over() {
             return busy("this node is no longer the primary");
         }
         let room = self.journal.room();

@@ -15,7 +15,7 @@ use crate::cache::{Cache, worst_case};
 use crate::disk::{DiskOp, DiskRequest, DiskResult, File, IoError, Token, aligned, freeze};
 use crate::format::record::{MAX_RAW, MAX_ZERO};
 use crate::journal::Tail;
-use crate::units::{Extent, Lsn};
+use crate::units::{Extent, Lsn, Term};
 use bytes::Bytes;
 use slab::Slab;
 use std::collections::VecDeque;
@@ -55,6 +55,15 @@ struct PendingRead {
     newer: Vec<(Extent, Option<Bytes>)>,
 }
 
+/// The term is on its way up; no record takes a place meanwhile.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Raising {
+    /// Above this one, once everything in the journal is durable.
+    Above(Term),
+    /// The superblock is told.
+    Saving(Ticket),
+}
+
 /// Journal bytes that front ends can't use: room for the records that open generations.
 const RESERVE: u64 = 64 << 10;
 
@@ -80,7 +89,7 @@ pub struct Primary {
     pub(super) starved: bool,
     pub(super) journal_full: bool,
     /// The term is being raised: no record takes a place meanwhile.
-    pub(super) raising: Option<Ticket>,
+    pub(super) raising: Option<Raising>,
     /// No more requests: the node is shutting down.
     pub(super) closing: bool,
     pub(super) written_bytes: u64,
@@ -193,6 +202,11 @@ impl Primary {
     pub(super) fn is_sealed(&self) -> bool {
         let open = |c: &Cache| c.has_open() || c.closed() > 0;
         self.pipeline.is_empty() && !self.cache.as_ref().is_some_and(open)
+    }
+
+    /// Somebody waits for the backing.
+    pub(super) fn is_reading(&self) -> bool {
+        !self.reads.is_empty()
     }
 
     /// Everything that waits, to be refused.

@@ -21,6 +21,8 @@ pub struct Retiring {
     /// What it holds is given up, too.
     rewinds: bool,
     ticket: Option<Ticket>,
+    /// Told when this node is a shadow, durably.
+    asked: Vec<(AdminId, String)>,
 }
 
 impl Run {
@@ -55,12 +57,18 @@ impl Run {
         self.retire(false);
     }
 
+    /// Those who wait for the end of a retirement that will not come.
+    pub(super) fn take_rejoins(&mut self) -> Vec<AdminId> {
+        let asked = self.retiring.as_mut().map_or(Vec::new(), |r| std::mem::take(&mut r.asked));
+        asked.into_iter().map(|(id, _)| id).collect()
+    }
+
     fn retire(&mut self, rewinds: bool) {
         if let Some(retiring) = &mut self.retiring {
             retiring.rewinds |= rewinds;
             return;
         }
-        self.retiring = Some(Retiring { rewinds, ticket: None });
+        self.retiring = Some(Retiring { rewinds, ticket: None, asked: Vec::new() });
         self.refuse_admin(Refusal::Busy, "this node is no longer the primary");
         let refused = match &mut self.part {
             Part::Primary(p) => {
@@ -81,13 +89,23 @@ impl Run {
 
     /// Moves the way to the shadow on; whether anything moved.
     pub(super) fn pump_retiring(&mut self) -> bool {
-        let Some(Retiring { rewinds, ticket }) = &self.retiring else { return false };
+        let Some(Retiring { rewinds, ticket, .. }) = &self.retiring else { return false };
         let rewinds = *rewinds;
         if let Some(ticket) = ticket {
             if !self.meta.is_saved(*ticket) {
                 return false;
             }
-            self.retiring = None;
+            if let Some(retired) = self.meta.sb.retired.as_mut().filter(|r| r.rewinds != rewinds) {
+                // He was told so meanwhile.
+                retired.rewinds = rewinds;
+                let ticket = self.meta.save(true);
+                if let Some(retiring) = &mut self.retiring {
+                    retiring.ticket = Some(ticket);
+                }
+                return true;
+            }
+            let asked = self.retiring.take().map_or(Vec::new(), |r| r.asked);
+            asked.into_iter().for_each(|(id, text)| self.answer(id, Ok(text)));
             self.leave_primary();
             self.tell(Happening::Retired);
             self.log(Level::Warn, "this node is a shadow now; nothing of what it holds was changed");
@@ -123,6 +141,9 @@ impl Run {
         let outcome = self.may_rejoin(keep);
         if outcome.is_ok() && !dry_run {
             self.begin_rejoin(keep);
+            if let (Some(retiring), Ok(text)) = (&mut self.retiring, &outcome) {
+                return retiring.asked.push((id, text.clone()));
+            }
         }
         self.answer(id, outcome);
     }

@@ -5,7 +5,7 @@
 //! durable in both superblock slots before its first record, and its first record before any READ.
 
 use super::event::{Action, Level, LinkId};
-use super::primary::Stage;
+use super::primary::{Raising, Stage};
 use super::run::{Part, Run};
 use crate::cache::{Cache, Gathered, RingId, RingState, ring::Ring};
 use crate::disk::Memory;
@@ -336,7 +336,18 @@ impl Run {
             return;
         }
         self.close_links("the term is raised");
+        if let Part::Primary(p) = &mut self.part {
+            p.raising = Some(Raising::Above(other));
+        }
+    }
+
+    /// The new generation begins at a record that is durable.
+    fn raise(&mut self, other: Term) -> bool {
         let tail = *self.journal.tail();
+        if !self.journal.is_quiet() {
+            self.journal.want(tail.point.lsn);
+            return false;
+        }
         let sb = &mut self.meta.sb;
         let seen = Term { counter: sb.term.counter.max(other.counter), node: sb.node };
         sb.term = role::next_term(seen, sb.node);
@@ -345,17 +356,26 @@ impl Run {
         sb.floor = sb.floor.max(tail.point.lsn);
         let (counter, ticket) = (sb.term.counter, self.meta.save(true));
         if let Part::Primary(p) = &mut self.part {
-            p.raising = Some(ticket);
+            p.raising = Some(Raising::Saving(ticket));
         }
         self.log(Level::Warn, format!("the term is raised to {counter}"));
+        true
     }
 
     /// Goes on under the new term once it is durable.
     pub(super) fn pump_raise(&mut self) -> bool {
         let members: Vec<u8> = self.meta.sb.sync_set.iter().flat_map(|n| n.0.to_le_bytes()).collect();
+        let retiring = self.is_retiring();
         let Part::Primary(p) = &mut self.part else { return false };
-        if !p.raising.is_some_and(|ticket| self.meta.is_saved(ticket)) {
-            return false;
+        match p.raising {
+            None => return false,
+            Some(Raising::Above(_)) if retiring => {
+                p.raising = None;
+                return true;
+            }
+            Some(Raising::Above(other)) => return self.raise(other),
+            Some(Raising::Saving(ticket)) if !self.meta.is_saved(ticket) => return false,
+            Some(Raising::Saving(_)) => {}
         }
         p.raising = None;
         let (generation, after) = (self.meta.sb.generation, self.journal.tail().point.lsn);

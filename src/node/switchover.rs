@@ -17,6 +17,8 @@ use crate::units::{BootId, HistoryPoint, NodeId, SECONDS};
 
 /// How long the shadow may take to have everything, and then to answer, ns.
 const PATIENCE: u64 = 30 * SECONDS;
+/// Journal bytes that the shadow may have to apply before it serves.
+const MOST_LAG: u64 = 256 << 20;
 
 /// On the way.
 pub struct Moving {
@@ -57,14 +59,19 @@ impl Run {
     pub(super) fn switchover(&mut self, id: AdminId, to: &str, dry_run: bool) {
         let peer = self.links.peers.iter().find(|p| p.name == to);
         let node = peer.and_then(|p| p.node);
-        let current = peer.is_some_and(|p| p.state == "UpToDate" && !p.resyncing);
+        let lag = peer.and_then(|p| self.links.timeline.behind(p.applied)).map_or(0, |(_, bytes, _)| bytes);
+        let current = peer.is_some_and(|p| p.state == "UpToDate" && !p.resyncing) && lag < MOST_LAG;
         let link = node.and_then(|n| self.links.sending_to(n));
         let facts = role::SwitchFacts {
             serving: matches!(&self.part, Part::Primary(p) if p.is_serving() && !p.closing),
             known: peer.is_some(),
+            dialled: self.cfg.peers.iter().any(|p| p.name == to && p.dial),
             linked: link.is_some(),
             current,
-            busy: self.moving.is_some() || self.is_retiring() || self.admin.is_draining(),
+            busy: matches!(&self.part, Part::Primary(p) if p.raising.is_some())
+                || self.moving.is_some()
+                || self.is_retiring()
+                || self.admin.is_draining(),
         };
         let names: Vec<_> = self.links.peers.iter().map(|p| p.name.as_str()).collect();
         let refusal = match (role::switchover(facts), node, link) {
@@ -91,10 +98,21 @@ impl Run {
             (Switch::Unknown, ..) => {
                 (Refusal::Failed, format!("no peer is called {to}; there are: {}", names.join(", ")))
             }
+            (Switch::NoAddress, ..) => (
+                Refusal::Unreachable,
+                format!(
+                    "no address of {to} is known here, so this node could not follow it: add it as a [[peer]] (name, \
+                     address) to the configuration, and restart the daemon"
+                ),
+            ),
             (Switch::Busy, ..) => (Refusal::Busy, "another change of this node is under way".to_owned()),
             (Switch::NotCurrent, ..) => (
                 Refusal::Busy,
-                format!("{to} is not UpToDate: wait until `volrep status` says so, then try again"),
+                format!(
+                    "{to} is not UpToDate, or has {} MiB and more to apply before it could serve: wait until \
+                     `volrep status` says so (a view there holds its image: close it), then try again",
+                    MOST_LAG >> 20
+                ),
             ),
             (Switch::Unreachable | Switch::Allowed, ..) => {
                 (Refusal::Unreachable, format!("{to} is not connected: bring it or its link back first"))
@@ -139,7 +157,7 @@ impl Run {
         }
     }
 
-    fn end_moving(&mut self, outcome: Result<String, (Refusal, String)>) -> bool {
+    pub(super) fn end_moving(&mut self, outcome: Result<String, (Refusal, String)>) -> bool {
         let Some(moving) = self.moving.take() else { return false };
         if let Err((_, text)) = &outcome {
             self.log(Level::Error, text.clone());
@@ -174,12 +192,12 @@ impl Run {
             _ => return false,
         };
         let Part::Primary(p) = &self.part else { return false };
-        let sealed = p.is_sealed() && !p.is_waited_for();
+        let (sealed, idle) = (p.is_sealed() && !p.is_waited_for(), !p.is_reading());
         if !self.journal.is_quiet() {
             self.journal.want(tail);
             return false;
         }
-        if !sealed || there < tail || !self.image.is_idle() || !self.checkpoint_idle() {
+        if !sealed || !idle || there < tail || !self.image.is_idle() || !self.checkpoint_idle() {
             return false;
         }
         let Some(moving) = &mut self.moving else { return false };
@@ -253,6 +271,11 @@ impl Run {
         let told = sb.role == Role::Shadow && sb.handed == Some(peer.node);
         let turning = matches!(&self.part, Part::Shadow(s) if s.is_turning() || s.is_cutting() || s.closing);
         let same = peer.group == sb.group && peer.role == Role::Shadow;
+        if told && self.is_moving_over() {
+            // The place is not given away durably yet; it is soon, and then the other one is to be told.
+            self.drop_link(link, "the place is being handed over");
+            return true;
+        }
         if !told || !same || order(sb.term, peer.term) != TermOrder::Equal || turning {
             return false;
         }
@@ -273,7 +296,7 @@ impl Run {
             let term = self.meta.sb.term.counter;
             let given = self.moving.as_ref().is_some_and(|m| m.to == by);
             let outcome = if given {
-                Ok(format!("{name} is the primary now, under term {term}; this node follows it"))
+                Ok(format!("{name} has taken over, under term {term}; this node follows it"))
             } else {
                 Err((Refusal::Failed, format!("{name} was promoted meanwhile, under term {term}")))
             };

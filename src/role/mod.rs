@@ -90,6 +90,8 @@ pub struct SwitchFacts {
     pub serving: bool,
     /// The shadow is one of its peers.
     pub known: bool,
+    /// Its address is known here: this node will have to dial it.
+    pub dialled: bool,
     /// It is fed right now.
     pub linked: bool,
     /// It has an image of its own, and all records that the journal had not just got.
@@ -107,6 +109,8 @@ pub enum Switch {
     NotPrimary,
     /// No such peer.
     Unknown,
+    /// It could not be followed.
+    NoAddress,
     /// It can't be told.
     Unreachable,
     /// It lacks too much.
@@ -121,6 +125,7 @@ pub fn switchover(f: SwitchFacts) -> Switch {
         SwitchFacts { serving: false, .. } => Switch::NotPrimary,
         SwitchFacts { busy: true, .. } => Switch::Busy,
         SwitchFacts { known: false, .. } => Switch::Unknown,
+        SwitchFacts { dialled: false, .. } => Switch::NoAddress,
         SwitchFacts { linked: false, .. } => Switch::Unreachable,
         SwitchFacts { current: false, .. } => Switch::NotCurrent,
         SwitchFacts { current: true, .. } => Switch::Allowed,
@@ -185,17 +190,24 @@ mod tests {
     #[test]
     fn the_table_of_switchover_answers_every_combination() {
         let mut counts = std::collections::BTreeMap::new();
-        for bits in 0..32u32 {
+        for bits in 0..64u32 {
             let bit = |i: u32| bits >> i & 1 == 1;
-            let f =
-                SwitchFacts { serving: bit(0), known: bit(1), linked: bit(2), current: bit(3), busy: bit(4) };
+            let f = SwitchFacts {
+                serving: bit(0),
+                known: bit(1),
+                linked: bit(2),
+                current: bit(3),
+                busy: bit(4),
+                dialled: bit(5),
+            };
             let answer = switchover(f);
-            let all = f.serving && f.known && f.linked && f.current && !f.busy;
+            let all = f.serving && f.known && f.dialled && f.linked && f.current && !f.busy;
             assert_eq!(answer == Switch::Allowed, all, "{f:?}");
             let true_of_it = match answer {
                 Switch::Allowed => all,
                 Switch::NotPrimary => !f.serving,
                 Switch::Unknown => !f.known,
+                Switch::NoAddress => !f.dialled,
                 Switch::Unreachable => !f.linked,
                 Switch::NotCurrent => !f.current,
                 Switch::Busy => f.busy,
@@ -203,7 +215,7 @@ mod tests {
             assert!(true_of_it, "{f:?} -> {answer:?}");
             *counts.entry(format!("{answer:?}")).or_insert(0) += 1;
         }
-        assert_eq!(counts.len(), 6, "{counts:?}");
+        assert_eq!(counts.len(), 7, "{counts:?}");
     }
 
     #[test]

@@ -193,7 +193,7 @@ fn a_switchover_that_fails_leaves_everything_as_it_was() {
     pair.wait_following();
     let gone = pair.primary.place.run(&["switchover", "g", "--to", "db2", "--yes"]);
     gone.expect(0, &[]);
-    assert!(gone.stdout.contains("db2 is the primary now"), "{}", gone.stdout);
+    assert!(gone.stdout.contains("db2 has taken over"), "{}", gone.stdout);
     std::mem::swap(&mut pair.primary, &mut pair.shadow);
     pair.wait_following();
     pair.finish();
