@@ -4,6 +4,7 @@
 //! became of the script, and nothing that the script started outlives it; it is a success only if the script is one.
 
 use super::failure::{Exit, Failure};
+use super::hooks::{LOOK, has_ended};
 use super::output::Output;
 use super::places::Places;
 use super::size::{grouped, span};
@@ -12,7 +13,6 @@ use super::{config, interrupt};
 use crate::control::DeviceKind;
 use crate::node::status::SCHEMA_VERSION;
 use nix::sys::signal::{Signal, killpg};
-use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 use serde::Serialize;
 use std::fs::OpenOptions;
@@ -23,8 +23,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-/// Between two looks at the script.
-const LOOK: Duration = Duration::from_millis(20);
 /// What a script that is to end has for it.
 const GRACE: Duration = Duration::from_secs(5);
 /// What those whom it started have to die, once they are killed.
@@ -178,11 +176,6 @@ fn watch(mut child: Child, limit: Duration) -> io::Result<Ended> {
         std::thread::sleep(LOOK);
     }
     Ok(told.map_or(Ended::By(status), |(why, _)| why))
-}
-
-fn has_ended(process: Pid) -> io::Result<bool> {
-    let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
-    Ok(waitid(Id::Pid(process), flags)? != WaitStatus::StillAlive)
 }
 
 impl Report {

@@ -6,13 +6,16 @@
 use super::config::Hooks;
 use super::failure::{Exit, Failure};
 use nix::sys::signal::{Signal, killpg};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
-use std::sync::mpsc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+/// Between two looks at a program that runs.
+pub const LOOK: Duration = Duration::from_millis(20);
 
 /// Which one.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -67,19 +70,22 @@ pub fn run(command: &mut Command, limit: Duration) -> io::Result<Option<ExitStat
     command.stdin(Stdio::null()).stdout(io::stderr()).process_group(0);
     let mut child = command.spawn()?;
     let group = Pid::from_raw(child.id() as i32);
-    let (tell, told) = mpsc::channel();
-    let waiter = std::thread::spawn(move || drop(tell.send(child.wait())));
-    let outcome = match told.recv_timeout(limit) {
-        Ok(status) => status.map(Some),
-        Err(_) => {
-            // Not waited for yet, so its number is still its own.
+    let deadline = Instant::now().checked_add(limit);
+    while !has_ended(group)? {
+        if deadline.is_some_and(|d| Instant::now() >= d) {
             killpg(group, Signal::SIGKILL)?;
-            Ok(None)
+            child.wait()?;
+            return Ok(None);
         }
-    };
-    // It has ended, or was killed: the wait is over soon.
-    let _ = waiter.join();
-    outcome
+        std::thread::sleep(LOOK);
+    }
+    child.wait().map(Some)
+}
+
+/// Whether a child has ended. It is looked at and not waited for: its number stays its own.
+pub fn has_ended(child: Pid) -> io::Result<bool> {
+    let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+    Ok(waitid(Id::Pid(child), flags)? != WaitStatus::StillAlive)
 }
 
 #[cfg(test)]

@@ -82,8 +82,12 @@ impl Serve {
             dev: places.dev().to_owned(),
         };
         let socket = places.control_socket(&self.group);
-        let heir =
-            Arc::new(Heir { group: self.group.clone(), hooks: config.hooks.clone(), attach: self.attach });
+        let heir = Arc::new(Heir {
+            group: self.group.clone(),
+            hooks: config.hooks.clone(),
+            attach: self.attach,
+            turn: Mutex::new(()),
+        });
         let trouble = Arc::new(Mutex::new(None));
         let result = daemon::run(options, |handle| {
             let view = Fronts::of_view(facts.clone(), &handle);
@@ -277,10 +281,13 @@ struct Heir {
     group: String,
     hooks: Hooks,
     attach: Option<DeviceKind>,
+    /// One takeover at a time; the next may come while the script of the first still runs.
+    turn: Mutex<()>,
 }
 
 impl Heir {
     fn take_over(&self, open: &Open) {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         if open.view.is_open() {
             // It shows nothing any more.
             open.view.close(true);
@@ -305,11 +312,9 @@ fn when_taken_over(handle: Handle, fronts: Arc<Open>, heir: Arc<Heir>) {
         if !matches!(answer, Answer::Done(_)) {
             return;
         }
-        let work = move || {
-            heir.take_over(&fronts);
-            let (handle, fronts, heir) = again;
-            when_taken_over(handle, fronts, heir);
-        };
+        let (handle, next, theirs) = again;
+        when_taken_over(handle, next, theirs);
+        let work = move || heir.take_over(&fronts);
         if let Err(e) = std::thread::Builder::new().name("taking over".into()).spawn(work) {
             tracing::error!("no thread to attach the volumes on: {e}");
         }

@@ -269,7 +269,12 @@ async fn rejoin(keep: Option<String>, dry_run: bool, handle: &Handle, fronts: &A
     let serves = !matches!(state, Answer::Status(s) if s.state == "Retired");
     let fronts = fronts.clone();
     match blocking(move || fronts.volumes.detach(serves)).await {
-        Reply::Done { .. } => reply(admin(handle, AdminOp::Rejoin { keep, dry_run: false }).await),
+        Reply::Done { .. } => match reply(admin(handle, AdminOp::Rejoin { keep, dry_run: false }).await) {
+            Reply::Refused { kind, text } => {
+                Reply::refused(kind, format!("the devices are taken away, but nothing was given up: {text}"))
+            }
+            done => done,
+        },
         Reply::Refused { kind, text } => Reply::refused(
             kind,
             format!("nothing was given up, because the device can't be taken away: {text}"),

@@ -1,8 +1,8 @@
 //! The file of what has befallen a node: JSON lines, for `volrep history`.
 //!
 //! Owns: the file, its predecessor, and the thread that writes. Invariants: lines are appended in the order of the
-//! node's actions and made durable; a mark is there before it is answered, and that history is given up before it is;
-//! the two files are bounded, the oldest lines go.
+//! node's actions and made durable; a mark is there before it is answered, and that history is given up before it is,
+//! unless the file can't be written, which is told and stops nothing; the two files are bounded, the oldest lines go.
 
 use crate::node::history::{Happening, HistoryEvent, Standing, parse};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};

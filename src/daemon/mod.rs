@@ -170,7 +170,8 @@ pub fn run(options: DaemonOptions, ready: impl FnOnce(Handle)) -> Result<(), Err
     let handle = Handle::new(queue, waker.clone(), link_address);
     let stage = stage_files(&options);
     let salvage = SalvageFiles::new(options.salvage.clone());
-    let history = HistoryFile::start(options.history.clone()).map_err(Error::Thread)?;
+    let history = HistoryFile::start(options.history.clone())
+        .map_err(|e| Error::Open(OpenError::io("read", &options.history, e)))?;
     let memories = Memories { ring: Some(Box::new(cache)), maps: Box::new(maps), index: Box::new(index) };
     let machine = Node::new(options.config, memories);
     let links = Links::new(listener, options.dial);

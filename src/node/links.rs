@@ -345,7 +345,9 @@ impl Run {
         }
         self.compare.forget(link);
         let gone = self.links.by_id.remove(&link);
-        if let Some(peer) = gone.as_ref().and_then(|l| l.dialed) {
+        // A link that ends without an answer says nothing: its peer may be on the way to a promotion.
+        let silent = |l: &&Link| matches!(l.state, LinkState::Dialled | LinkState::Greeted);
+        if let Some(peer) = gone.as_ref().filter(|l| !silent(l)).and_then(|l| l.dialed) {
             self.heard_out(peer);
         }
         if gone.is_some_and(|l| matches!(l.state, LinkState::Receiving)) {

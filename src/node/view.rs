@@ -270,8 +270,8 @@ impl Run {
             let text = "a comparison is under way: wait for it, or end it (volrep refresh";
             return busy(format!("{text} {group} --stop)"));
         }
-        if s.closing || self.admin.is_promoting() {
-            return busy("this node is shutting down, or being promoted".into());
+        if s.closing || self.admin.is_promoting() || self.admin.is_draining() {
+            return busy("this node is shutting down, draining, or being promoted".into());
         }
         let (applied, most) =
             (self.image.newest().max(s.whole_from()), self.journal.durable().min(s.vouched()));
@@ -311,6 +311,11 @@ impl Run {
         let Some(view) = self.view_mut().filter(|v| !matches!(v.step, Step::Ending | Step::Failed)) else {
             return;
         };
+        if view.opening.is_some() {
+            // Nobody has seen anything of it: there is nothing to stay for.
+            self.log(Level::Warn, format!("the view is not opened: {why}"));
+            return self.end_view(&why);
+        }
         view.failed = Some(why.clone());
         view.step = Step::Ending;
         self.refuse_view(&why);
@@ -423,10 +428,7 @@ impl Run {
                 self.view_opened();
             }
             Err(why) => {
-                // Nobody has seen anything of it: there is nothing to stay for.
-                let text = format!("there is no room for the overlay: {why}");
-                self.log(Level::Warn, format!("the view is not opened: {text}"));
-                self.end_view(&text);
+                self.fail_view(format!("there is no room for the overlay: {why}"));
             }
         }
     }

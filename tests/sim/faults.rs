@@ -5,6 +5,7 @@
 use crate::disk::Fault as DiskFault;
 use crate::perform::Armed;
 use crate::plan::Fault;
+use crate::scenario::Phase;
 use crate::world::{Coming, Outcome, Purpose, World};
 use volrep::disk::File;
 use volrep::node::event::{AdminOp, Event};
@@ -52,12 +53,29 @@ impl World {
         self.after(delay, Coming::Ambush { node, fault });
     }
 
+    /// A node's superblock is told of another place in the group: perhaps it dies right then, or all do, or its
+    /// links break. Both slots are written one after the other.
+    pub fn role_step(&mut self, node: usize) {
+        let due = self.scenario.rng.permille(self.plan.role_ambush);
+        if !due || !self.scenario.strikes() {
+            return;
+        }
+        let rng = &mut self.scenario.rng;
+        let kinds = [Fault::KillShadow, Fault::PowerShadow, Fault::PowerShadow, Fault::PowerAll, Fault::Cut];
+        let (fault, delay) = (rng.pick(&kinds), rng.log(MICROS, 100 * MILLIS));
+        self.after(delay, Coming::Ambush { node, fault });
+    }
+
     /// The same for a named shadow. The promotion may be due as well: then to this one.
     pub fn strike(&mut self, node: usize, fault: Fault) -> Outcome {
-        if !self.scenario.may_strike() {
+        // While somebody is being promoted he and his links alone are struck: the lost primary stays away.
+        let promoting = self.scenario.phase() == Phase::Promote
+            && !self.scenario.demoted(node)
+            && matches!(fault, Fault::KillShadow | Fault::PowerShadow | Fault::Cut);
+        if !self.scenario.may_strike() && !promoting {
             return Ok(());
         }
-        self.counts.met(&format!("resync: {fault:?}"));
+        self.counts.met(&format!("in the middle: {fault:?}"));
         self.trace.say(self.now, node, "ambush", &format!("{fault:?}"));
         match fault {
             Fault::KillShadow | Fault::PowerShadow => self.crash(node, fault == Fault::PowerShadow),

@@ -193,6 +193,8 @@ pub struct Plan {
     pub blank: u8,
     /// How many of the steps of a resync are followed by a fault, in thousandths.
     pub ambush: u64,
+    /// The same of the steps by which a node changes its place in the group.
+    pub role_ambush: u64,
     /// The promotion, after this many requests, and the node promoted.
     pub promotion: Option<(u64, Loss, usize)>,
     /// The primary is moved, there and back; nobody is promoted then.
@@ -310,6 +312,7 @@ impl Plan {
             volumes,
             before,
             blank,
+            role_ambush: 0,
             ambush: if resyncs { rng.pick(&[0, 50, 300]) } else { 0 },
             segment: 2 << 20,
             segments: if laps { 4 } else { rng.pick(&[4, 4, 4, 5, 8]) },
@@ -330,13 +333,14 @@ impl Plan {
             disk_sync: rng.log(100 * MICROS, 50 * MILLIS),
         };
         // Drawn last, for the seeds that were looked at before it.
+        plan.role_ambush = rng.pick(&[0, 0, 0, 100, 400]);
         plan.timing.ask = rng.pick(&[MILLIS, 50 * MILLIS, SECONDS, SECONDS, 3 * SECONDS]);
         plan
     }
 
     /// An old primary that comes back finds the promoted one in time.
     pub fn finds_the_promoted(&self) -> bool {
-        self.faults.is_empty() && self.ambush == 0 && self.timing.ask >= SECONDS
+        self.faults.is_empty() && self.ambush + self.role_ambush == 0 && self.timing.ask >= SECONDS
     }
 }
 

@@ -113,7 +113,7 @@ impl Scenario {
     pub fn may_strike(&self) -> bool {
         matches!(self.phase, Phase::Join | Phase::Work | Phase::Settle)
     }
-    /// One more fault in the middle of a resync; whether that is not too many.
+    /// One more fault in the middle of a resync, or of a change of roles; whether that is not too many.
     pub fn strikes(&mut self) -> bool {
         self.ambushes += 1;
         self.ambushes <= 12

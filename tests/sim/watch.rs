@@ -10,9 +10,9 @@ use volrep::disk::File;
 use volrep::format::mapped::Owner;
 use volrep::format::message::{Message, Role};
 use volrep::format::record::Record;
-use volrep::format::superblock::{ResyncStage, SLOT, Superblock};
+use volrep::format::superblock::{ResyncStage, Retired, SLOT, Superblock};
 use volrep::journal::maps::Maps;
-use volrep::units::{Address, Extent, Hash, HistoryPoint, Term};
+use volrep::units::{Address, Extent, Hash, HistoryPoint, NodeId, Term};
 
 /// What is known of a host.
 pub struct Watch {
@@ -37,6 +37,8 @@ pub struct Watch {
     /// Highest LSN that it claimed durable and that was checked.
     claimed: u64,
     term: Term,
+    /// Who it is, as its superblock says: primary, by which term, handed over to whom, giving up what.
+    place: Option<Standing>,
     said_applied: u64,
     /// By an administrator's word it gives up what its next primary does not hold.
     rewinds: bool,
@@ -63,6 +65,7 @@ impl Default for Watch {
             applied: None,
             claimed: 0,
             term: Term::default(),
+            place: None,
             said_applied: 0,
             rewinds: false,
             base_segment: 1,
@@ -108,6 +111,8 @@ impl Watch {
         if lsn == 0 { Some(origin) } else { self.journal.get(&lsn).copied() }
     }
 }
+
+type Standing = (Role, Term, Option<NodeId>, Option<Retired>);
 
 /// The record at which the usable image stands.
 fn shown(s: &Superblock) -> u64 {
@@ -191,6 +196,8 @@ impl World {
             return broken("I7", format!("the term falls from {:?} to {:?}", watch.term, s.term));
         }
         watch.term = s.term;
+        let place = (s.role, s.term, s.handed, s.retired);
+        let moved = watch.place.replace(place).is_some_and(|before| before != place);
         watch.rewinds = s.retired.is_some_and(|r| r.rewinds);
         let stage = s.resync.as_ref().map(|r| r.stage);
         let mut step = false;
@@ -228,6 +235,9 @@ impl World {
         if step {
             self.resync_step(node);
         }
+        if moved {
+            self.role_step(node);
+        }
         if s.checkpoint.lsn.0 > 0 && !self.history.knows(s.checkpoint.hash) {
             return broken("I1", format!("checkpoint at an unknown record {:?}", s.checkpoint));
         }
@@ -242,11 +252,14 @@ impl World {
         let Ok((_, s)) = Superblock::choose([a, b]) else {
             return broken("I3", "neither superblock slot decodes");
         };
-        // What was being written when its last process ended may not be there.
+        // What was being written when its last process ended may not be there: what that one was told and could not
+        // make durable, this one was never told.
+        let id = host.id;
         let watch = &mut self.hosts[node].watch;
         if watch.base_segment != s.base_segment {
             watch.claimed = watch.claimed.min(s.floor.0);
         }
+        watch.heard_term = if s.term.node == id { 0 } else { s.term.counter };
         if s.retired.is_some_and(|r| r.rewinds) {
             watch.give_up(); // it still does what it was told
         }
