@@ -328,12 +328,16 @@ impl Plan {
             promotion,
             moves,
             rejoin: rng.permille(700),
-            double: rng.permille(300),
+            double: rng.permille(700),
             disk_write: rng.log(50 * MICROS, 20 * MILLIS),
             disk_sync: rng.log(100 * MICROS, 50 * MILLIS),
         };
         // Drawn last, for the seeds that were looked at before it.
         plan.role_ambush = rng.pick(&[0, 0, 0, 100, 400]);
+        if plan.double && plan.rejoin && plan.promotion.is_some() {
+            // Two promotions are rare: what happens to them is worth more.
+            plan.role_ambush = rng.pick(&[0, 400, 1000]);
+        }
         plan.timing.ask = rng.pick(&[MILLIS, 50 * MILLIS, SECONDS, SECONDS, 3 * SECONDS]);
         plan
     }

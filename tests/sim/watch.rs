@@ -197,7 +197,11 @@ impl World {
         }
         watch.term = s.term;
         let place = (s.role, s.term, s.handed, s.retired);
-        let moved = watch.place.replace(place).is_some_and(|before| before != place);
+        let before = watch.place.replace(place);
+        let moved = before.is_some_and(|before| before != place);
+        let raised = before.is_some_and(|(role, term, ..)| {
+            (role, s.role) == (Role::Primary, Role::Primary) && term != s.term && s.term.node == host.id
+        });
         watch.rewinds = s.retired.is_some_and(|r| r.rewinds);
         let stage = s.resync.as_ref().map(|r| r.stage);
         let mut step = false;
@@ -234,6 +238,10 @@ impl World {
         }
         if step {
             self.resync_step(node);
+        }
+        if raised {
+            let phase = self.scenario.phase();
+            self.counts.met(&format!("a primary raised its term: {phase:?}"));
         }
         if moved {
             self.role_step(node);
