@@ -309,10 +309,9 @@ impl Run {
     fn promotion_plan(&self) -> String {
         let tail = self.journal.tail();
         let heard = self.links.primary().and_then(|n| self.links.view(n)).and_then(|v| v.heard);
-        let primary = self.links.heard_of_primary();
-        let missing = primary.tail.0.saturating_sub(tail.point.lsn.0);
-        let known = match heard {
-            Some(at) => {
+        let known = match heard.zip(self.links.heard_of_primary) {
+            Some((at, primary)) => {
+                let missing = primary.tail.0.saturating_sub(tail.point.lsn.0);
                 let ago = self.now.mono.saturating_sub(at) / SECONDS;
                 format!(
                     "at the last heartbeat, {ago} s ago, {missing} records of the primary were not here; later writes are unknown"

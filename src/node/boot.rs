@@ -1,7 +1,9 @@
 //! From nothing to a node that knows its journal: superblock, dirty maps, recovery.
 //!
-//! Owns: the checks that what is on disk is what the configuration says. Invariant: nothing is
-//! written before all of them have passed, except what recovery erases behind a torn tail.
+//! Owns: the checks that what is on disk is what the configuration says. Invariants: nothing is
+//! written before all of them have passed, except what recovery erases behind a torn tail; what was read
+//! of the superblock is durable before anything is made of it (the last write of a killed process may be
+//! in the disk's cache alone, and a power cut would take it back, or tear it together with the next one).
 
 use super::config::NodeConfig;
 use super::marks::{Mark, Marks};
@@ -23,8 +25,12 @@ use std::collections::VecDeque;
 pub struct Boot {
     memory: Option<(Box<dyn Memory>, Box<dyn Memory>)>,
     slots: [Option<Bytes>; 2],
+    synced: bool,
     found: Option<Found>,
 }
+
+/// After the slots' numbers.
+const SYNC: u64 = 2;
 
 /// What the superblock led to.
 struct Found {
@@ -53,13 +59,14 @@ pub struct Booted {
 }
 
 impl Boot {
-    /// Begins: reads both slots.
+    /// Begins: reads both slots, and makes them durable.
     pub fn new(maps: Box<dyn Memory>, index: Box<dyn Memory>, out: &mut Vec<DiskRequest>) -> Boot {
         for slot in 0..2u64 {
             let op = DiskOp::Read { offset: slot * SLOT as u64, len: SLOT };
             out.push(DiskRequest { token: Token::new(SUPER, slot), file: File::Superblock, op });
         }
-        Boot { memory: Some((maps, index)), slots: [None, None], found: None }
+        out.push(DiskRequest { token: Token::new(SUPER, SYNC), file: File::Superblock, op: DiskOp::Sync });
+        Boot { memory: Some((maps, index)), slots: [None, None], synced: false, found: None }
     }
 
     /// The answer to one of its requests; `Some` when it ends.
@@ -71,7 +78,7 @@ impl Boot {
         out: &mut Vec<DiskRequest>,
     ) -> Option<Result<Booted, String>> {
         if token.owner() == SUPER {
-            return self.slot_read(cfg, token.id() as usize, result, out).err().map(Err);
+            return self.superblock(cfg, token.id(), result, out).err().map(Err);
         }
         let Found { sb, recovery, maps, marks, .. } = self.found.as_mut()?;
         let mut seen = |r: &Record| {
@@ -95,17 +102,22 @@ impl Boot {
         }
     }
 
-    fn slot_read(
+    fn superblock(
         &mut self,
         cfg: &NodeConfig,
-        slot: usize,
+        id: u64,
         result: DiskResult,
         out: &mut Vec<DiskRequest>,
     ) -> Result<(), String> {
-        self.slots[slot] = Some(result.map_err(|e| {
-            format!("reading the superblock failed: {e}. Check the disk that holds it; nothing was changed")
-        })?);
-        let [Some(a), Some(b)] = &self.slots else { return Ok(()) };
+        let what = if id == SYNC { "syncing" } else { "reading" };
+        let bytes = result.map_err(|e| {
+            format!("{what} the superblock failed: {e}. Check the disk that holds it; nothing was changed")
+        })?;
+        match id {
+            SYNC => self.synced = true,
+            slot => self.slots[slot as usize] = Some(bytes),
+        }
+        let ([Some(a), Some(b)], true) = (&self.slots, self.synced) else { return Ok(()) };
         let (slot, mut sb) = Superblock::choose([a, b]).map_err(|[a, b]| {
             format!(
                 "both superblock slots are unreadable (first: {a}; second: {b}). Nothing was changed. \

@@ -44,6 +44,8 @@ impl Run {
         self.meta.save(false);
         self.set_peer(link, if resyncing { "Resyncing" } else { "CatchingUp" }, None);
         self.update_keep();
+        // Until it hears where this node is, it can't say how far it is behind.
+        self.send_heartbeat(link, 0);
     }
 
     /// Sends what the window and the journal have.

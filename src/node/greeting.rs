@@ -26,8 +26,11 @@ impl Run {
         }
         self.meet(link, hello);
         self.heard_out_by_name(&hello.name);
-        if self.is_retiring() || (self.is_asking() && hello.role == Role::Shadow) {
-            // Nobody follows this node before it knows whether it is the primary.
+        let term = order(self.meta.sb.term, hello.term);
+        // Nobody follows this node before it knows whether it is the primary; but a shadow, too, may tell it that it
+        // was replaced.
+        let outlived = matches!(term, TermOrder::Higher | TermOrder::Conflicting);
+        if self.is_retiring() || (self.is_asking() && hello.role == Role::Shadow && !outlived) {
             return self.drop_link(link, "this node does not know yet whom it follows");
         }
         if self.takes_back(link, hello) {
@@ -46,7 +49,6 @@ impl Run {
         {
             peer.fork = parted;
         }
-        let term = order(own.term, hello.term);
         // Of two promotions a node can give up its own, or take an administrator's word on which one it follows.
         let gives_way = term != TermOrder::Conflicting || hello.term.node == hello.node;
         let facts = Facts {
@@ -319,6 +321,7 @@ impl Run {
         }
         let from = self.journal.tail().point.lsn.next();
         self.set_state(link, LinkState::Receiving);
+        self.links.heard_of_primary = None;
         self.set_peer(link, "UpToDate", None);
         self.send(link, Message::Begin { from });
         if !self.is_remaking() {

@@ -128,7 +128,7 @@ impl Link {
 }
 
 /// What the primary last said of itself.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 pub struct Heard {
     pub(super) tail: Lsn,
     pub(super) time: u64,
@@ -146,7 +146,8 @@ pub struct Links {
     pub(super) peers: Vec<PeerView>,
     dials: Vec<Dial>,
     primary: Option<NodeId>,
-    heard: Heard,
+    /// Nothing until it has spoken over the newest link.
+    pub(super) heard_of_primary: Option<Heard>,
     /// The records sealed here, to measure shadows against.
     pub(super) timeline: Timeline,
     /// Journal bytes on the timeline from before the start.
@@ -178,7 +179,7 @@ impl Links {
             peers,
             dials: cfg.peers.iter().map(|_| Dial { at: 0, busy: false }).collect(),
             primary: None,
-            heard: Heard::default(),
+            heard_of_primary: None,
             timeline: Timeline::default(),
             bytes_before: 0,
             record_bytes: 0,
@@ -196,11 +197,6 @@ impl Links {
     pub fn primary_clock(&self) -> Option<&ClockEstimate> {
         let node = self.primary?;
         self.peers.iter().find(|p| p.node == Some(node)).map(|p| &p.clock)
-    }
-
-    /// What the primary last said of itself, on a shadow.
-    pub fn heard_of_primary(&self) -> Heard {
-        self.heard
     }
 
     /// The primary that this shadow follows or has followed since the start.
@@ -261,7 +257,7 @@ impl Links {
             }
         }
         if self.primary != Some(node) {
-            self.heard = Heard::default();
+            self.heard_of_primary = None;
         }
         self.primary = Some(node);
     }
@@ -531,7 +527,7 @@ impl Run {
             (LinkState::Sending(_), Message::Compare(word)) => self.heard_as_primary(link, *word),
             (_, Message::Heartbeat { wall, echo, tail, time, bytes }) if l.peer.is_some() => {
                 if matches!(l.state, LinkState::Receiving) {
-                    self.links.heard = Heard { tail, time, bytes };
+                    self.links.heard_of_primary = Some(Heard { tail, time, bytes });
                 }
                 self.beat(link, wall, echo);
             }
@@ -553,7 +549,7 @@ impl Run {
         }
     }
 
-    fn send_heartbeat(&mut self, link: LinkId, echo: u64) {
+    pub(super) fn send_heartbeat(&mut self, link: LinkId, echo: u64) {
         let tail = self.journal.tail().point.lsn;
         let behind = match self.links.by_id.get(&link).map(|l| &l.state) {
             Some(LinkState::Sending(s)) => self.links.timeline.behind(s.positions().2),

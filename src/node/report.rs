@@ -283,7 +283,10 @@ impl Run {
             let why = why.unwrap_or_else(|| "no link to the primary".into());
             return ("Outdated", Some(why), "check the primary and the link to it".into());
         }
-        let heard = self.links.heard_of_primary();
+        let Some(heard) = self.links.heard_of_primary else {
+            let why = "the primary has not said yet where it is".to_owned();
+            return ("CatchingUp", Some(why), "none: wait".into());
+        };
         let tail = self.journal.tail().point.lsn.max(heard.tail);
         let behind = tail.0.saturating_sub(self.image.applied.point.lsn.0);
         let late = self.lag().map_or(0.0, |l| l.seconds);

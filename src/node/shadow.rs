@@ -397,7 +397,7 @@ impl Run {
         let Part::Shadow(s) = &self.part else { return None };
         let clock = self.links.primary_clock()?;
         let applied = self.image.applied.point.lsn;
-        let heard = self.links.heard_of_primary();
+        let heard = self.links.heard_of_primary?;
         let newest = heard.tail.max(self.journal.tail().point.lsn);
         let records = newest.0.saturating_sub(applied.0);
         let since = s.unapplied.front().map_or(heard.time, |(_, time)| *time);

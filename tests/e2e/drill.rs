@@ -1,8 +1,9 @@
 //! Drills: scripts against a scratch view, from a mere exit code to a database that recovers while production writes.
 
-use crate::filesystem::{BIN, MIB, Postgres, as_postgres, missing, mounted};
+use crate::filesystem::{MIB, missing, mounted};
 use crate::pair::{Pair, Setup, client, installed};
 use crate::place::{Ended, until};
+use crate::postgres::{BIN, Postgres, Production, sockets};
 use nix::mount::{MntFlags, MsFlags, mount, umount, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -91,38 +92,9 @@ fn an_interrupted_drill_ends_its_script_and_closes_its_view() {
     pair.finish();
 }
 
-/// A database on the primary's device, on a file system of its own.
-struct Production {
-    pair: Pair,
-    dir: PathBuf,
-    sockets: tempfile::TempDir,
-    server: Option<Postgres>,
-}
-
 fn production() -> Option<Production> {
-    let there = !missing() && installed("mkfs.ext4") && installed("setpriv");
-    if !there || !Path::new(BIN).join("postgres").exists() {
-        eprintln!("skipped: postgresql-15 on a loop device is not possible here");
-        return None;
-    }
     let volumes = vec![("data", 256 * MIB)];
-    let pair = Pair::start(&Setup { volumes, journal: "512M", ..Setup::default() });
-    let device = pair.primary.attach("fuse").remove(0);
-    client("mkfs.ext4", &["-q", &device]);
-    let sockets = tempfile::tempdir().unwrap();
-    client("chown", &["postgres", sockets.path().to_str().unwrap()]);
-    for node in [&pair.primary, &pair.shadow] {
-        client("chmod", &["755", node.place.path().to_str().unwrap()]);
-    }
-    let dir = mounted(pair.primary.place.path(), &device, "ext4");
-    let cluster = dir.join("cluster");
-    fs::create_dir(&cluster).unwrap();
-    client("chown", &["postgres", cluster.to_str().unwrap()]);
-    let made = as_postgres("initdb").args(["-k", "-A", "trust", "-D"]).arg(&cluster).output().unwrap();
-    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
-    let server = Postgres::start(&cluster, sockets.path());
-    server.query("create table log (n bigint primary key, filler text)");
-    Some(Production { pair, dir, sockets, server: Some(server) })
+    Production::start(&Setup { volumes, journal: "512M", ..Setup::default() })
 }
 
 /// Inserts number after number until it is told to stop; what was committed is told.
@@ -163,8 +135,7 @@ as pg_ctl -D "$DRILL_DIR/cluster" -w stop >&2
 fn a_database_recovers_in_a_drill_while_production_writes_at_full_speed() {
     let Some(mut p) = production() else { return };
     let drilled = tempfile::tempdir().unwrap();
-    let sockets = tempfile::tempdir().unwrap();
-    client("chown", &["postgres", sockets.path().to_str().unwrap()]);
+    let sockets = sockets();
     let path = script(&p.pair, RECOVER);
     let mut command = p.pair.shadow.place.command(&["drill", "g", "--device", "fuse", "--json", "--run"]);
     command

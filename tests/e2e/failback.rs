@@ -1,10 +1,11 @@
 //! An old primary comes back: it serves nothing beside the new one, gives up what only it holds, and follows.
 
-use crate::filesystem::{BIN, Postgres, as_postgres, missing, mounted};
+use crate::filesystem::{missing, mounted};
 use crate::nbd::Client;
 use crate::outage::pour;
 use crate::pair::{Node, Pair, Setup, client, free_port, installed};
 use crate::place::{Daemon, until};
+use crate::postgres::{Postgres, impossible, make_cluster, open, sockets};
 use nix::mount::{MntFlags, umount, umount2};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -61,13 +62,6 @@ fn account(dsn: &str, log: &Path) -> Value {
     told
 }
 
-fn make_cluster(dir: &Path) {
-    fs::create_dir(dir).unwrap();
-    client("chown", &["postgres", dir.to_str().unwrap()]);
-    let made = as_postgres("initdb").args(["-k", "-A", "trust", "-D"]).arg(dir).output().unwrap();
-    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
-}
-
 /// Blocks of two images that differ, and how small zstd makes those of the first.
 fn difference(a: &Path, b: &Path) -> (u64, u64) {
     let (a, b) = (File::open(a).unwrap(), File::open(b).unwrap());
@@ -100,12 +94,9 @@ fn wait_following(shadow: &Node, primary: &Node) -> Value {
 
 #[test]
 fn an_old_primary_comes_back_at_the_cost_of_what_has_changed() {
-    if missing() || !installed("mkfs.ext4") || !installed("setpriv") {
-        return;
-    }
     let psycopg = Command::new("/usr/bin/python3").args(["-c", "import psycopg2"]).output();
-    if !Path::new(BIN).join("postgres").exists() || !psycopg.is_ok_and(|o| o.status.success()) {
-        eprintln!("skipped: postgresql-15 or psycopg2 is not installed");
+    if impossible() || !psycopg.is_ok_and(|o| o.status.success()) {
+        eprintln!("skipped: it needs PostgreSQL on a loop device, and psycopg2");
         return;
     }
     const SIZE: u64 = 512 * MIB;
@@ -115,12 +106,9 @@ fn an_old_primary_comes_back_at_the_cost_of_what_has_changed() {
         back: true,
         ..Setup::default()
     });
-    let scratch = tempfile::tempdir().unwrap();
+    let scratch = sockets();
     let (sockets, log) = (scratch.path(), scratch.path().join("account"));
-    client("chown", &["postgres", sockets.to_str().unwrap()]);
-    for place in [&pair.primary.place, &pair.shadow.place] {
-        client("chmod", &["755", place.path().to_str().unwrap()]);
-    }
+    [&pair.primary, &pair.shadow].into_iter().for_each(open);
     let dsn = format!("host={} dbname=postgres user=postgres", sockets.display());
     // Day one: the primary works; its last second never reaches the shadow.
     let device = pair.primary.attach("fuse").remove(0);

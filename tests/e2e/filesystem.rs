@@ -2,12 +2,12 @@
 
 use crate::descriptors::own_descriptors;
 use crate::pair::{Pair, Setup, client, installed, long};
-use crate::place::until;
+use crate::postgres::{Postgres, Production, impossible};
 use nix::mount::{MntFlags, MsFlags, mount, umount, umount2};
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Stdio;
 use std::time::Duration;
 
 pub const MIB: u64 = 1 << 20;
@@ -126,85 +126,9 @@ fn a_killed_daemon_gives_a_mounted_file_system_an_error_and_it_recovers() {
     client("e2fsck", &["-fn", pair.shadow.backing("data").to_str().unwrap()]);
 }
 
-/// Where Debian has the server.
-pub const BIN: &str = "/usr/lib/postgresql/15/bin";
-
-/// A server that is stopped at the end, hard.
-pub struct Postgres {
-    child: Child,
-    dir: PathBuf,
-    sockets: PathBuf,
-}
-
-/// A command under the user that PostgreSQL insists on.
-pub fn as_postgres(program: &str) -> Command {
-    let mut command = Command::new("setpriv");
-    command.args(["--reuid=postgres", "--regid=postgres", "--clear-groups", &format!("{BIN}/{program}")]);
-    command.current_dir("/");
-    command
-}
-
-impl Postgres {
-    /// Waits until it answers.
-    pub fn start(dir: &Path, sockets: &Path) -> Postgres {
-        let mut command = as_postgres("postgres");
-        command.arg("-D").arg(dir).arg("-k").arg(sockets).args([
-            "-c",
-            "listen_addresses=",
-            "-c",
-            "max_connections=10",
-        ]);
-        let log = fs::File::create(sockets.join("log")).unwrap();
-        let child = command.stdout(Stdio::null()).stderr(log).spawn().unwrap();
-        let server = Postgres { child, dir: dir.into(), sockets: sockets.into() };
-        until("PostgreSQL answers", || {
-            server.psql(&["-c", "select 1"]).output().unwrap().status.success().then_some(())
-        });
-        server
-    }
-    /// A client.
-    pub fn psql(&self, args: &[&str]) -> Command {
-        let mut command = as_postgres("psql");
-        command.arg("-h").arg(&self.sockets).args([
-            "-d",
-            "postgres",
-            "-X",
-            "-q",
-            "-A",
-            "-t",
-            "-v",
-            "ON_ERROR_STOP=1",
-        ]);
-        command.args(args);
-        command
-    }
-    /// The answer to one statement.
-    #[track_caller]
-    pub fn query(&self, sql: &str) -> String {
-        let output = self.psql(&["-c", sql]).output().unwrap();
-        assert!(output.status.success(), "{sql}: {}", String::from_utf8_lossy(&output.stderr));
-        String::from_utf8(output.stdout).unwrap().trim().to_owned()
-    }
-}
-
-impl Drop for Postgres {
-    fn drop(&mut self) {
-        // The server's own children end when they miss it; its immediate shutdown waits for them. On a
-        // dead disk it may be unable to remove its files, which is all that can fail.
-        let pid = nix::unistd::Pid::from_raw(self.child.id() as i32);
-        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGQUIT);
-        let _ = self.child.wait();
-        let _ = fs::metadata(&self.dir);
-    }
-}
-
 #[test]
 fn no_commit_acknowledged_at_ack_level_durable_is_missing_after_promotion() {
-    if missing() || !installed("mkfs.ext4") {
-        return;
-    }
-    if !Path::new(BIN).join("postgres").exists() || !installed("setpriv") {
-        eprintln!("skipped: postgresql-15 is not installed");
+    if impossible() {
         return;
     }
     for round in 0..if long() { 20 } else { 1 } {
@@ -214,22 +138,9 @@ fn no_commit_acknowledged_at_ack_level_durable_is_missing_after_promotion() {
 
 fn commits_survive(round: u64) {
     let volumes = vec![("data", 256 * MIB)];
-    let mut pair = Pair::start(&Setup { volumes, sync: true, journal: "256M", ..Setup::default() });
-    let device = pair.primary.attach("fuse").remove(0);
-    client("mkfs.ext4", &["-q", &device]);
-    let sockets = tempfile::tempdir().unwrap();
-    client("chown", &["postgres", sockets.path().to_str().unwrap()]);
-    let open = |place: &Path| client("chmod", &["755", place.to_str().unwrap()]);
-    open(pair.primary.place.path());
-    open(pair.shadow.place.path());
-    let dir = mounted(pair.primary.place.path(), &device, "ext4");
-    let cluster = dir.join("cluster");
-    fs::create_dir(&cluster).unwrap();
-    client("chown", &["postgres", cluster.to_str().unwrap()]);
-    let made = as_postgres("initdb").args(["-k", "-A", "trust", "-D"]).arg(&cluster).output().unwrap();
-    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
-    let server = Postgres::start(&cluster, sockets.path());
-    server.query("create table log (n bigint primary key, filler text)");
+    let setup = Setup { volumes, sync: true, journal: "256M", ..Setup::default() };
+    let Some(Production { mut pair, dir, sockets, server }) = Production::start(&setup) else { return };
+    let server = server.expect("it was started");
     // Inserts number after number; a number that is printed was committed.
     let script = "\\set ON_ERROR_STOP 1\n".to_owned()
         + &(1..=20_000)

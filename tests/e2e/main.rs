@@ -18,6 +18,7 @@ mod outage;
 mod pair;
 #[path = "../place/mod.rs"]
 mod place;
+mod postgres;
 mod refresh;
 mod resync;
 mod shadows;

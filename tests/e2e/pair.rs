@@ -37,6 +37,8 @@ pub struct Setup {
     pub filled: u64,
     /// No other test runs meanwhile.
     pub alone: bool,
+    /// A shadow that the full journal can't feed is left behind.
+    pub behind: bool,
     /// The shadow listens, too, and the primary knows where: it can follow when the roles have changed.
     pub back: bool,
 }
@@ -51,6 +53,7 @@ impl Default for Setup {
             config: "",
             filled: 0,
             alone: false,
+            behind: false,
             back: false,
         }
     }
@@ -226,6 +229,9 @@ impl Pair {
         }
         primary.place.run(&args).expect(0, &[]);
         primary.configure(|text| format!("{}\n{}", setup.config, text));
+        if setup.behind {
+            primary.configure(|text| text.replace("on_full = \"block\"", "on_full = \"behind\""));
+        }
         let token = primary.place.run(&["token", "g", "--peer", "db2"]);
         token.expect(0, &[]);
         let listen = if setup.back { format!("127.0.0.1:{}", free_port()) } else { "none".to_owned() };

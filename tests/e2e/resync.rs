@@ -1,10 +1,12 @@
 //! Resyncs: the first full copy, and a shadow that the primary's journal can't feed any more.
 
+use crate::filesystem::mounted;
 use crate::model::Random;
 use crate::nbd::Client;
 use crate::outage::{noise, pour};
-use crate::pair::{Node, Pair, Setup, long};
+use crate::pair::{self, Node, Pair, Setup, long};
 use crate::place::{first_difference, until};
+use crate::postgres::{Postgres, Production, as_postgres};
 use crate::refresh::ask;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::json;
@@ -19,12 +21,8 @@ const BUSY: u64 = 48 * MIB;
 
 /// A pair whose shadow stands at a known image and has missed more than the journal holds.
 fn left_behind(size: u64) -> Pair {
-    let setup = Setup { volumes: vec![("data", size)], journal: "32M", ..Setup::default() };
-    let mut pair = Pair::prepare(&setup);
-    pair.primary.configure(|text| text.replace("on_full = \"block\"", "on_full = \"behind\""));
-    pair.primary.start();
-    pair.shadow.start();
-    pair.wait_following();
+    let setup = Setup { volumes: vec![("data", size)], journal: "32M", behind: true, ..Setup::default() };
+    let mut pair = Pair::start(&setup);
     pair.primary.attach("nbd-socket");
     let mut client = client(&pair);
     pour(&mut client, BUSY, 0..20, &AtomicU64::new(0));
@@ -150,6 +148,84 @@ fn a_promotion_in_the_middle_of_a_resync_gives_the_old_image() {
     });
     assert_eq!(first_difference(&pair.shadow.backing("data"), &old), None, "the old image, from LSN {at}");
     assert_eq!(stage(&pair.shadow), Vec::<String>::new(), "the stage is gone");
+}
+
+/// Works on until the journal can't feed the shadow any more; the last number committed.
+fn outgrow(p: &Production, from: u64) -> u64 {
+    const ROWS: u64 = 3000;
+    let server = p.server.as_ref().unwrap();
+    for n in (from..).step_by(ROWS as usize).take(200) {
+        let last = n + ROWS;
+        let noise = (0..8).map(|i| format!("md5((n * 8 + {i})::text)")).collect::<Vec<_>>().join("||");
+        server.query(&format!("insert into log select n, {noise} from generate_series({}, {last}) n", n + 1));
+        if p.pair.primary.status()["peers"][0]["state"] == "Resync" {
+            return last;
+        }
+    }
+    panic!("the journal holds everything");
+}
+
+/// Kills the primary under its database.
+fn lose_primary(p: &mut Production) {
+    p.pair.primary.kill();
+    p.server = None;
+    umount2(&p.dir, MntFlags::MNT_DETACH).unwrap();
+}
+
+#[test]
+fn a_database_recovers_after_a_promotion_in_the_middle_of_a_resync() {
+    let volumes = vec![("data", 512 * MIB)];
+    let setup = Setup { volumes, journal: "64M", behind: true, ..Setup::default() };
+    let Some(mut p) = Production::start(&setup) else { return };
+    let mut last = 1000;
+    p.server
+        .as_ref()
+        .unwrap()
+        .query("insert into log select n, md5(n::text) from generate_series(1, 1000) n");
+    let held = loop {
+        // What the shadow has when it is stopped, it has; what comes after that, it misses.
+        wait_current(&p.pair);
+        p.pair.settle();
+        let held = last;
+        p.pair.shadow.stop();
+        last = outgrow(&p, held);
+        p.pair.shadow.start();
+        let state = until("it is being resynced, or was", || {
+            let state = p.pair.shadow.status()["state"].clone();
+            (state == "Resyncing" || state == "UpToDate").then_some(state)
+        });
+        lose_primary(&mut p);
+        let s = p.pair.shadow.status();
+        if s["reason"].as_str().is_some_and(|r| r.contains("the image is the old one")) {
+            break held;
+        }
+
+        assert!(last < 400_000, "never in the middle, last {state}");
+        p.pair.primary.start();
+        p.pair.primary.wait_attached();
+        let device = p.pair.primary.status()["volumes"][0]["device"].as_str().unwrap().to_owned();
+        p.dir = mounted(p.pair.primary.place.path(), &device, "ext4");
+        p.server = Some(Postgres::start(&p.dir.join("cluster"), p.sockets.path()));
+    };
+    p.pair.promote();
+    let device = p.pair.shadow.attach("fuse").remove(0);
+    let dir = mounted(p.pair.shadow.place.path(), &device, "ext4");
+    let server = Postgres::start(&dir.join("cluster"), p.sockets.path());
+    assert_eq!(
+        server.query("select count(*), max(n) from log"),
+        format!("{held}|{held}"),
+        "of {last} committed"
+    );
+    let sockets = p.sockets.path().to_str().unwrap();
+    let checked = as_postgres("pg_amcheck")
+        .args(["-h", sockets, "-d", "postgres", "--install-missing", "--heapallindexed"])
+        .output()
+        .unwrap();
+    assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stdout));
+    eprintln!("{held} of {last} rows, as of before the resync");
+    drop(server);
+    umount2(&dir, MntFlags::empty()).unwrap();
+    pair::client("e2fsck", &["-fn", &device]);
 }
 
 #[test]

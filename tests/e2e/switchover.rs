@@ -1,9 +1,10 @@
 //! The primary is moved there and back, under load, by the database's own scripts.
 
-use crate::filesystem::{BIN, as_postgres, missing, mounted};
+use crate::filesystem::mounted;
 use crate::nbd::Client;
-use crate::pair::{Node, Pair, Setup, client, installed, long};
+use crate::pair::{Node, Pair, Setup, client, long};
 use crate::place::until;
+use crate::postgres::{BIN, as_postgres, impossible, make_cluster, open, sockets};
 use nix::mount::umount;
 use nix::sys::signal::Signal;
 use std::fs;
@@ -37,7 +38,7 @@ esac
     let path = node.place.path().join("database");
     fs::write(&path, text).unwrap();
     client("chmod", &["755", path.to_str().unwrap()]);
-    client("chmod", &["755", node.place.path().to_str().unwrap()]);
+    open(node);
     let path = path.display();
     node.configure(|text| {
         text.replace("[hooks]\n", &format!("[hooks]\nstart = \"{path}\"\nstop = \"{path}\"\n"))
@@ -79,15 +80,10 @@ fn moved(from: &Node, to: &Node, name: &str) -> String {
 
 #[test]
 fn a_database_moves_there_and_back_under_load_and_loses_nothing() {
-    if missing() || !installed("mkfs.ext4") || !installed("setpriv") {
+    if impossible() {
         return;
     }
-    if !Path::new(BIN).join("postgres").exists() {
-        eprintln!("skipped: postgresql-15 is not installed");
-        return;
-    }
-    let sockets = tempfile::tempdir().unwrap();
-    client("chown", &["postgres", sockets.path().to_str().unwrap()]);
+    let sockets = sockets();
     let mut pair = Pair::prepare(&Setup { volumes: vec![("data", 256 * MIB)], journal: "256M", ..back() });
     scripts(&pair.primary, sockets.path());
     scripts(&pair.shadow, sockets.path());
@@ -97,11 +93,7 @@ fn a_database_moves_there_and_back_under_load_and_loses_nothing() {
     let device = pair.primary.attach("fuse").remove(0);
     client("mkfs.ext4", &["-q", &device]);
     let dir = mounted(pair.primary.place.path(), &device, "ext4");
-    let cluster = dir.join("cluster");
-    fs::create_dir(&cluster).unwrap();
-    client("chown", &["postgres", cluster.to_str().unwrap()]);
-    let made = as_postgres("initdb").args(["-k", "-A", "trust", "-D"]).arg(&cluster).output().unwrap();
-    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    make_cluster(&dir.join("cluster"));
     umount(&dir).unwrap();
     let script = |node: &Node, verb: &str, device: &str| {
         let path = node.place.path().join("database");
