@@ -266,7 +266,7 @@ async fn rejoin(keep: Option<String>, dry_run: bool, handle: &Handle, fronts: &A
         return reply(plan);
     }
     let state = admin(handle, AdminOp::Status).await;
-    let serves = !matches!(state, Answer::Status(s) if s.state == "Retired");
+    let serves = !matches!(state, Answer::Status(s) if matches!(&*s.state, "Retiring" | "Retired"));
     let fronts = fronts.clone();
     match blocking(move || fronts.volumes.detach(serves)).await {
         Reply::Done { .. } => match reply(admin(handle, AdminOp::Rejoin { keep, dry_run: false }).await) {

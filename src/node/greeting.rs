@@ -274,13 +274,7 @@ impl Run {
 
     /// One primary at a time: under a term that may have ended, nothing is acknowledged any more (I8).
     pub(super) fn leave_others(&mut self, link: LinkId) {
-        let following = |state: &LinkState| {
-            matches!(
-                state,
-                LinkState::Cutting | LinkState::Rebasing | LinkState::Settling(_) | LinkState::Receiving
-            )
-        };
-        let others = self.links.by_id.iter().filter(|(id, l)| **id != link && following(&l.state));
+        let others = self.links.by_id.iter().filter(|(id, l)| **id != link && l.state.is_followed());
         for id in others.map(|(id, _)| *id).collect::<Vec<_>>() {
             self.drop_link(id, "this shadow follows another primary now");
         }

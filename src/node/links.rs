@@ -50,6 +50,16 @@ pub enum LinkState {
     Closing,
 }
 
+impl LinkState {
+    /// This node follows, or is about to follow, whoever is at the other end.
+    pub(super) fn is_followed(&self) -> bool {
+        matches!(
+            self,
+            LinkState::Cutting | LinkState::Rebasing | LinkState::Settling(_) | LinkState::Receiving
+        )
+    }
+}
+
 /// A connection.
 pub struct Link {
     pub(super) state: LinkState,
@@ -332,10 +342,10 @@ impl Run {
     /// A connection is gone.
     pub(super) fn link_down(&mut self, link: LinkId) {
         // The end of a link that was given up says nothing of the one that took its place.
-        let given_up = self.links.by_id.get(&link).is_none_or(|l| matches!(l.state, LinkState::Closing));
-        if !given_up
+        let standing = self.links.by_id.get(&link).filter(|l| !matches!(l.state, LinkState::Closing));
+        if let Some(followed) = standing.map(|l| l.state.is_followed())
             && let Some(peer) = self.links.peer_of(link)
-            && matches!(peer.state, "UpToDate" | "CatchingUp" | "Resyncing")
+            && (followed || matches!(peer.state, "UpToDate" | "CatchingUp" | "Resyncing"))
         {
             peer.state = "Disconnected";
         }

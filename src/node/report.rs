@@ -138,7 +138,7 @@ impl Run {
         match &self.part {
             Part::Primary(_) if self.is_retiring() => {
                 let why = format!("{}: this node is about to become a shadow", self.promoted_since());
-                ("Retired", Some(why), self.to_rejoin())
+                ("Retiring", Some(why), "none: wait".into())
             }
             Part::Primary(p) if !p.is_serving() => {
                 let left = self.journal.tail().point.lsn.0 - self.image.applied.point.lsn.0;

@@ -22,7 +22,8 @@ pub struct Status {
     /// "primary" or "shadow".
     pub role: String,
     /// Primary: "Recovering", "UpToDate", "Blocked" or "Failed". Shadow: "Recovering", "UpToDate",
-    /// "CatchingUp", "Outdated", "Resyncing", "Inconsistent" or "Failed". Either: "Diverged", "Retired".
+    /// "CatchingUp", "Outdated", "Resyncing", "Inconsistent" or "Failed". Either: "Diverged". A
+    /// primary over which another was promoted: "Retiring", then, as a shadow, "Retired".
     pub state: String,
     /// Why, when the state is not UpToDate.
     pub reason: Option<String>,

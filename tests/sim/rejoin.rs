@@ -46,7 +46,7 @@ impl World {
         let state = |n: usize| self.hosts[n].status.as_ref().map(|s| (s.role.as_str(), s.state.as_str()));
         let Some(other) = self.scenario.other else { return Ok(()) };
         let lost = state(self.scenario.primary) == Some(("shadow", "Retired"));
-        let won = state(other).is_some_and(|(role, state)| role == "primary" && state != "Retired");
+        let won = state(other).is_some_and(|(role, state)| role == "primary" && state != "Retiring");
         if lost && won {
             self.counts.met("the other one won");
             self.scenario.crown(other);
