@@ -453,7 +453,7 @@ impl Run {
             tail: tail.point,
             tail_generation: tail.generation,
             oldest: self.journal.oldest(),
-            applied: sb.limit.min(tail.point.lsn),
+            applied: if self.is_apart() { Lsn(u64::MAX) } else { sb.limit.min(tail.point.lsn) },
             openings: sb.openings.clone(),
             resyncing: self.is_remaking(),
             rewinds: sb.retired.is_some_and(|r| r.rewinds),
@@ -530,7 +530,7 @@ impl Run {
             (LinkState::Receiving, Message::Compare(word)) => self.heard_as_shadow(link, *word),
             (LinkState::Sending(_), Message::Compare(word)) => self.heard_as_primary(link, *word),
             (_, Message::Heartbeat { wall, echo, tail, time, bytes }) if l.peer.is_some() => {
-                if matches!(l.state, LinkState::Receiving) {
+                if matches!(l.state, LinkState::Receiving | LinkState::Settling(_)) {
                     self.links.heard = Heard { tail, time, bytes };
                 }
                 self.beat(link, wall, echo);

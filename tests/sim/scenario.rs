@@ -66,6 +66,10 @@ pub struct Scenario {
     pub rejoined: bool,
     /// The other node that was promoted, while it is a primary.
     pub other: Option<usize>,
+    /// The older copy of a machine.
+    pub rollback: crate::rollback::Rollback,
+    /// Since when there are two primaries.
+    pub conflict: Option<u64>,
     /// The primary is being moved.
     pub moving: Option<Move>,
 }
@@ -90,6 +94,8 @@ impl Scenario {
             returned: None,
             rejoined: false,
             other: None,
+            rollback: crate::rollback::Rollback::default(),
+            conflict: None,
             moving: None,
         }
     }
@@ -150,6 +156,7 @@ impl World {
             self.look_at(node)?;
         }
         self.counts.check("liveness");
+        self.check_lags()?;
         self.shut_out_old();
         self.ask_rejoins()?;
         self.watch_move()?;
@@ -250,6 +257,8 @@ impl World {
         let Some(s) = self.poll(node)? else {
             return Ok(());
         };
+        self.note_state(node, &s);
+        self.check_latched(node, &s)?;
         self.check_told(node, &s)?;
         self.check_view(node, &s)?;
         let watch = &self.hosts[node].watch;
@@ -414,6 +423,7 @@ impl World {
         {
             return self.lose_primary(loss, target);
         }
+        self.roll_back()?;
         let still = self.scenario.verify.is_none() && self.scenario.moving.is_none();
         if self.work.finished(&self.plan.mix) && still {
             self.settle();
