@@ -449,7 +449,8 @@ impl World {
 
     /// The old primary came back unasked; whoever follows it is to find the promoted node.
     fn shut_out_old(&mut self) {
-        if !self.scenario.promoted || self.hosts[0].gone || self.plan.rejoin {
+        let truth = self.scenario.primary == 0;
+        if truth || !self.scenario.promoted || self.hosts[0].gone || self.plan.rejoin {
             return;
         }
         if self.hosts[0].node.is_some() {
