@@ -21,7 +21,7 @@ use volrep::disk::{IoError, Payload};
 use volrep::format::compare::{Compare, EXTENT, WINDOW};
 use volrep::format::fields::{Reader, Writer};
 use volrep::format::mapped::Owner;
-use volrep::format::message::{FRAME, FrameHeader, MAX_BODY, Message};
+use volrep::format::message::{FRAME, FrameHeader, MAX_BODY};
 use volrep::format::record::{Header, MAX_RAW, Record};
 use volrep::format::salvage::{Head, MAX_HEAD, Trailer};
 use volrep::format::segment::SegmentHeader;

@@ -66,6 +66,8 @@ struct Args {
     keep_going: bool,
     /// Nothing but the models and the seeds.
     plain: bool,
+    /// A failure is told as it is, not made smaller.
+    whole: bool,
     /// The sweep alone: a sample, everything, or one case.
     sweep: Option<Wanted>,
 }
@@ -79,8 +81,18 @@ enum Wanted {
 fn args() -> Option<Args> {
     let seeds = if cfg!(debug_assertions) { 50 } else { 2000 };
     let (minutes, one, cut, sweep) = (None, None, Cut::default(), None);
-    let mut a =
-        Args { seeds, start: 1, minutes, one, cut, twice: false, keep_going: false, plain: false, sweep };
+    let mut a = Args {
+        seeds,
+        start: 1,
+        minutes,
+        one,
+        cut,
+        twice: false,
+        keep_going: false,
+        plain: false,
+        whole: false,
+        sweep,
+    };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
         let mut text = || words.next().unwrap_or_else(|| panic!("{word} needs a value"));
@@ -94,6 +106,7 @@ fn args() -> Option<Args> {
             "--twice" => a.twice = true,
             "--keep-going" => a.keep_going = true,
             "--plain" => a.plain = true,
+            "--whole" => a.whole = true,
             "--sweep" => a.sweep = Some(Wanted::Sample),
             "--sweep-all" => a.sweep = Some(Wanted::All),
             "--sweep-one" => a.sweep = Some(Wanted::One(text())),
@@ -130,9 +143,9 @@ fn run(seed: u64, verbose: bool, sabotage: Option<Sabotage>, cut: &Cut) -> Ran {
 }
 
 /// Tells a failure: made smaller first, if that was not done before.
-fn report(seed: u64, ran: Ran, failure: Violation, cut: &Cut) {
-    let (mut ran, mut failure, mut cut) = (ran, failure, cut.clone());
-    if cut.is_empty() && failure.invariant != "determinism" {
+fn report(seed: u64, ran: Ran, failure: Violation, args: &Args) {
+    let (mut ran, mut failure, mut cut) = (ran, failure, args.cut.clone());
+    if cut.is_empty() && !args.whole && failure.invariant != "determinism" {
         let (requests, faults) = (ran.world.plan.mix.requests, ran.world.plan.faults.len());
         let invariant = failure.invariant;
         let fails = |cut: &Cut| run(seed, false, None, cut).failure.is_some_and(|f| f.invariant == invariant);
@@ -256,7 +269,7 @@ fn seeds(args: &Args) -> (u64, u64) {
             }
             Some(failure) => {
                 failed += 1;
-                report(seed, one, failure, &args.cut);
+                report(seed, one, failure, args);
                 break;
             }
         }

@@ -272,7 +272,7 @@ impl World {
             "Failed" if !faulted && !demoted => {
                 broken("contract", format!("failed without a fault: {}", self.describe(node)))
             }
-            "Failed" if !demoted && !watch.stopping => {
+            "Failed" if (!demoted || self.plan.rejoin) && !watch.stopping => {
                 // Its administrator starts it again.
                 self.hosts[node].watch.stopping = true;
                 let delay = self.scenario.rng.log(MILLIS, 500 * MILLIS);
@@ -328,7 +328,7 @@ impl World {
         }
         self.counts.met("stopped after a fault");
         let delay = self.scenario.rng.log(MILLIS, 500 * MILLIS);
-        let again = !self.scenario.demoted(node);
+        let again = !self.scenario.demoted(node) || self.plan.rejoin;
         self.kill(node, false);
         if again {
             self.after(delay, Coming::Boot { node });

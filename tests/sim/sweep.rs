@@ -20,7 +20,7 @@ use volrep::units::{MICROS, MILLIS, SECONDS};
 /// How long a disk that fails from then on does so.
 const BROKEN: u64 = 4 * SECONDS;
 /// Cases of the sample.
-const SAMPLE: usize = 6000;
+const SAMPLE: usize = 2700;
 /// After so long a sample ends, whatever is left of it.
 const LIMIT: Duration = Duration::from_secs(55);
 
