@@ -328,6 +328,11 @@ fn the_code_map_names_every_module() {
     }
 }
 
+/// The name of a planted bug: a number first.
+fn is_planted(word: &str) -> bool {
+    word.starts_with(|c: char| c.is_ascii_digit()) && word.contains('-')
+}
+
 /// What is wrong with a page of kernel-notes/: a row of a table of tests that names none that exists, and does
 /// not say why there is none. `known` says what exists.
 fn notes(path: &str, text: &str, known: &dyn Fn(&str) -> bool) -> Vec<String> {
@@ -346,6 +351,7 @@ fn notes(path: &str, text: &str, known: &dyn Fn(&str) -> bool) -> Vec<String> {
         }
         let name = |word: &&str| {
             word.ends_with(".bash")
+                || is_planted(word)
                 || word.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
         };
         let names: Vec<&str> = last.split('`').skip(1).step_by(2).filter(name).collect();
@@ -371,6 +377,7 @@ fn the_kernel_notes_name_tests_that_exist_and_the_index_names_the_pages() {
         sources.iter().any(|s| s.text.contains(&function))
             || scenarios.contains(&format!("\ndef {name}("))
             || root.join("tests/kernel").join(name).is_file()
+            || (is_planted(name) && root.join(format!("tests/bugs/{name}.patch")).is_file())
     };
     let index = fs::read_to_string(root.join("kernel-notes/README.md")).unwrap();
     let mut broken = Vec::new();
@@ -435,6 +442,7 @@ fn the_rules_fire() {
     assert!(fires(shape, "src/node/mod.rs", &format!("{}{}x)", "db", "g!(")));
     assert!(fires(shape, "src/node/mod.rs", &"\n".repeat(LINES)));
     assert!(!fires(shape, "src/node/mod.rs", ""));
+    assert!(is_planted("01-a-bug") && !is_planted("a-1") && !is_planted("10_000"));
     let page = |cell: &str| format!("| claim | test |\n| --- | --- |\n| so | {cell} |\n");
     let fires = |cell: &str| !notes("page", &page(cell), &|name| name == "it_is").is_empty();
     assert!(!fires("`it_is`, and `Other`") && !fires("none: no disk"));

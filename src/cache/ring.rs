@@ -19,6 +19,8 @@ const MAGIC: [u8; 8] = *b"VRING\0\0\x01";
 const HEAD: usize = 4096;
 const SLOT: usize = 64;
 const FREED: usize = 72;
+/// No sequence and no position ever gets there: memory that says so is not a ring.
+const FAR: u64 = 1 << 62;
 /// Data bytes per slot: smaller writes exhaust the slots before the data area.
 const PER_SLOT: u64 = 2048;
 
@@ -119,7 +121,8 @@ impl Ring {
             && word(m, 40) <= id.term.counter
             && word(m, 48) == id.term.node.0
             && word(m, 56) == slots
-            && word(m, 64) == data;
+            && word(m, 64) == data
+            && word(m, FREED).max(recorded) < FAR;
         if !ours {
             return RingState::Foreign(memory);
         }
@@ -130,7 +133,10 @@ impl Ring {
             ring.tail = first.at.unwrap_or(begin);
             ring.head = ring.tail;
         }
-        while let Some((entry, _, end)) = ring.slot(ring.last + 1) {
+        while let Some((entry, begin, end)) = ring.slot(ring.last + 1)
+            && begin >= ring.head
+            && end - ring.tail <= ring.data
+        {
             ring.last = entry.seq;
             ring.head = end;
         }
@@ -145,7 +151,7 @@ impl Ring {
             return None;
         }
         let extent = Extent::new(Address(word(m, at + 8)), word(m, at + 24))?;
-        let position = word(m, at + 16);
+        let position = Some(word(m, at + 16)).filter(|p| *p < FAR)?;
         match word(m, at + 32) {
             1 => {
                 let fits = extent.len() <= self.data && position % self.data + extent.len() <= self.data;

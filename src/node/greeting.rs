@@ -235,13 +235,13 @@ impl Run {
             Verdict::Compare(at) if at.lsn > own.tail.lsn => {
                 self.drop_link(link, "it compares what is not here")
             }
-            Verdict::Compare(at) if at.lsn < own.applied => self.histories_differ(link, at.lsn),
+            Verdict::Compare(at) if at.lsn < own.applied => self.contents_differ(link, at.lsn),
             Verdict::Compare(at) if at.lsn < own.tail.lsn => {
                 self.set_state(link, LinkState::Cutting);
                 self.cut_to(link, at);
             }
             Verdict::Compare(at) if at == own.tail => self.histories_agree(link),
-            Verdict::Compare(at) => self.histories_differ(link, at.lsn),
+            Verdict::Compare(at) => self.contents_differ(link, at.lsn),
             Verdict::Resync { cause, oldest, points } => {
                 let why = format!(
                     "{}: its journal begins after LSN {oldest}, this shadow ends at LSN {}",
@@ -303,6 +303,20 @@ impl Run {
         self.send(link, refuse(&format!("histories differ, {at}; nothing was merged")));
         self.be_patient(link);
         self.drop_link(link, "histories differ");
+    }
+
+    /// The labels agree, and what they stand for does not: one of the two was put back to an older copy.
+    pub(super) fn contents_differ(&mut self, link: LinkId, lsn: Lsn) {
+        if let Part::Shadow(s) = &mut self.part {
+            s.apart = true;
+        }
+        self.histories_differ(link, lsn);
+    }
+
+    /// It gives up what it holds, and the primary's labels do not tell where the two parted.
+    pub(super) fn is_apart(&self) -> bool {
+        let rewinds = self.meta.sb.retired.is_some_and(|r| r.rewinds);
+        rewinds && matches!(&self.part, Part::Shadow(s) if s.apart)
     }
 
     /// Asks for records once what was decided is durable; whether anything moved.

@@ -459,7 +459,7 @@ impl Run {
             tail: tail.point,
             tail_generation: tail.generation,
             oldest: self.journal.oldest(),
-            applied: sb.limit.min(tail.point.lsn),
+            applied: if self.is_apart() { Lsn(u64::MAX) } else { sb.limit.min(tail.point.lsn) },
             openings: sb.openings.clone(),
             resyncing: self.is_remaking(),
             rewinds: sb.retired.is_some_and(|r| r.rewinds),

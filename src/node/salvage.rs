@@ -21,6 +21,8 @@ pub struct Saving {
     /// The fork.
     pub since: Option<HistoryPoint>,
     next: Lsn,
+    /// The oldest segment can be read up to here.
+    probed: Lsn,
     last: Lsn,
     records: u64,
     /// What these records wrote; `None`: they are not all that was written here since the fork.
@@ -45,7 +47,7 @@ impl Saving {
     pub fn new(since: Option<HistoryPoint>, oldest: Lsn, last: Lsn, touched: Gathered) -> Saving {
         let next = since.map_or(oldest, |p| p.lsn.max(oldest)).next();
         let touched = since.filter(|p| p.lsn >= oldest && last > Lsn(0)).map(|_| touched);
-        Saving { since, next, last, records: 0, touched, step: Step::Begin }
+        Saving { since, next, probed: next, last, records: 0, touched, step: Step::Begin }
     }
 
     /// The file is durable, or there is nothing to save.
@@ -59,6 +61,9 @@ impl Run {
     pub(super) fn pump_salvage(&mut self, saving: &mut Saving) -> bool {
         match saving.step {
             Step::Begin => {
+                if !self.probe_oldest(saving) {
+                    return false;
+                }
                 let sb = &self.meta.sb;
                 let head = Head {
                     group: sb.group,
@@ -79,6 +84,25 @@ impl Run {
         }
     }
 
+    /// The oldest segment may have been on its way to be written anew when power failed. So what is wanted of it is
+    /// read once before anything is saved, and if a record is gone the file begins with the next segment. Whether
+    /// that is known now.
+    fn probe_oldest(&mut self, saving: &mut Saving) -> bool {
+        let Some(end) = self.journal.segments().nth(1).map(|s| s.before.lsn) else { return true };
+        while saving.probed <= end {
+            match fetch!(self, self.image.reader, saving.probed) {
+                Fetched::Ready(_) => saving.probed = saving.probed.next(),
+                Fetched::Pending => return false,
+                Fetched::Lost => {
+                    // Nobody can tell any more what all of these have written.
+                    (saving.next, saving.touched) = (end.next(), None);
+                    break;
+                }
+            }
+        }
+        true
+    }
+
     fn salvage_records(&mut self, saving: &mut Saving) -> bool {
         let mut batch: Vec<Bytes> = Vec::new();
         let mut bytes = 0;
@@ -96,15 +120,8 @@ impl Run {
                 }
                 Fetched::Pending => break,
                 Fetched::Lost => {
-                    // The oldest segment may have been on its way to be written anew when power failed.
-                    let next = self.journal.segments().map(|s| s.before.lsn).find(|b| *b >= saving.next);
-                    match next.filter(|_| saving.records == 0) {
-                        Some(before) => saving.next = before.next(),
-                        None => {
-                            lost = Some(saving.next);
-                            break;
-                        }
-                    }
+                    lost = Some(saving.next);
+                    break;
                 }
             }
         }

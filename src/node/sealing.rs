@@ -236,7 +236,8 @@ impl Run {
         self.marks.appended(&record, Some(s.job));
         p.appended(tail_of(&record), self.now.mono);
         let bytes = self.links.bytes_before + self.journal.bytes();
-        self.links.timeline.push(Sample { lsn: record.stamp.lsn, time: record.stamp.time, bytes });
+        // By the own clock: the record's own time may be that of an earlier primary, whose clock was ahead.
+        self.links.timeline.push(Sample { lsn: record.stamp.lsn, time: self.now.wall, bytes });
         self.links.record_bytes += record.wire_len();
         self.feed.push(record, self.journal.written());
     }

@@ -56,6 +56,8 @@ pub struct Shadow {
     pub(super) view: Option<View>,
     /// No comparison of a resync begins before.
     pub(super) compare_at: u64,
+    /// What it holds was compared with the primary's, and differs, though all labels agree.
+    pub(super) apart: bool,
 }
 
 /// Bytes of records that may wait for room in the journal; the primary's window is far smaller.
@@ -102,6 +104,7 @@ impl Shadow {
             in_place: false,
             view: None,
             compare_at: 0,
+            apart: false,
         }
     }
 
@@ -112,6 +115,7 @@ impl Shadow {
         (self.vouched, self.vouching, self.told) = (at, None, None);
         self.whole_from = Lsn(0);
         self.compare_at = 0;
+        self.apart = false;
     }
 
     /// The journal's end is about to be another one: nothing is written to it, or goes from it into the
@@ -379,7 +383,7 @@ impl Run {
             }
             Outcome::Differs => {
                 self.tell_marks_again(at.lsn);
-                self.histories_differ(link, at.lsn);
+                self.contents_differ(link, at.lsn);
             }
             Outcome::Stopped(text) => self.fail(text),
         }

@@ -4,6 +4,7 @@
 //! the field's name, before anything of its claimed size is allocated.
 
 use crate::alloc::counted;
+use crate::reseal::*;
 use crate::values::*;
 use bytes::Bytes;
 use volrep::format::FormatError;
@@ -13,46 +14,6 @@ use volrep::format::message::{
 use volrep::format::record::{self, Content, Header, Kind, MAX_RAW, Record};
 use volrep::format::superblock::{MAX_MAPS, MAX_PEERS, MapRange, Peer, SLOT, Superblock, Verified, Volume};
 use volrep::units::{Lsn, NodeId};
-
-/// Puts the hashes of a record right.
-pub fn reseal_record(bytes: &mut [u8]) {
-    let number = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) as usize;
-    let end = number(80).saturating_mul(16).saturating_add(192).saturating_add(number(84));
-    if let Some(body) = bytes.get(192..end) {
-        let hash = *blake3::hash(body).as_bytes();
-        bytes[96..128].copy_from_slice(&hash);
-    }
-    let chain = *blake3::hash(&bytes[..160]).as_bytes();
-    bytes[160..192].copy_from_slice(&chain);
-}
-
-/// Puts the hash of a superblock's slot right.
-pub fn reseal_superblock(slot: &mut [u8]) {
-    let body = u32::from_le_bytes(slot[10..14].try_into().unwrap()) as usize;
-    if let Some(covered) = slot.get(..14 + body) {
-        let hash = *blake3::hash(covered).as_bytes();
-        if let Some(place) = slot.get_mut(14 + body..46 + body) {
-            place.copy_from_slice(&hash);
-        }
-    }
-}
-
-/// Puts the hash of a segment's header right.
-pub fn reseal_segment(block: &mut [u8]) {
-    let hash = *blake3::hash(&block[..4064]).as_bytes();
-    block[4064..].copy_from_slice(&hash);
-}
-
-/// Puts the check and, where `length`, the length of a frame right.
-pub fn reseal_frame(frame: &mut [u8], length: bool) {
-    if length {
-        let len = (frame.len() - FRAME) as u32;
-        frame[..4].copy_from_slice(&len.to_le_bytes());
-    }
-    let covered = if frame[4] == 6 { &[] } else { &frame[FRAME..] };
-    let hash = *blake3::Hasher::new().update(&frame[..8]).update(covered).finalize().as_bytes();
-    frame[8..16].copy_from_slice(&hash[..8]);
-}
 
 fn altered(record: &Record, change: impl FnOnce(&mut Vec<u8>)) -> Result<Record, FormatError> {
     let mut bytes = record.wire().to_vec();

@@ -5,7 +5,12 @@
 //! encodes to the same bytes.
 
 mod alloc;
+#[path = "../fuzz/checks.rs"]
+mod checks;
 mod golden;
 mod hostile;
+mod outside;
 mod properties;
+#[path = "../fuzz/reseal.rs"]
+mod reseal;
 mod values;

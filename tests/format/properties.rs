@@ -5,7 +5,7 @@
 //! behind the checksum would ever be reached.
 
 use crate::alloc::counted;
-use crate::hostile::{reseal_frame, reseal_record, reseal_segment, reseal_superblock};
+use crate::reseal::{reseal_frame, reseal_record, reseal_segment, reseal_superblock};
 use crate::values::*;
 use bytes::Bytes;
 use proptest::collection::vec;

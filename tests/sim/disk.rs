@@ -114,6 +114,9 @@ struct InFlight {
     submitted: u64,
 }
 
+/// A copy of the files of a node.
+pub struct Content(Vec<(File, Vec<u8>)>);
+
 /// The files of one node.
 pub struct Disk {
     files: BTreeMap<File, Model>,
@@ -150,6 +153,17 @@ impl Disk {
         }
         self.files.remove(&file);
         Ok(())
+    }
+    /// All of it, after a loss of power.
+    pub fn copy(&self) -> Content {
+        Content(self.files.iter().map(|(file, model)| (*file, model.durable.clone())).collect())
+    }
+    /// The copy, and nothing else.
+    pub fn restore(&mut self, copy: Content) {
+        let model = |(file, live): (File, Vec<u8>)| {
+            (file, Model { durable: live.clone(), live, pending: Vec::new() })
+        };
+        self.files = copy.0.into_iter().map(model).collect();
     }
     /// Durable content, put there before anything runs.
     pub fn install(&mut self, file: File, offset: usize, bytes: &[u8]) {

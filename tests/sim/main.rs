@@ -1,8 +1,10 @@
 //! The simulator: whole groups of nodes on modelled disks, links and clocks, thousands of runs, each
 //! repeatable from its seed.
 //!
-//! `cargo test --release --test sim -- --seeds N --start S --minutes M`, `-- --seed X` for one run in
-//! every detail, `-- --twice` to run every seed a second time (otherwise every sixteenth).
+//! `cargo test --profile checked --test sim -- --seeds N --start S --minutes M` (whichever is less), `-- --seed X`
+//! for one run in every detail, `-- --twice` to run every seed a second time (otherwise every sixteenth),
+//! `-- --sweep` to have each disk request fail in its turn. A failing seed is made smaller before it is told.
+//! `tools/sim` runs it for long.
 //!
 //! Owns: the driver. Invariant: a failure names its seed, the promise that was broken, what led to it,
 //! and the command that repeats it.
@@ -10,11 +12,15 @@
 mod bare_journal;
 mod compare;
 mod content;
+mod coverage;
 mod disk;
 mod faults;
+mod fence;
 mod history;
+mod late;
 mod marks;
 mod memory;
+mod minimise;
 mod model;
 mod moves;
 mod net;
@@ -23,18 +29,24 @@ mod plan;
 mod prng;
 mod rejoin;
 mod rest;
+mod rollback;
 mod scenario;
+mod sweep;
 mod trace;
 mod view;
 mod watch;
 mod workload;
 mod world;
 
+use minimise::Cut;
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 use world::{Counts, Sabotage, Violation, World};
+
+/// How long a failing run is made smaller.
+const MINIMISING: Duration = Duration::from_secs(60);
 
 /// Where and why the last panic was.
 static PANIC: Mutex<String> = Mutex::new(String::new());
@@ -49,26 +61,55 @@ struct Args {
     start: u64,
     minutes: Option<u64>,
     one: Option<u64>,
+    cut: Cut,
     twice: bool,
     keep_going: bool,
+    /// Nothing but the models and the seeds.
+    plain: bool,
+    /// A failure is told as it is, not made smaller.
+    whole: bool,
+    /// The sweep alone: a sample, everything, or one case.
+    sweep: Option<Wanted>,
+}
+
+enum Wanted {
+    Sample,
+    All,
+    One(String),
 }
 
 fn args() -> Option<Args> {
     let seeds = if cfg!(debug_assertions) { 50 } else { 2000 };
-    let mut a = Args { seeds, start: 1, minutes: None, one: None, twice: false, keep_going: false };
+    let (minutes, one, cut, sweep) = (None, None, Cut::default(), None);
+    let mut a = Args {
+        seeds,
+        start: 1,
+        minutes,
+        one,
+        cut,
+        twice: false,
+        keep_going: false,
+        plain: false,
+        whole: false,
+        sweep,
+    };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
-        let mut number = || {
-            let value = words.next().and_then(|w| w.parse().ok());
-            value.unwrap_or_else(|| panic!("{word} needs a number"))
-        };
+        let mut text = || words.next().unwrap_or_else(|| panic!("{word} needs a value"));
+        let number = |text: String| text.parse().unwrap_or_else(|_| panic!("{word} needs a number"));
         match word.as_str() {
-            "--seeds" => a.seeds = number(),
-            "--start" => a.start = number(),
-            "--minutes" => a.minutes = Some(number()),
-            "--seed" => a.one = Some(number()),
+            "--seeds" => a.seeds = number(text()),
+            "--start" => a.start = number(text()),
+            "--minutes" => a.minutes = Some(number(text())),
+            "--seed" => a.one = Some(number(text())),
+            "--cut" => a.cut = Cut::parse(&text()).expect("--cut takes what a failure printed"),
             "--twice" => a.twice = true,
             "--keep-going" => a.keep_going = true,
+            "--plain" => a.plain = true,
+            "--whole" => a.whole = true,
+            "--sweep" => a.sweep = Some(Wanted::Sample),
+            "--sweep-all" => a.sweep = Some(Wanted::All),
+            "--sweep-one" => a.sweep = Some(Wanted::One(text())),
             "--list" => {
                 println!("sim: test");
                 return None;
@@ -89,9 +130,10 @@ struct Ran {
     failure: Option<Violation>,
 }
 
-fn run(seed: u64, verbose: bool, sabotage: Option<Sabotage>) -> Ran {
+fn run(seed: u64, verbose: bool, sabotage: Option<Sabotage>, cut: &Cut) -> Ran {
     let mut world = World::new(seed, verbose);
     world.sabotage = sabotage;
+    cut.apply(&mut world.plan);
     let outcome = catch_unwind(AssertUnwindSafe(|| world.run()));
     let failure = match outcome {
         Ok(outcome) => outcome.err(),
@@ -100,20 +142,34 @@ fn run(seed: u64, verbose: bool, sabotage: Option<Sabotage>) -> Ran {
     Ran { hash: world.trace.hash(), world, failure }
 }
 
-fn report(seed: u64, ran: &Ran, failure: &Violation) {
+/// Tells a failure: made smaller first, if that was not done before.
+fn report(seed: u64, ran: Ran, failure: Violation, args: &Args) {
+    let (mut ran, mut failure, mut cut) = (ran, failure, args.cut.clone());
+    if cut.is_empty() && !args.whole && failure.invariant != "determinism" {
+        let (requests, faults) = (ran.world.plan.mix.requests, ran.world.plan.faults.len());
+        let invariant = failure.invariant;
+        let fails = |cut: &Cut| run(seed, false, None, cut).failure.is_some_and(|f| f.invariant == invariant);
+        let smaller = minimise::minimise(requests, faults, MINIMISING, fails);
+        let mut again = run(seed, false, None, &smaller);
+        if let Some(same) = again.failure.take() {
+            (ran, failure, cut) = (again, same, smaller);
+        }
+    }
     if !ran.world.trace.verbose {
         println!("{}", ran.world.trace.tail());
     }
     println!("plan: {:?}", ran.world.plan);
     println!("FAILED seed {seed}: {}: {}", failure.invariant, failure.text);
-    println!("repeat: cargo test --release --test sim -- --seed {seed}");
+    let cut = if cut.is_empty() { String::new() } else { format!(" --cut {cut}") };
+    println!("repeat: cargo test --profile checked --test sim -- --seed {seed}{cut}");
 }
 
 fn models() -> (u64, u64) {
-    let checks: [(&str, fn()); 6] = [
+    let checks: [(&str, fn()); 7] = [
         ("content", content::check),
         ("disk", disk::check),
         ("memory", memory::check),
+        ("minimise", minimise::check),
         ("model", model::check),
         ("net", net::check),
         ("journal", bare_journal::check),
@@ -133,7 +189,8 @@ fn models() -> (u64, u64) {
 fn sabotages() -> (u64, u64) {
     let (mut passed, mut failed) = (0, 0);
     for kind in [Sabotage::LyingSync, Sabotage::LostWrite, Sabotage::ForgetfulRing, Sabotage::StaleRead] {
-        let noticed = (1..=200).find_map(|seed| run(seed, false, Some(kind)).failure.map(|f| (seed, f)));
+        let noticed = (1..=200)
+            .find_map(|seed| run(seed, false, Some(kind), &Cut::default()).failure.map(|f| (seed, f)));
         match noticed {
             Some((seed, f)) => {
                 println!("sabotage {kind:?} noticed at seed {seed}: {}", f.invariant);
@@ -154,6 +211,7 @@ fn summary(total: &Counts, lines: u64, records: u64, took: Duration) {
     };
     println!("checked:\n{}", list(total.checks.iter().map(|(k, n)| ((*k).to_owned(), *n)).collect()));
     println!("met:\n{}", list(total.met.iter().map(|(k, n)| (k.clone(), *n)).collect()));
+    println!("{}", coverage::summary(total));
     println!("{lines} events, {records} records, {:.1} s", took.as_secs_f64());
 }
 
@@ -165,68 +223,75 @@ fn main() {
         *PANIC.lock().unwrap_or_else(|e| e.into_inner()) = format!("{info}\n{}", ours.join("\n"));
     }));
     let Some(args) = args() else { return };
+    let (passed, failed) = match &args.sweep {
+        Some(Wanted::Sample) => sweep::sweep(false),
+        Some(Wanted::All) => sweep::sweep(true),
+        Some(Wanted::One(case)) => sweep::one(case),
+        None => seeds(&args),
+    };
+    println!("{passed} passed, {failed} failed");
+    std::process::exit(i32::from(failed > 0));
+}
+
+/// Runs the models and the seeds; how many passed, and failed.
+fn seeds(args: &Args) -> (u64, u64) {
     let (mut passed, mut failed) = models();
     let begun = Instant::now();
     let limit = args.minutes.map(|m| Duration::from_secs(m * 60));
-    let seeds = args.one.map_or(
-        args.start..args.start.saturating_add(if limit.is_some() { u64::MAX } else { args.seeds }),
-        |s| s..s + 1,
-    );
-    let (mut total, mut lines, mut records) = (Counts::default(), 0, 0);
+    let seeds = args.one.map_or(args.start..args.start.saturating_add(args.seeds), |s| s..s + 1);
+    let (mut total, mut lines, mut records, mut ran) = (Counts::default(), 0, 0, 0);
     let mut kinds: BTreeMap<String, (u64, u64)> = BTreeMap::new();
     for seed in seeds {
         if limit.is_some_and(|l| begun.elapsed() > l) {
             break;
         }
-        let mut ran = run(seed, args.one.is_some(), None);
-        if ran.failure.is_none() && (args.twice || args.one.is_some() || seed % 16 == 0) {
-            let again = run(seed, false, None);
+        let mut one = run(seed, args.one.is_some(), None, &args.cut);
+        ran += 1;
+        if one.failure.is_none() && (args.twice || args.one.is_some() || seed % 16 == 0) {
+            let again = run(seed, false, None, &args.cut);
             total.check("same trace twice");
-            if again.hash != ran.hash {
+            if again.hash != one.hash {
                 let text = "two runs of the seed differ".to_owned();
-                ran.failure = Some(Violation { invariant: "determinism", text });
+                one.failure = Some(Violation { invariant: "determinism", text });
             }
         }
-        ran.world.counts.checks.iter().for_each(|(k, n)| *total.checks.entry(k).or_default() += n);
-        ran.world.counts.met.iter().for_each(|(k, n)| *total.met.entry(k.clone()).or_default() += n);
-        lines += ran.world.trace.lines;
-        records += ran.world.history.len() as u64;
-        match &ran.failure {
+        one.world.counts.checks.iter().for_each(|(k, n)| *total.checks.entry(k).or_default() += n);
+        one.world.counts.met.iter().for_each(|(k, n)| *total.met.entry(k.clone()).or_default() += n);
+        lines += one.world.trace.lines;
+        records += one.world.history.len() as u64;
+        match one.failure.take() {
             None => passed += 1,
             Some(failure) if args.keep_going => {
                 failed += 1;
-                println!(
-                    "FAILED seed {seed}: {}: {}",
-                    failure.invariant,
-                    failure.text.lines().take(3).collect::<Vec<_>>().join(" ")
-                );
-                let kind: String = format!(
-                    "{}: {}",
-                    failure.invariant,
-                    failure
-                        .text
-                        .chars()
-                        .take(70)
-                        .map(|c| if c.is_ascii_digit() { '#' } else { c })
-                        .collect::<String>()
-                        .replace("##", "#")
-                        .replace("##", "#")
-                );
-                kinds.entry(kind).or_insert((0, seed)).0 += 1;
+                let text = failure.text.lines().take(3).collect::<Vec<_>>().join(" ");
+                println!("FAILED seed {seed}: {}: {text}", failure.invariant);
+                kinds.entry(kind_of(&failure)).or_insert((0, seed)).0 += 1;
             }
             Some(failure) => {
                 failed += 1;
-                report(seed, &ran, failure);
+                report(seed, one, failure, args);
                 break;
             }
         }
     }
-    if args.one.is_none() && failed == 0 {
+    if args.one.is_none() && failed == 0 && !args.plain {
         let (noticed, missed) = sabotages();
         (passed, failed) = (passed + noticed, failed + missed);
     }
     kinds.iter().for_each(|(kind, (n, seed))| println!("{n:5} x (first seed {seed}) {kind}"));
     summary(&total, lines, records, begun.elapsed());
-    println!("{passed} passed, {failed} failed");
-    std::process::exit(i32::from(failed > 0));
+    if ran >= coverage::ENOUGH {
+        for name in coverage::missing(&total) {
+            println!("FAILED coverage: {ran} seeds have never met {name}");
+            failed += 1;
+        }
+    }
+    (passed, failed)
+}
+
+/// Failures that look alike.
+fn kind_of(failure: &Violation) -> String {
+    let text: String = failure.text.chars().take(70).collect();
+    let text = text.chars().map(|c| if c.is_ascii_digit() { '#' } else { c }).collect::<String>();
+    format!("{}: {}", failure.invariant, text.replace("##", "#").replace("##", "#"))
 }

@@ -36,7 +36,7 @@ pub struct Marks {
 }
 
 /// The lines of a node's history.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct Kept {
     lines: Vec<HistoryEvent>,
     /// So many are durable.

@@ -91,6 +91,12 @@ impl Slot {
     pub fn content(&self) -> Vec<u8> {
         self.inner().parked.clone()
     }
+    /// Back to a copy, durably.
+    pub fn restore(&self, copy: &[u8]) {
+        let mut inner = self.inner();
+        (inner.parked, inner.synced) = (copy.to_vec(), copy.to_vec());
+        inner.copies.clear();
+    }
     /// Back to zeroes: it lived in memory and the power was cut.
     pub fn clear(&self) {
         let mut inner = self.inner();

@@ -194,6 +194,7 @@ impl World {
                 host.armed[at].skip -= 1;
             }
         }
+        fault = fault.or(self.sweep.as_mut().and_then(|s| s.strikes(node, kind, self.now)));
         let lost = match self.sabotage {
             Some(Sabotage::LyingSync) => kind == 2 && file == File::Journal,
             Some(Sabotage::LostWrite) => kind == 1 && class == File::Backing(0) && self.rng.permille(50),
@@ -211,6 +212,10 @@ impl World {
             };
             result = result.map(zeroes);
         }
+        if file == File::Superblock && kind != 0 {
+            self.note_slots(node);
+        }
+        let host = &mut self.hosts[node];
         if let Some((slot, sync)) = host.map_syncs.remove(&ticket)
             && result.is_ok()
         {
@@ -234,7 +239,9 @@ impl World {
     /// The shell has opened the stage's files, or made them.
     pub fn stage_opened(&mut self, node: usize, fresh: bool) -> Outcome {
         let sizes: Vec<_> = self.plan.volumes.iter().map(|&(n, size, _)| (n, size)).collect();
-        let full = fresh && self.hosts[node].armed.iter().any(|a| a.file == File::StageMap && a.kind == 1);
+        let swept = self.sweep.as_mut().filter(|_| fresh).and_then(|s| s.strikes(node, 1, self.now));
+        let full = swept.is_some()
+            || fresh && self.hosts[node].armed.iter().any(|a| a.file == File::StageMap && a.kind == 1);
         let host = &mut self.hosts[node];
         host.armed.retain(|a| a.file != File::StageMap || a.kind != 1);
         if fresh && !full {
@@ -377,6 +384,7 @@ impl World {
                 let (kind, number) = digest(&message);
                 self.trace.note(self.now, node, "receive", [link.0, kind, number]);
                 self.hosts[node].watch.heard(&message);
+                self.heard_tail(node, other, &message);
                 self.step(node, Event::Message { link, message })
             }
             Err(text) => {

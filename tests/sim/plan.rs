@@ -195,6 +195,8 @@ pub struct Plan {
     pub ambush: u64,
     /// The same of the steps by which a node changes its place in the group.
     pub role_ambush: u64,
+    /// How long an administrator looks at two primaries before he chooses one, ns.
+    pub patience: u64,
     /// The promotion, after this many requests, and the node promoted.
     pub promotion: Option<(u64, Loss, usize)>,
     /// The primary is moved, there and back; nobody is promoted then.
@@ -203,6 +205,8 @@ pub struct Plan {
     pub rejoin: bool,
     /// Another shadow is promoted, too.
     pub double: bool,
+    /// After so many requests the primary is copied, and after so many put back to the copy.
+    pub rollback: Option<(u64, u64)>,
     /// Slowest disk write, ns.
     pub disk_write: u64,
     /// Slowest sync, ns.
@@ -313,6 +317,7 @@ impl Plan {
             before,
             blank,
             role_ambush: 0,
+            patience: 0,
             ambush: if resyncs { rng.pick(&[0, 50, 300]) } else { 0 },
             segment: 2 << 20,
             segments: if laps { 4 } else { rng.pick(&[4, 4, 4, 5, 8]) },
@@ -329,6 +334,7 @@ impl Plan {
             moves,
             rejoin: rng.permille(700),
             double: rng.permille(700),
+            rollback: None,
             disk_write: rng.log(50 * MICROS, 20 * MILLIS),
             disk_sync: rng.log(100 * MICROS, 50 * MILLIS),
         };
@@ -339,6 +345,13 @@ impl Plan {
             plan.role_ambush = rng.pick(&[0, 400, 1000]);
         }
         plan.timing.ask = rng.pick(&[MILLIS, 50 * MILLIS, SECONDS, SECONDS, 3 * SECONDS]);
+        if plan.promotion.is_none() && !plan.moves && plan.sync == 0 && rng.permille(80) {
+            let first = rng.within(1, plan.mix.requests / 2);
+            plan.rollback = Some((first, rng.within(first + 1, plan.mix.requests * 3 / 4 + 1)));
+            (plan.ambush, plan.role_ambush, plan.before, plan.blank) = (0, 0, Default::default(), 0xff);
+            plan.faults.clear();
+        }
+        plan.patience = rng.pick(&[0, 0, 20 * MILLIS, 100 * MILLIS, 500 * MILLIS, 2 * SECONDS]);
         plan
     }
 

@@ -8,6 +8,7 @@ use crate::world::{Coming, Outcome, Purpose, World, broken};
 use bytes::Bytes;
 use volrep::format::record::Record;
 use volrep::node::event::{AdminOp, Salvage};
+use volrep::node::status::Status;
 
 impl World {
     /// Whoever holds records of its own is told to give them up.
@@ -16,6 +17,9 @@ impl World {
             return Ok(());
         }
         self.find_winner()?;
+        if !self.has_looked_long() {
+            return Ok(());
+        }
         for node in 0..self.hosts.len() {
             let Some(s) = &self.hosts[node].status else { continue };
             let kept = &self.hosts[self.scenario.primary].config.name;
@@ -39,6 +43,18 @@ impl World {
             self.scenario.rejoined = true;
         }
         Ok(())
+    }
+
+    /// While the work goes on nobody hurries to end a conflict.
+    fn has_looked_long(&mut self) -> bool {
+        let rival = |s: &Status| s.role == "primary" && s.peers.iter().any(|p| p.rival);
+        let conflict = self.hosts.iter().any(|h| h.status.as_ref().is_some_and(|s| rival(s)));
+        if !conflict || self.scenario.phase() != Phase::Work {
+            self.scenario.conflict = None;
+            return true;
+        }
+        let since = *self.scenario.conflict.get_or_insert(self.now);
+        self.now >= since + self.plan.patience
     }
 
     /// Both were promoted, and the other's term is the higher one: it is the primary from now on.

@@ -66,6 +66,10 @@ pub struct Scenario {
     pub rejoined: bool,
     /// The other node that was promoted, while it is a primary.
     pub other: Option<usize>,
+    /// The older copy of a machine.
+    pub rollback: crate::rollback::Rollback,
+    /// Since when there are two primaries.
+    pub conflict: Option<u64>,
     /// The primary is being moved.
     pub moving: Option<Move>,
 }
@@ -90,6 +94,8 @@ impl Scenario {
             returned: None,
             rejoined: false,
             other: None,
+            rollback: crate::rollback::Rollback::default(),
+            conflict: None,
             moving: None,
         }
     }
@@ -150,6 +156,7 @@ impl World {
             self.look_at(node)?;
         }
         self.counts.check("liveness");
+        self.check_lags()?;
         self.shut_out_old();
         self.ask_rejoins()?;
         self.watch_move()?;
@@ -250,6 +257,8 @@ impl World {
         let Some(s) = self.poll(node)? else {
             return Ok(());
         };
+        self.note_state(node, &s);
+        self.check_latched(node, &s)?;
         self.check_told(node, &s)?;
         self.check_view(node, &s)?;
         let watch = &self.hosts[node].watch;
@@ -263,7 +272,7 @@ impl World {
             "Failed" if !faulted && !demoted => {
                 broken("contract", format!("failed without a fault: {}", self.describe(node)))
             }
-            "Failed" if !demoted && !watch.stopping => {
+            "Failed" if (!demoted || self.plan.rejoin) && !watch.stopping => {
                 // Its administrator starts it again.
                 self.hosts[node].watch.stopping = true;
                 let delay = self.scenario.rng.log(MILLIS, 500 * MILLIS);
@@ -319,7 +328,7 @@ impl World {
         }
         self.counts.met("stopped after a fault");
         let delay = self.scenario.rng.log(MILLIS, 500 * MILLIS);
-        let again = !self.scenario.demoted(node);
+        let again = !self.scenario.demoted(node) || self.plan.rejoin;
         self.kill(node, false);
         if again {
             self.after(delay, Coming::Boot { node });
@@ -414,6 +423,7 @@ impl World {
         {
             return self.lose_primary(loss, target);
         }
+        self.roll_back()?;
         let still = self.scenario.verify.is_none() && self.scenario.moving.is_none();
         if self.work.finished(&self.plan.mix) && still {
             self.settle();
@@ -439,7 +449,8 @@ impl World {
 
     /// The old primary came back unasked; whoever follows it is to find the promoted node.
     fn shut_out_old(&mut self) {
-        if !self.scenario.promoted || self.hosts[0].gone || self.plan.rejoin {
+        let truth = self.scenario.primary == 0;
+        if truth || !self.scenario.promoted || self.hosts[0].gone || self.plan.rejoin {
             return;
         }
         if self.hosts[0].node.is_some() {

@@ -156,6 +156,9 @@ impl World {
             // Or it is left open, and nobody thinks of it.
             return if self.views.rng.permille(600) { self.close_view(node) } else { Ok(()) };
         }
+        if seen.base.is_none() {
+            return Ok(()); // it was the user of an earlier one
+        }
         seen.left -= 1;
         self.view_request(node)?;
         let delay = self.views.rng.log(10 * MICROS, 8 * MILLIS);

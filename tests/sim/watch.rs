@@ -15,6 +15,7 @@ use volrep::journal::maps::Maps;
 use volrep::units::{Address, Extent, Hash, HistoryPoint, NodeId, Term};
 
 /// What is known of a host.
+#[derive(Clone)]
 pub struct Watch {
     /// The record that was last written at each LSN.
     pub journal: BTreeMap<u64, Hash>,
@@ -49,6 +50,17 @@ pub struct Watch {
     pub in_place: bool,
     /// The record at which its usable image stands.
     shown: u64,
+    /// The lowest term that either slot has durably.
+    pub safe_term: Term,
+    /// A failed write that no node survives was told to this process.
+    pub must_fail: bool,
+    /// What the primary last told of its journal's end: which process, at which node.
+    pub heard_tail: Option<crate::late::Heard>,
+    /// When it last heard anything of it.
+    pub heard_at: u64,
+
+    /// Its last state.
+    pub state: Option<String>,
 }
 
 impl Default for Watch {
@@ -73,6 +85,11 @@ impl Default for Watch {
             consistent: true,
             in_place: false,
             shown: 0,
+            safe_term: Term::default(),
+            must_fail: false,
+            heard_tail: None,
+            heard_at: 0,
+            state: None,
         }
     }
 }
@@ -80,12 +97,16 @@ impl Default for Watch {
 impl Watch {
     /// A new process.
     pub fn booted(&mut self) {
-        (self.faulted, self.latched, self.stopping) = (false, false, false);
-        self.said_applied = 0;
+        (self.faulted, self.latched, self.stopping, self.must_fail) = (false, false, false, false);
+        (self.said_applied, self.heard_tail) = (0, None);
     }
     /// Highest LSN that it claimed durable in its present history.
     pub fn claimed(&self) -> u64 {
         self.claimed
+    }
+    /// The term that its superblock was last told of.
+    pub fn term(&self) -> Term {
+        self.term
     }
     /// What it had applied is given up, by an administrator's word.
     pub fn give_up(&mut self) {
@@ -98,6 +119,7 @@ impl Watch {
             return; // only what was being made is lost
         }
         self.faulted = true;
+        self.must_fail |= kind != 0;
         self.latched |= kind != 0 && matches!(file, File::Journal | File::Superblock);
     }
     /// A message was delivered.
@@ -169,6 +191,8 @@ impl World {
         self.counts.check("I2");
         let sealer = self.hosts[node].id;
         let lsn = record.stamp.lsn.0;
+        self.sealed.note(record.chain, self.now, node, self.hosts[node].incarnation);
+        self.check_term(node, record.stamp.generation.term, "I7", "seals")?;
         self.trace.note(
             self.now,
             node,
@@ -317,6 +341,7 @@ impl World {
                 if applied > durable || durable > received {
                     return broken("I5", format!("positions out of order: {message:?}"));
                 }
+                self.check_followed(node)?;
                 self.watch_claim(node, durable.0)?;
                 self.watch_applied(node, applied.0)
             }

@@ -225,6 +225,8 @@ pub struct World {
     pub history: History,
     /// Marks.
     pub marks: crate::marks::Marks,
+    /// When its records were sealed.
+    pub sealed: crate::late::Sealed,
     /// Requests.
     pub work: Workload,
     /// Phases.
@@ -242,6 +244,8 @@ pub struct World {
     next_admin: u64,
     /// What the models do wrong on purpose.
     pub sabotage: Option<Sabotage>,
+    /// Which request is to fail.
+    pub sweep: Option<crate::sweep::Sweep>,
 }
 
 const NAMES: [&str; 3] = ["alpha", "beta", "gamma"];
@@ -253,6 +257,11 @@ impl World {
     pub fn new(seed: u64, verbose: bool) -> World {
         let mut rng = Prng::new(seed);
         let plan = Plan::draw(&mut rng);
+        World::planned(plan, rng, verbose)
+    }
+
+    /// The run of a plan, before its first event.
+    pub fn planned(plan: Plan, mut rng: Prng, verbose: bool) -> World {
         let group = GroupId(rng.bytes16());
         let key = rng.bytes32();
         let ids: Vec<NodeId> = (0..plan.nodes).map(|_| NodeId(rng.next() | 1)).collect();
@@ -273,6 +282,7 @@ impl World {
             model,
             history,
             marks: crate::marks::Marks::default(),
+            sealed: crate::late::Sealed::default(),
             work,
             scenario,
             views,
@@ -282,6 +292,7 @@ impl World {
             compressors: BTreeMap::new(),
             next_admin: 0,
             sabotage: None,
+            sweep: None,
         };
         world.fill_volumes();
         world
@@ -358,7 +369,11 @@ impl World {
                 self.step(node, Event::Compared { token, product })
             }
             Coming::Salvaged { node, incarnation, end } if self.lives(node, incarnation) => {
-                let result = Ok(end.then(|| "a file".to_owned()));
+                let fault = self.sweep.as_mut().and_then(|s| s.strikes(node, 1, self.now));
+                let result = match fault {
+                    Some(_) => Err("no space left on device".to_owned()),
+                    None => Ok(end.then(|| "a file".to_owned())),
+                };
                 self.step(node, Event::Salvaged { result })
             }
             Coming::Stage { node, incarnation, fresh } if self.lives(node, incarnation) => {
@@ -424,6 +439,7 @@ impl World {
         }
         self.check_maps(node)?;
         self.check_index(node)?;
+        self.note_slots(node);
         let host = &mut self.hosts[node];
         host.incarnation += 1;
         let memories =

@@ -1,0 +1,49 @@
+//! What must be durable before a node acts, and what it may do once a disk has failed.
+//!
+//! Owns: the durable terms of both superblock slots. Invariants: nothing is sealed or followed under a term that is
+//! not in both slots (I7, I8); a node to which a failed write was told is a failed node (I10).
+
+use crate::world::{Outcome, World, broken};
+use volrep::disk::File;
+use volrep::format::superblock::{SLOT, Superblock};
+use volrep::node::status::Status;
+use volrep::units::Term;
+
+impl World {
+    /// A superblock was written, or its node starts: what does either slot say, durably?
+    pub fn note_slots(&mut self, node: usize) {
+        let durable = self.hosts[node].disk.durable(File::Superblock);
+        let terms =
+            durable.chunks(SLOT).map(|slot| Superblock::decode(slot).map_or(Term::default(), |s| s.term));
+        let least = terms.min_by_key(|t| t.counter).unwrap_or_default();
+        self.hosts[node].watch.safe_term = least;
+    }
+
+    /// A node does something under this term.
+    pub fn check_term(&mut self, node: usize, term: Term, invariant: &'static str, doing: &str) -> Outcome {
+        self.counts.check(invariant);
+        let safe = self.hosts[node].watch.safe_term;
+        if safe.counter < term.counter {
+            return broken(invariant, format!("{doing} under {term:?}, but a slot has durably {safe:?}"));
+        }
+        Ok(())
+    }
+
+    /// It acknowledges what its primary sends.
+    pub fn check_followed(&mut self, node: usize) -> Outcome {
+        let term = self.hosts[node].watch.term();
+        self.check_term(node, term, "I8", "acknowledges")
+    }
+
+    /// A failed write is told to a node once: it says that it has failed from then on.
+    pub fn check_latched(&mut self, node: usize, s: &Status) -> Outcome {
+        if !self.hosts[node].watch.must_fail {
+            return Ok(());
+        }
+        self.counts.check("I10");
+        match (s.state.as_str(), &s.reason) {
+            ("Failed", Some(reason)) if !reason.is_empty() => Ok(()),
+            _ => broken("I10", format!("node {node} is {} after a failed write: {:?}", s.state, s.reason)),
+        }
+    }
+}

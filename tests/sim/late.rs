@@ -1,0 +1,146 @@
+//! What nodes tell of a shadow's lag, against what the simulator knows.
+//!
+//! Owns: when each record was sealed, in virtual time. Invariant (I5): nobody tells a shadow further, or less
+//! late, than it is; where only a silent primary could know more, the silence itself counts.
+
+use crate::plan::Fault;
+use crate::world::{Outcome, World, broken};
+use std::collections::HashMap;
+use volrep::format::message::Message;
+use volrep::node::status::{PeerStatus, Status};
+use volrep::units::{Hash, MILLIS, SECONDS};
+
+/// When each record was sealed, and by which process of which node.
+#[derive(Default)]
+pub struct Sealed(HashMap<Hash, (u64, usize, u32)>);
+
+impl Sealed {
+    /// A record is seen for the first time.
+    pub fn note(&mut self, hash: Hash, now: u64, node: usize, incarnation: u32) {
+        self.0.entry(hash).or_insert((now, node, incarnation));
+    }
+}
+
+fn follows(s: &Status) -> bool {
+    s.role == "shadow" && matches!(s.state.as_str(), "UpToDate" | "CatchingUp") && s.reason.is_none()
+}
+
+/// What a shadow was last told of its primary's journal: by which process of which node.
+#[derive(Clone, Copy)]
+pub struct Heard {
+    incarnation: u32,
+    from: usize,
+    tail: u64,
+}
+
+impl World {
+    /// A message of the primary to a shadow is read there.
+    pub fn heard_tail(&mut self, node: usize, from: usize, message: &Message) {
+        if from != self.scenario.primary {
+            return;
+        }
+        let incarnation = self.hosts[from].incarnation;
+        let watch = &mut self.hosts[node].watch;
+        watch.heard_at = self.now;
+        if let Message::Heartbeat { tail, .. } = message {
+            watch.heard_tail = Some(Heard { incarnation, from, tail: tail.0 });
+        }
+    }
+
+    /// How long a shadow has lacked what it lacks now, ns, and how many records that are; whether the primary's
+    /// process has sealed them all.
+    fn true_lag(&self, primary: usize, p: &Status, node: usize, applied: u64) -> Option<(u64, u64, bool)> {
+        let origin = self.history.origin;
+        let tail = self.hosts[primary].watch.at(p.tail_lsn, origin)?;
+        let here = self.hosts[node].watch.at(applied, origin)?;
+        if !self.history.includes(tail, here) {
+            return None;
+        }
+        let (mut first, mut lacks) = (tail, 0);
+        while let Some(e) = self.history.get(first).filter(|e| e.lsn.0 > applied) {
+            lacks += 1;
+            if e.prev == here {
+                let own = (primary, self.hosts[primary].incarnation);
+                return self.sealed.0.get(&first).map(|(at, n, i)| (self.now - at, lacks, (*n, *i) == own));
+            }
+            first = e.prev;
+        }
+        Some((0, 0, true))
+    }
+
+    /// What a primary tells of its shadows, and these of themselves.
+    pub fn check_lags(&mut self) -> Outcome {
+        let primary = self.scenario.primary;
+        let jumps = self.plan.faults.iter().any(|(_, f)| *f == Fault::ClockJump);
+        let Some(p) = self.hosts[primary].status.clone().filter(|s| s.role == "primary") else {
+            return Ok(());
+        };
+        if self.hosts[primary].node.is_none() || p.state == "Failed" || p.state == "Recovering" {
+            return Ok(());
+        }
+        for node in (0..self.hosts.len()).filter(|n| *n != primary) {
+            let host = &self.hosts[node];
+            let Some(s) = host.status.clone().filter(|s| follows(s) && host.node.is_some()) else { continue };
+            let Some((late, lacks, own)) = self.true_lag(primary, &p, node, s.applied_lsn) else { continue };
+            let told = p.peers.iter().find(|q| q.name == host.config.name);
+            let told = told.filter(|q| matches!(q.state.as_str(), "UpToDate" | "CatchingUp"));
+            self.check_lag_here(primary, node, &s, late)?;
+            if let Some(told) = told {
+                // Of what another process has sealed it knows the segments' times alone, and they are of another clock.
+                let first = self.true_lag(primary, &p, node, told.applied_lsn);
+                let jumps = jumps || !own || !first.is_some_and(|(.., own)| own);
+                self.check_lag_there(node, &s, told, (late, lacks), jumps)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn check_lag_there(
+        &mut self,
+        node: usize,
+        s: &Status,
+        told: &PeerStatus,
+        (late, lacks): (u64, u64),
+        jumps: bool,
+    ) -> Outcome {
+        self.counts.check("I5 lag");
+        let ns = (told.lag_seconds * SECONDS as f64) as u64;
+        let short = !jumps && ns + MILLIS < late;
+        if told.applied_lsn > s.applied_lsn || told.lag_records < lacks || short {
+            return broken(
+                "I5",
+                format!(
+                    "the primary tells that {node} has applied {} and lags {} records, {} ns; it has applied {} \
+                     and lags {lacks} records, {late} ns",
+                    told.applied_lsn, told.lag_records, ns, s.applied_lsn
+                ),
+            );
+        }
+        Ok(())
+    }
+
+    fn check_lag_here(&mut self, primary: usize, node: usize, s: &Status, late: u64) -> Outcome {
+        let Some(lag) = &s.lag else { return Ok(()) };
+        self.counts.check("I5 lag");
+        let heard = self.hosts[node].watch.heard_tail;
+        let Some(Heard { incarnation, from, tail }) = heard else { return Ok(()) };
+        if (incarnation, from) == (self.hosts[primary].incarnation, primary)
+            && lag.records + s.applied_lsn < tail
+        {
+            let text = format!(
+                "{node} tells {} records after {}, and has heard of {tail}",
+                lag.records, s.applied_lsn
+            );
+            return broken("I5", text);
+        }
+        // Whatever it could have learned since it heard anything counts.
+        let silent = self.now - self.hosts[node].watch.heard_at;
+        let ns = (lag.seconds * SECONDS as f64) as u64;
+        let slack = 100 * MILLIS;
+        if silent > 2 * self.plan.timing.heartbeat + slack && late >= silent && ns + slack < silent {
+            let text = format!("{node} tells a lag of {ns} ns, and has heard nothing for {silent}");
+            return broken("I5", text);
+        }
+        Ok(())
+    }
+}
