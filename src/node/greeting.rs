@@ -13,6 +13,16 @@ use crate::format::message::{Cause, Identity, Message, Role, Verdict, proof, ref
 use crate::link::handshake::{Decision, Facts, TermOrder, candidate, decide, fork, is_earlier_run, order};
 use crate::units::{Lsn, Term};
 
+impl LinkState {
+    /// This node follows, or is about to follow, whoever is at the other end.
+    pub(super) fn is_followed(&self) -> bool {
+        matches!(
+            self,
+            LinkState::Cutting | LinkState::Rebasing | LinkState::Settling(_) | LinkState::Receiving
+        )
+    }
+}
+
 impl Run {
     /// The dialler has proved who it is.
     pub(super) fn greeted(&mut self, link: LinkId, hello: &Identity, nonce: [u8; 32]) {

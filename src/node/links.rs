@@ -50,16 +50,6 @@ pub enum LinkState {
     Closing,
 }
 
-impl LinkState {
-    /// This node follows, or is about to follow, whoever is at the other end.
-    pub(super) fn is_followed(&self) -> bool {
-        matches!(
-            self,
-            LinkState::Cutting | LinkState::Rebasing | LinkState::Settling(_) | LinkState::Receiving
-        )
-    }
-}
-
 /// A connection.
 pub struct Link {
     pub(super) state: LinkState,

@@ -36,8 +36,11 @@ use volrep::resync::source::{Source, Task};
 use volrep::resync::target::Target;
 use volrep::units::{Address, Extent, GroupId, HistoryPoint, Lsn, NodeId, Term};
 
+/// Takes any bytes, and panics when something is wrong.
+pub type Check = fn(&[u8]);
+
 /// What reads bytes from outside, by name.
-pub const TARGETS: &[(&str, fn(&[u8]))] = &[
+pub const TARGETS: &[(&str, Check)] = &[
     ("superblock", superblock),
     ("segment", segment),
     ("record", record),
