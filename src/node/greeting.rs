@@ -36,6 +36,7 @@ impl Run {
         if let Some(peer) = self.links.peer_of(link) {
             peer.resyncing = hello.resyncing;
             peer.blank = hello.blank;
+            peer.apply_delay = hello.apply_delay;
         }
         let own = self.identity();
         let found = candidate(&own.openings, own.tail, hello);

@@ -10,7 +10,7 @@ use super::feed::Reader;
 use super::history::Happening;
 use super::meta::Ticket;
 use super::run::{Part, Run};
-use crate::format::message::{Identity, Message, proof, refuse};
+use crate::format::message::{Identity, Message, Role, proof, refuse};
 use crate::format::superblock::{Peer, Superblock};
 use crate::journal::Tail;
 use crate::link::lag::{ClockEstimate, Timeline};
@@ -91,6 +91,8 @@ pub struct PeerView {
     pub(super) fork: Option<Lsn>,
     /// It was a primary too when it was last met, under a term that neither side can call ended.
     rival: bool,
+    /// As it says, it holds its image back by so many ns.
+    pub(super) apply_delay: u64,
 }
 
 impl PeerView {
@@ -111,6 +113,7 @@ impl PeerView {
             term: None,
             fork: None,
             rival: false,
+            apply_delay: 0,
         }
     }
 
@@ -324,6 +327,9 @@ impl Run {
         if self.fault.is_some() {
             return self.drop_link(link, "this node has failed");
         }
+        if self.is_rewinding() {
+            return self.drop_link(link, "this node is being promoted");
+        }
         if matches!(&self.part, Part::Shadow(s) if s.closing) {
             // The dial was under way when the node was told to shut down.
             return self.drop_link(link, "this node is shutting down");
@@ -457,6 +463,7 @@ impl Run {
             openings: sb.openings.clone(),
             resyncing: self.is_remaking(),
             rewinds: sb.retired.is_some_and(|r| r.rewinds),
+            apply_delay: if sb.role == Role::Shadow { self.cfg.apply_delay } else { 0 },
         }
     }
 

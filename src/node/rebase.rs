@@ -349,6 +349,7 @@ impl Run {
         (sb.checkpoint, sb.checkpoint_write) = (at.point, at.last_write);
         (sb.checkpoint_generation, sb.checkpoint_segment) = (at.generation, segment);
         (sb.floor, sb.limit) = (at.point.lsn, at.point.lsn);
+        sb.redo = None;
         (sb.generation, sb.openings) = (at.generation, openings);
         sb.clean = false;
         sb.maps = self.maps.ranges().to_vec();

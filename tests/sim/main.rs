@@ -23,6 +23,7 @@ mod plan;
 mod prng;
 mod rejoin;
 mod rest;
+mod rewind;
 mod scenario;
 mod trace;
 mod view;

@@ -61,13 +61,14 @@ impl World {
         let Some(other) = other.filter(|_| self.plan.double && self.plan.rejoin) else { return Ok(()) };
         if self.scenario.other.is_none() {
             self.scenario.other = Some(other);
-            self.ask(other, AdminOp::Promote { fenced: true, dry_run: false }, Purpose::Promote)?;
+            self.ask(other, AdminOp::Promote { fenced: true, dry_run: false, at: None }, Purpose::Promote)?;
         }
         Ok(())
     }
 
     /// The shell writes a part of a salvage file.
     pub fn salvage(&mut self, node: usize, part: Salvage) -> Outcome {
+        self.promotion_step(node);
         let end = matches!(part, Salvage::End(_));
         let files = &mut self.hosts[node].salvage;
         match part {
