@@ -55,6 +55,7 @@ pub enum Verb {
         /// Only say what would happen.
         dry_run: bool,
         /// As of which record.
+        #[serde(default)]
         at: Option<At>,
     },
     /// Hand the place of the primary over to a shadow.
@@ -77,6 +78,7 @@ pub enum Verb {
         /// A resync may spoil the old image.
         in_place: bool,
         /// A delayed shadow gives its window up.
+        #[serde(default)]
         suspend_delay: bool,
     },
     /// End it.

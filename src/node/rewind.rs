@@ -302,7 +302,8 @@ impl Run {
             return self.look_before(before, time, choosing);
         }
         let applied = self.image.applied;
-        if before != applied.point.lsn || applied.point.lsn < from_start {
+        let known = before == applied.point.lsn && applied.point.lsn >= from_start;
+        if !known || before == Lsn(0) {
             return self.outside("that is too early");
         }
         // A start does not know the time of the record at which the image stands, if the journal does not.
