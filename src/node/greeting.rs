@@ -14,6 +14,29 @@ use crate::link::handshake::{Decision, Facts, TermOrder, candidate, decide, fork
 use crate::units::{Lsn, Term};
 
 impl Run {
+    /// This node, as it presents itself.
+    pub(super) fn identity(&self) -> Identity {
+        let sb = &self.meta.sb;
+        let tail = self.journal.tail();
+        Identity {
+            group: sb.group,
+            node: sb.node,
+            name: self.cfg.name.clone(),
+            role: sb.role,
+            term: sb.term,
+            volumes: sb.volumes.iter().map(|v| (v.number, v.size)).collect(),
+            blank: sb.blank,
+            tail: tail.point,
+            tail_generation: tail.generation,
+            oldest: self.journal.oldest(),
+            applied: sb.limit.min(tail.point.lsn),
+            openings: sb.openings.clone(),
+            resyncing: self.is_remaking(),
+            rewinds: sb.retired.is_some_and(|r| r.rewinds),
+            apply_delay: if sb.role == Role::Shadow { self.cfg.apply_delay } else { 0 },
+        }
+    }
+
     /// The dialler has proved who it is.
     pub(super) fn greeted(&mut self, link: LinkId, hello: &Identity, nonce: [u8; 32]) {
         if hello.node == self.cfg.node {

@@ -10,7 +10,7 @@ use super::feed::Reader;
 use super::history::Happening;
 use super::meta::Ticket;
 use super::run::{Part, Run};
-use crate::format::message::{Identity, Message, Role, proof, refuse};
+use crate::format::message::{Message, proof, refuse};
 use crate::format::superblock::{Peer, Superblock};
 use crate::journal::Tail;
 use crate::link::lag::{ClockEstimate, Timeline};
@@ -441,29 +441,6 @@ impl Run {
         let wait = self.cfg.timing.redial * PATIENCE;
         if let Some(i) = self.links.by_id.get(&link).and_then(|l| l.dialed) {
             self.links.dials[i].at = self.now.mono + wait;
-        }
-    }
-
-    /// This node, as it presents itself.
-    pub(super) fn identity(&self) -> Identity {
-        let sb = &self.meta.sb;
-        let tail = self.journal.tail();
-        Identity {
-            group: sb.group,
-            node: sb.node,
-            name: self.cfg.name.clone(),
-            role: sb.role,
-            term: sb.term,
-            volumes: sb.volumes.iter().map(|v| (v.number, v.size)).collect(),
-            blank: sb.blank,
-            tail: tail.point,
-            tail_generation: tail.generation,
-            oldest: self.journal.oldest(),
-            applied: sb.limit.min(tail.point.lsn),
-            openings: sb.openings.clone(),
-            resyncing: self.is_remaking(),
-            rewinds: sb.retired.is_some_and(|r| r.rewinds),
-            apply_delay: if sb.role == Role::Shadow { self.cfg.apply_delay } else { 0 },
         }
     }
 
