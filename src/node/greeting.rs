@@ -50,6 +50,13 @@ impl Run {
         self.meet(link, hello);
         self.heard_out_by_name(&hello.name);
         if self.is_retiring() || (self.is_asking() && hello.role == Role::Shadow) {
+            let sb = &self.meta.sb;
+            if !self.is_retiring()
+                && sb.group == hello.group
+                && order(sb.term, hello.term) == TermOrder::Higher
+            {
+                return self.superseded(link, hello.term); // that was the question
+            }
             // Nobody follows this node before it knows whether it is the primary.
             return self.drop_link(link, "this node does not know yet whom it follows");
         }

@@ -55,6 +55,12 @@ impl World {
         Ok(())
     }
 
+    /// The other node was promoted over this one, which has heard of it.
+    pub fn is_outranked(&self, node: usize) -> bool {
+        let watch = &self.hosts[node].watch;
+        self.scenario.other.is_some_and(|other| other != node) && watch.heard_term > watch.acting_term
+    }
+
     /// Somebody else promotes the other shadow at the same time.
     pub fn promote_another(&mut self, node: usize) -> Outcome {
         let other = (1..self.hosts.len()).find(|n| *n != node && self.hosts[*n].node.is_some());
