@@ -10,6 +10,7 @@ use super::remote;
 use super::size::grouped;
 use crate::control::{Reply, Verb};
 use crate::format::record::{MAX_MARK, is_mark};
+use crate::node::event::At;
 use crate::node::status::SCHEMA_VERSION;
 use serde_json::json;
 
@@ -30,6 +31,10 @@ pub struct Mark {
 impl Mark {
     /// Does it.
     pub fn run(&self, places: &Places, out: &Output) -> Result<(), Failure> {
+        if !matches!(super::at::parse(&self.text), Ok(At::Mark(_))) {
+            let next = "choose words, so that `volrep promote --at` can tell a mark from those";
+            return Err(Failure::usage(format!("`{}` is an LSN or a time", self.text), next));
+        }
         if !is_mark(&self.text) {
             let what = "that can't be the text of a mark";
             let next = format!("give one visible line of at most {MAX_MARK} bytes, without spaces around it");

@@ -4,6 +4,7 @@
 //! stdout is data and stderr the rest; the exit code is one of [`failure::Exit`].
 #![allow(clippy::disallowed_methods, reason = "the shell: arguments, environment, files, the clock")]
 
+mod at;
 mod attach;
 pub mod backing;
 pub mod config;

@@ -21,6 +21,10 @@ pub struct Promote {
     /// The group's name
     #[arg(value_name = "NAME")]
     group: String,
+    /// As of an earlier record of those that an apply_delay holds back: an LSN, a time (RFC 3339, or HH:MM:SS of
+    /// this machine's clock), or the text of a mark. Later records go to a salvage file first
+    #[arg(long, value_name = "LSN|TIME|MARK")]
+    at: Option<String>,
     /// Only say what would happen and what may be lost
     #[arg(long)]
     dry_run: bool,
@@ -85,7 +89,8 @@ impl Promote {
     }
 
     fn ask(&self, places: &Places, fenced: bool, dry_run: bool) -> Result<String, Failure> {
-        match remote::ask(places, &self.group, Verb::Promote { fenced, dry_run }, None)? {
+        let at = self.at.as_deref().map(super::at::parse).transpose()?;
+        match remote::ask(places, &self.group, Verb::Promote { fenced, dry_run, at }, None)? {
             Reply::Done { text } => Ok(text),
             _ => Err(remote::odd(&self.group)),
         }
@@ -99,6 +104,7 @@ impl Promote {
             "group": self.group,
             "node": before.node,
             "dry_run": self.dry_run,
+            "at": self.at,
             "old_primary": old,
             "old_term": term,
             "term": after.map(|s| s.term),

@@ -64,11 +64,14 @@ struct JobArgs {
     /// Bytes of the volumes that each side may read in a second, such as 400M [default: no limit]
     #[arg(long, value_name = "SIZE")]
     rate: Option<Size>,
+    /// A shadow with an apply_delay gives it up until the comparison has ended: its window is empty then
+    #[arg(long)]
+    suspend_delay: bool,
     /// Don't follow it: it goes on in the daemons
     #[arg(long)]
     no_wait: bool,
     /// End the one that is under way; what was repaired stays
-    #[arg(long, conflicts_with_all = ["peer", "quick", "rate", "no_wait"])]
+    #[arg(long, conflicts_with_all = ["peer", "quick", "rate", "suspend_delay", "no_wait"])]
     stop: bool,
 }
 
@@ -107,7 +110,8 @@ impl JobArgs {
         }
         let before = self.job(places)?.map(|s| s.job);
         let rate = self.rate.as_ref().map_or(0, |rate| rate.0);
-        let wish = Verb::Refresh { peer: self.peer.clone(), quick: self.quick, verify, rate, in_place };
+        let (peer, quick, suspend_delay) = (self.peer.clone(), self.quick, self.suspend_delay);
+        let wish = Verb::Refresh { peer, quick, verify, rate, in_place, suspend_delay };
         let text = self.ask(places, wish)?;
         if self.no_wait {
             let document = json!({ "schema_version": SCHEMA_VERSION, "group": self.group, "text": text });

@@ -110,6 +110,7 @@ pub fn new_config(
         listen,
         key_file: format!("{group}.key").into(),
         on_full: config::OnFull::default(),
+        apply_delay: config::Span::default(),
         compression: 1,
         hooks: config::Hooks::default(),
         fence_hook: None,

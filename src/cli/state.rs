@@ -100,6 +100,8 @@ pub fn first(config: &Config, backings: &[Backing], role: Role, blank: bool) -> 
         comparison: None,
         verified: None,
         unrepaired: 0,
+        redo: None,
+        cut: None,
         maps: Vec::new(),
     }
 }

@@ -72,6 +72,23 @@ pub fn text(s: &Status, speeds: Option<&Speeds>) -> String {
     if let Some(view) = &s.view {
         lines.push(viewed(view, Timestamp::now()));
     }
+    if let Some(d) = &s.apply_delay {
+        let reason = d.reason.as_ref().map_or_else(String::new, |r| format!(" ({r})"));
+        let when = |time: &Option<String>| time.as_ref().map_or_else(String::new, |t| format!(" ({t})"));
+        lines.push(format!(
+            " delayed by {}: {}{reason}, the oldest record is held since {}",
+            span(d.seconds),
+            d.state.to_lowercase(),
+            span(d.held_seconds)
+        ));
+        lines.push(format!(
+            " promote --at: from LSN {}{} to {}{}",
+            grouped(d.window_from_lsn),
+            when(&d.window_from_time),
+            grouped(d.window_to_lsn),
+            when(&d.window_to_time)
+        ));
+    }
     if let Some(job) = s.refresh.as_ref().filter(|j| matches!(j.state.as_str(), "Running" | "Waiting")) {
         lines.push(format!(" {} of {}: {}", job.cause, job.shadow, super::refresh::progress(job)));
     }
@@ -126,6 +143,10 @@ fn peer(s: &Status, p: &PeerStatus, (name, state): (usize, usize), speeds: Optio
             None => (p.lag_seconds, p.lag_records, p.lag_bytes),
         };
         line += &format!("  lag {}, {} records", span(seconds), grouped(records));
+        let delay = s.apply_delay.as_ref().map_or(p.apply_delay_seconds, |d| d.seconds);
+        if delay > 0.0 {
+            line += &format!(" beyond the delay of {}", span(delay));
+        }
         if bytes > 0 {
             line += &format!(", {}", human(bytes));
         }

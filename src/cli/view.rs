@@ -9,8 +9,8 @@ use super::places::Places;
 use super::size::grouped;
 use super::{remote, status};
 use crate::control::{Attached, DeviceKind, Reply, Verb};
+use crate::node::event::At;
 use crate::node::status::{SCHEMA_VERSION, ViewStatus};
-use crate::units::Lsn;
 use serde_json::json;
 
 /// Open a shadow's frozen image as devices while replication goes on, or close it
@@ -25,9 +25,10 @@ pub struct View {
     group: String,
     #[command(flatten)]
     mode: Mode,
-    /// Freeze it at exactly this record; one that the shadow has, and has not applied yet [default: at once]
-    #[arg(long, value_name = "LSN", conflicts_with = "close")]
-    at: Option<u64>,
+    /// Freeze it at exactly this record, which the shadow has and has not applied yet: an LSN, a time (RFC 3339, or
+    /// HH:MM:SS of this machine's clock: the last record sealed until then), or the text of a mark [default: at once]
+    #[arg(long, value_name = "LSN|TIME|MARK", conflicts_with = "close")]
+    at: Option<String>,
     /// What kind of device
     #[arg(long, value_enum, value_name = "KIND", default_value = "auto", conflicts_with = "close")]
     device: DeviceKind,
@@ -53,7 +54,8 @@ impl View {
         if self.mode.close {
             return self.close(places, out);
         }
-        let opened = open(places, &self.group, self.mode.scratch, self.at.map(Lsn), self.device)?;
+        let at = self.at.as_deref().map(super::at::parse).transpose()?;
+        let opened = open(places, &self.group, self.mode.scratch, at, self.device)?;
         let lsn = opened.view.lsn.unwrap_or_default();
         eprintln!("volrep: frozen at LSN {}; `volrep view {} --close` ends it", grouped(lsn), self.group);
         let document = json!({
@@ -101,7 +103,7 @@ pub fn open(
     places: &Places,
     group: &str,
     scratch: bool,
-    at: Option<Lsn>,
+    at: Option<At>,
     device: DeviceKind,
 ) -> Result<Opened, Failure> {
     let reply = remote::ask(places, group, Verb::View { scratch, at, device }, None)?;

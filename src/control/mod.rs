@@ -9,9 +9,8 @@ pub mod client;
 pub mod fronts;
 pub mod server;
 
-use crate::node::event::Refusal;
+use crate::node::event::{At, Refusal};
 use crate::node::status::{MarkStatus, Status};
-use crate::units::Lsn;
 use serde::{Deserialize, Serialize};
 
 /// The protocol's version; both ends must speak the same one.
@@ -55,6 +54,9 @@ pub enum Verb {
         fenced: bool,
         /// Only say what would happen.
         dry_run: bool,
+        /// As of which record.
+        #[serde(default)]
+        at: Option<At>,
     },
     /// Hand the place of the primary over to a shadow.
     Switchover {
@@ -75,6 +77,9 @@ pub enum Verb {
         rate: u64,
         /// A resync may spoil the old image.
         in_place: bool,
+        /// A delayed shadow gives its window up.
+        #[serde(default)]
+        suspend_delay: bool,
     },
     /// End it.
     RefreshStop,
@@ -90,7 +95,7 @@ pub enum Verb {
         /// What is written there is kept until the view is closed.
         scratch: bool,
         /// The record at which it is frozen.
-        at: Option<Lsn>,
+        at: Option<At>,
         /// How.
         device: DeviceKind,
     },

@@ -6,8 +6,7 @@
 use super::fronts::Fronts;
 use super::{DeviceKind, Kind, MAX_REQUEST, Reply, Verb, parse_request};
 use crate::daemon::Handle;
-use crate::node::event::{AdminOp, Answer, Refresh};
-use crate::units::Lsn;
+use crate::node::event::{AdminOp, Answer, At, Refresh};
 use std::cell::Cell;
 use std::future::{Future, poll_fn};
 use std::io;
@@ -238,8 +237,8 @@ async fn answer(verb: Verb, handle: &Handle, fronts: &Arc<Open>) -> Reply {
         }
         Verb::Mark { text } => reply(admin(handle, AdminOp::Mark { text }).await),
         Verb::Switchover { to, dry_run } => reply(admin(handle, AdminOp::Switchover { to, dry_run }).await),
-        Verb::Promote { fenced, dry_run } => {
-            let done = reply(admin(handle, AdminOp::Promote { fenced, dry_run }).await);
+        Verb::Promote { fenced, dry_run, at } => {
+            let done = reply(admin(handle, AdminOp::Promote { fenced, dry_run, at }).await);
             if !dry_run && matches!(done, Reply::Done { .. }) && fronts.view.is_open() {
                 // It shows nothing any more.
                 let fronts = fronts.clone();
@@ -247,8 +246,8 @@ async fn answer(verb: Verb, handle: &Handle, fronts: &Arc<Open>) -> Reply {
             }
             done
         }
-        Verb::Refresh { peer, quick, verify, rate, in_place } => {
-            let refresh = Refresh { peer, quick, verify, rate, in_place };
+        Verb::Refresh { peer, quick, verify, rate, in_place, suspend_delay } => {
+            let refresh = Refresh { peer, quick, verify, rate, in_place, suspend_delay };
             reply(admin(handle, AdminOp::Refresh(refresh)).await)
         }
         Verb::View { scratch, at, device } => view(scratch, at, device, handle, fronts).await,
@@ -286,7 +285,7 @@ async fn rejoin(keep: Option<String>, dry_run: bool, handle: &Handle, fronts: &A
 /// Freezes the image, then offers it; what can't be offered is not kept frozen.
 async fn view(
     scratch: bool,
-    at: Option<Lsn>,
+    at: Option<At>,
     device: DeviceKind,
     handle: &Handle,
     fronts: &Arc<Open>,

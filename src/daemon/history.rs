@@ -50,7 +50,11 @@ pub fn read(path: &Path) -> io::Result<Vec<HistoryEvent>> {
 impl HistoryFile {
     /// Goes on with the file at `path`, which is made when it is needed.
     pub fn start(path: PathBuf) -> io::Result<HistoryFile> {
-        let standing = Standing::after(&read(&path)?);
+        let known = read(&path).unwrap_or_else(|e| {
+            tracing::error!("{}: what happened before can't be read: {e}", path.display());
+            Vec::new()
+        });
+        let standing = Standing::after(&known);
         let (lines, queue) = unbounded();
         let thread =
             std::thread::Builder::new().name("history".into()).spawn(move || write(&path, &queue))?;
@@ -166,7 +170,9 @@ mod tests {
         keep(std::slice::from_ref(&second));
         assert_eq!(read(&path).unwrap(), [first, second]);
         let long = "x".repeat(190);
-        let many: Vec<_> = (4..20_000).map(|lsn| mark(lsn, &long)).collect();
+        let many: Vec<_> = (0..20_000u64)
+            .map(|n| event(Happening::Diverged { peer: n.to_string(), reason: long.clone() }))
+            .collect();
         keep(&many);
         let kept = read(&path).unwrap();
         assert_eq!(kept.last(), many.last());

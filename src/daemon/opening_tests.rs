@@ -24,6 +24,7 @@ fn options(dir: &Path) -> DaemonOptions {
         boot: process::boot_id().unwrap(),
         full: FullPolicy::Block,
         accept_lost_cache: false,
+        apply_delay: 0,
         level: Some(1),
         feed_bytes: 1 << 20,
         window_bytes: 1 << 20,

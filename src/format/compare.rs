@@ -152,6 +152,8 @@ pub enum Compare {
         rate: u64,
         /// A resync may spoil the old image: it is made without a stage.
         in_place: bool,
+        /// A shadow that holds its image back gives that up for as long.
+        suspend_delay: bool,
     },
     /// Primary: and to end it.
     Stop,
@@ -254,9 +256,9 @@ impl Compare {
                 head(12, &0);
                 put(w, text.as_bytes());
             }
-            Compare::Begin { quick, verify, rate, in_place } => {
+            Compare::Begin { quick, verify, rate, in_place, suspend_delay } => {
                 head(13, &0);
-                w.flag(*quick).flag(*verify).u64(*rate).flag(*in_place);
+                w.flag(*quick).flag(*verify).u64(*rate).flag(*in_place).flag(*suspend_delay);
             }
             Compare::Stop => head(14, &0),
             Compare::Report { json } => {
@@ -313,6 +315,7 @@ impl Compare {
                 verify: r.flag("verify")?,
                 rate: r.u64()?,
                 in_place: r.flag("in place")?,
+                suspend_delay: r.flag("suspend delay")?,
             },
             14 => Compare::Stop,
             15 => Compare::Report { json: bytes(r, MAX_REPORT, "report")?.into() },

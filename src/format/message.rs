@@ -20,7 +20,7 @@ use crate::units::{Address, Extent, Generation, GroupId, HistoryPoint, Lsn, Node
 use bytes::Bytes;
 
 /// The link protocol's version; both ends must speak the same one.
-pub const VERSION: u8 = 3;
+pub const VERSION: u8 = 4;
 /// Bytes of a frame's header.
 pub const FRAME: usize = 16;
 /// Most bytes of a body.
@@ -87,6 +87,8 @@ pub struct Identity {
     pub resyncing: bool,
     /// On a shadow: what it holds and the primary does not is given up.
     pub rewinds: bool,
+    /// On a shadow: how long it holds its image back, ns.
+    pub apply_delay: u64,
 }
 
 /// Why a shadow can't go on from where it is.
@@ -545,7 +547,7 @@ impl Identity {
         w.flag(self.blank);
         w.point(self.tail).generation(self.tail_generation).point(self.oldest).lsn(self.applied);
         w.list(&self.openings, |w, o| o.write(w));
-        w.flag(self.resyncing).flag(self.rewinds);
+        w.flag(self.resyncing).flag(self.rewinds).u64(self.apply_delay);
     }
     fn read(r: &mut Reader) -> Result<Identity, FormatError> {
         Ok(Identity {
@@ -563,6 +565,7 @@ impl Identity {
             openings: r.list(MAX_GENERATIONS, "openings", Opening::read)?,
             resyncing: r.flag("resyncing")?,
             rewinds: r.flag("rewinds")?,
+            apply_delay: r.u64()?,
         })
     }
 }

@@ -22,7 +22,7 @@ pub const MAX_PEERS: usize = 64;
 const _: () = assert!(super::record::MAX_MEMBERS <= MAX_PEERS, "a sync set fits in the list");
 const MAGIC: &[u8; 8] = b"VSUPERBK";
 /// Of this layout.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 const HEAD: usize = 14;
 
 /// A volume as the superblock knows it.
@@ -249,6 +249,11 @@ pub struct Superblock {
     pub verified: Option<Verified>,
     /// On a shadow: bytes that the last comparison found to differ, and that it did not repair.
     pub unrepaired: u64,
+    /// On a shadow that holds its image back: no later record was ever begun to be put into it. `None`: any may be.
+    pub redo: Option<Lsn>,
+    /// On a node that was promoted as of an earlier record, until it opens its generation: that record. What its
+    /// journal holds behind it was given up.
+    pub cut: Option<HistoryPoint>,
 }
 
 impl Anchor {
@@ -373,6 +378,12 @@ impl Superblock {
         w.option(self.resync.as_ref(), |w, r| r.write(w));
         w.option(self.comparison.as_ref(), |w, c| c.write(w));
         w.option(self.verified.as_ref(), |w, v| v.write(w)).u64(self.unrepaired);
+        w.option(self.redo.as_ref(), |w, lsn| {
+            w.lsn(*lsn);
+        });
+        w.option(self.cut.as_ref(), |w, p| {
+            w.point(*p);
+        });
         let body = (w.0.len() - HEAD) as u32;
         w.0[..8].copy_from_slice(MAGIC);
         w.0[8..10].copy_from_slice(&VERSION.to_le_bytes());
@@ -455,6 +466,8 @@ impl Superblock {
             comparison: r.option("comparison", Comparison::read)?,
             verified: r.option("verified", Verified::read)?,
             unrepaired: r.u64()?,
+            redo: r.option("redo", Reader::lsn)?,
+            cut: r.option("cut", Reader::point)?,
         })
     }
 

@@ -343,6 +343,13 @@ impl Journal {
         Ok(())
     }
 
+    /// The record up to which all must be given up, so that the rest takes no more than about `bytes`.
+    pub fn older_than(&self, bytes: u64) -> Lsn {
+        let whole = bytes / self.geometry.segment;
+        let first = (self.head.segment + 1).saturating_sub(whole);
+        self.segments.iter().find(|s| s.sequence >= first).map_or(Lsn(0), |s| s.before.lsn)
+    }
+
     /// Something to read by, from the first record after `lsn` on (or a little before it).
     /// `None` when it is no longer, or not yet, here.
     pub fn cursor(&self, lsn: Lsn) -> Option<Cursor> {

@@ -45,6 +45,8 @@ fn superblock() -> Superblock {
         comparison: None,
         verified: None,
         unrepaired: 0,
+        redo: None,
+        cut: None,
     }
 }
 

@@ -236,6 +236,7 @@ mod tests {
             openings: openings.to_vec(),
             resyncing: false,
             rewinds: false,
+            apply_delay: 0,
         };
         let (first, second) = (opening(1, 1, 0), opening(1, 2, 10));
         // The old primary went on to 30; the new one was promoted at 25.
@@ -272,6 +273,7 @@ mod tests {
             openings: vec![],
             resyncing: false,
             rewinds: false,
+            apply_delay: 0,
         };
         let find = |start, lsn| candidate(&openings, point(30), &shadow(start, lsn));
         assert_eq!(find(1, 8), Some((Lsn(8), None)));

@@ -4,10 +4,11 @@
 //! backing, never for a shadow; a promotion makes the journal, then the term, durable in both
 //! superblock slots before the first write under it (I7).
 
-use super::event::{Action, AdminId, AdminOp, Answer, Level, Refusal};
+use super::event::{Action, AdminId, AdminOp, Answer, At, Level, Refusal};
 use super::history::Happening;
 use super::meta::Ticket;
 use super::primary::Primary;
+use super::rewind::{Choosing, Purpose, Rewind};
 use super::run::{Part, Run};
 use super::switchover::Moving;
 use crate::disk::IoError;
@@ -25,27 +26,39 @@ struct Drain {
     closing: Option<Ticket>,
 }
 
+/// A promotion under way.
+pub struct Promoting {
+    /// Nobody may have asked: the place was handed over.
+    pub(super) id: Option<AdminId>,
+    /// The superblock that makes it durable, once its journal is.
+    pub(super) ticket: Option<Ticket>,
+    /// It is to be as of an earlier record.
+    pub(super) rewind: Option<Rewind>,
+    /// It was cut back to this one.
+    pub(super) cut: Option<Lsn>,
+}
+
 /// Requests under way.
 #[derive(Default)]
 pub struct Admin {
     opens: Vec<AdminId>,
     drains: Vec<Drain>,
-    /// A promotion, and the ticket of its superblock once its journal is durable.
-    /// Nobody may have asked: the place was handed over.
-    promotion: Option<(Option<AdminId>, Option<Ticket>)>,
+    pub(super) promotion: Option<Promoting>,
+    /// The record as of which a node is to be promoted is being looked for.
+    pub(super) choosing: Option<Choosing>,
     promoted: Vec<Option<AdminId>>,
     /// To be told of a promotion that nobody asked for.
     pub(super) heirs: Vec<AdminId>,
 }
 
 impl Admin {
-    /// A promotion's term is not durable yet.
+    /// A promotion's term is not durable yet, or its record is being looked for.
     pub fn is_promoting(&self) -> bool {
-        self.promotion.is_some()
+        self.promotion.is_some() || self.choosing.as_ref().is_some_and(Choosing::is_binding)
     }
     /// A promotion that nothing speaks against.
     pub fn begin_promotion(&mut self, asked: Option<AdminId>) {
-        self.promotion = Some((asked, None));
+        self.promotion = Some(Promoting { id: asked, ticket: None, rewind: None, cut: None });
     }
     /// The process is to end.
     pub fn is_shutting_down(&self) -> bool {
@@ -86,13 +99,15 @@ impl Run {
             },
             AdminOp::Drain => self.drain(id, false),
             AdminOp::Shutdown => self.drain(id, true),
-            AdminOp::Promote { fenced, dry_run } => self.promote(id, fenced, dry_run),
+            AdminOp::Promote { fenced, dry_run, at } => self.promote(id, fenced, dry_run, at),
             AdminOp::Refresh(wish) => self.refresh(id, wish),
             AdminOp::Mark { text } => self.mark(id, text),
             AdminOp::RefreshStop => self.refresh_stop(id),
             AdminOp::Switchover { to, dry_run } => self.switchover(id, &to, dry_run),
             AdminOp::AwaitTakeover => self.admin.heirs.push(id),
-            AdminOp::View { scratch, at } => self.open_view(id, scratch, at),
+            AdminOp::View { scratch, at: None } => self.open_view(id, scratch, None),
+            AdminOp::View { scratch, at: Some(At::Lsn(lsn)) } => self.open_view(id, scratch, Some(lsn)),
+            AdminOp::View { scratch, at: Some(at) } => self.choose_view(id, scratch, at),
             AdminOp::ViewClose => self.close_view(id),
             AdminOp::Rejoin { keep, dry_run } => self.rejoin(id, keep.as_deref(), dry_run),
         }
@@ -154,8 +169,9 @@ impl Run {
             self.answer(id, Err((Refusal::Failed, text.clone())));
         }
         let drains = admin.drains.into_iter().map(|d| d.id);
-        let promotion = admin.promotion.into_iter().map(|(id, _)| id);
-        let promotions = admin.promoted.into_iter().chain(promotion).flatten();
+        let choosing = admin.choosing.into_iter().map(|c| c.id);
+        let promotion = admin.promotion.into_iter().map(|p| p.id);
+        let promotions = admin.promoted.into_iter().chain(promotion).flatten().chain(choosing);
         let marks = self.take_marks();
         for id in admin.opens.into_iter().chain(promotions).chain(drains).chain(marks) {
             self.answer(id, Err((refusal, text.clone())));
@@ -180,7 +196,7 @@ impl Run {
                 self.answer(id, Ok(text));
             }
         }
-        let mut moved = self.pump_promotion();
+        let mut moved = self.pump_choosing() | self.pump_promotion();
         let mut i = 0;
         while i < self.admin.drains.len() {
             if self.is_drained(i) {
@@ -231,9 +247,10 @@ impl Run {
             }
             Part::Shadow(s) => {
                 !s.is_cutting()
+                    && !self.is_rewinding()
                     && !self.image_waits()
                     && self.journal.is_quiet()
-                    && applied >= self.meta.sb.limit.min(tail)
+                    && applied >= self.meta.sb.limit.min(tail).min(s.delay.limit())
             }
         };
         if !done || !self.image.is_idle() {
@@ -257,8 +274,8 @@ impl Run {
         false
     }
 
-    fn promote(&mut self, id: AdminId, fenced: bool, dry_run: bool) {
-        if self.admin.promotion.is_some() {
+    fn promote(&mut self, id: AdminId, fenced: bool, dry_run: bool, at: Option<At>) {
+        if self.admin.is_promoting() {
             return self.answer(id, Err((Refusal::Busy, "a promotion is under way".into())));
         }
         if self.is_retiring() || self.is_moving_over() {
@@ -277,15 +294,12 @@ impl Run {
         };
         let plan = self.promotion_plan();
         let refusal = match role::promotion(facts) {
-            Promotion::Allowed if dry_run => return self.answer(id, Ok(plan)),
-            Promotion::Allowed => {
-                self.end_view("this node is being promoted");
-                self.end_moving(Err((Refusal::Failed, "this node was promoted meanwhile".into())));
-                self.close_links("this node is being promoted");
-                self.log(Level::Warn, format!("promotion begins: {plan}"));
-                self.admin.begin_promotion(Some(id));
-                return;
-            }
+            Promotion::Allowed => match at {
+                Some(at) if dry_run => return self.begin_choosing(id, at, Purpose::Plan),
+                Some(at) => return self.begin_choosing(id, at, Purpose::Promotion),
+                None if dry_run => return self.answer(id, Ok(plan)),
+                None => return self.begin_promotion(id, None, &plan),
+            },
             Promotion::AlreadyPrimary => (Refusal::Busy, "this node is the primary already".to_owned()),
             Promotion::Inconsistent => (
                 Refusal::WouldLoseData,
@@ -303,6 +317,19 @@ impl Run {
             ),
         };
         self.answer(id, Err(refusal));
+    }
+
+    /// It is decided. The links are closed, so that nothing comes any more.
+    pub(super) fn begin_promotion(&mut self, id: AdminId, rewind: Option<Rewind>, plan: &str) {
+        self.end_view("this node is being promoted");
+        self.end_moving(Err((Refusal::Failed, "this node was promoted meanwhile".into())));
+        self.close_links("this node is being promoted");
+        self.forget_held();
+        self.log(Level::Warn, format!("promotion begins: {plan}"));
+        self.admin.begin_promotion(Some(id));
+        if let Some(promoting) = &mut self.admin.promotion {
+            promoting.rewind = rewind;
+        }
     }
 
     /// What a promotion would do, and what may be lost.
@@ -342,46 +369,61 @@ impl Run {
     }
 
     fn pump_promotion(&mut self) -> bool {
-        let Some((id, ticket)) = self.admin.promotion else { return false };
-        match ticket {
-            None => {
-                if self.leave_resync() {
-                    return false;
-                }
-                // First the journal: the term says that everything up to its end is history.
-                if !self.journal.is_quiet() {
-                    let lsn = self.journal.tail().point.lsn;
-                    self.journal.want(lsn);
-                    return false;
-                }
-                let cutting = matches!(&self.part, Part::Shadow(s) if s.is_cutting());
-                if cutting || !self.checkpoint_idle() || !self.image.is_idle() || self.scrub.is_some() {
-                    return false;
-                }
-                let tail = self.journal.tail().point.lsn;
-                let sb = &mut self.meta.sb;
-                sb.term = role::next_term(sb.term, sb.node);
-                sb.role = Role::Primary;
-                sb.limit = sb.limit.max(tail);
-                sb.floor = sb.floor.max(tail);
-                sb.sync_set.retain(|n| *n != sb.node);
-                (sb.retired, sb.handed) = (None, None);
-                sb.peers.clear();
-                sb.clean = true;
-                sb.cache_boot = BootId::default();
-                self.admin.promotion = Some((id, Some(self.meta.save(true))));
-                debug_assert!(matches!(self.part, Part::Shadow(_)), "a live primary is replaced");
-                // From here on nothing is followed; a generation opens only once this is durable.
-                self.part = Part::Primary(Primary::new());
-                true
-            }
+        let Some(mut promoting) = self.admin.promotion.take() else { return false };
+        let moved = match promoting.ticket {
+            None => self.promote_on(&mut promoting),
             Some(ticket) if self.meta.is_saved(ticket) => {
-                self.admin.promotion = None;
-                self.tell(Happening::Promoted { cut: None });
-                self.admin.promoted.push(id);
-                true
+                self.tell(Happening::Promoted { cut: promoting.cut.map(|lsn| lsn.0) });
+                self.admin.promoted.push(promoting.id);
+                return true;
             }
             Some(_) => false,
+        };
+        self.admin.promotion = Some(promoting);
+        moved
+    }
+
+    fn promote_on(&mut self, promoting: &mut Promoting) -> bool {
+        if promoting.rewind.as_ref().is_some_and(Rewind::is_named) {
+            return self.pump_rewind(promoting);
         }
+        if self.leave_resync() {
+            return false;
+        }
+        // First the journal: the term says that everything up to its end is history.
+        let tail = self.journal.tail().point.lsn;
+        if !self.journal.is_quiet() {
+            self.journal.want(tail);
+            return false;
+        }
+        let cutting = matches!(&self.part, Part::Shadow(s) if s.is_cutting());
+        if cutting || !self.checkpoint_idle() || !self.image.is_idle() || self.scrub.is_some() {
+            return false;
+        }
+        if promoting.rewind.is_some() {
+            return self.pump_rewind(promoting);
+        }
+        self.become_primary();
+        let sb = &mut self.meta.sb;
+        sb.limit = sb.limit.max(tail);
+        sb.floor = sb.floor.max(tail);
+        sb.clean = true;
+        promoting.ticket = Some(self.meta.save(true));
+        debug_assert!(matches!(self.part, Part::Shadow(_)), "a live primary is replaced");
+        // From here on nothing is followed; a generation opens only once this is durable.
+        self.part = Part::Primary(Primary::new());
+        true
+    }
+
+    /// What the superblock says of a node that is the primary under the next term.
+    pub(super) fn become_primary(&mut self) {
+        let sb = &mut self.meta.sb;
+        sb.term = role::next_term(sb.term, sb.node);
+        sb.role = Role::Primary;
+        sb.sync_set.retain(|n| *n != sb.node);
+        (sb.retired, sb.handed) = (None, None);
+        sb.redo = None;
+        sb.peers.clear();
+        sb.cache_boot = BootId::default();
     }
 }

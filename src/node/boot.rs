@@ -87,11 +87,18 @@ impl Boot {
         };
         match recovery.complete(token.id(), result, &mut seen, out)? {
             Outcome::Stopped(text) => Some(Err(text)),
-            Outcome::Differs => Some(Err("the journal was cut without being asked".into())),
+            Outcome::Differs => Some(Err(
+                "the journal does not lead to the record to which it is to be cut back: it is damaged. What was to be \
+                 cut off is in the salvage file; promote another node"
+                    .into(),
+            )),
             Outcome::Found(recovered) => {
-                let Found { slot, mut sb, maps, index, marks, .. } = self.found.take()?;
+                let Found { slot, mut sb, mut maps, index, marks, .. } = self.found.take()?;
                 if recovered.tail.point.lsn == sb.checkpoint.lsn {
                     sb.checkpoint = recovered.tail.point;
+                }
+                if let Some(cut) = sb.cut {
+                    maps.rewind(cut.lsn);
                 }
                 if sb.role == Role::Primary {
                     // The record that names this node as a member is from before its promotion.
@@ -141,7 +148,11 @@ impl Boot {
             // The index may not know durably what was written there.
             index.forget_from(from);
         }
-        let mut recovery = Recovery::new(JOURNAL_RECOVERY, &sb, origin);
+        // Promoted as of that record: whatever else is in the journal was given up.
+        let mut recovery = match sb.cut {
+            Some(cut) => Recovery::compare(JOURNAL_RECOVERY, &sb, origin, cut),
+            None => Recovery::new(JOURNAL_RECOVERY, &sb, origin),
+        };
         recovery.start(out);
         self.found = Some(Found { slot, sb, recovery, maps, index, marks: VecDeque::new() });
         Ok(())

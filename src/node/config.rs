@@ -99,6 +99,8 @@ pub struct NodeConfig {
     pub full: FullPolicy,
     /// The write cache was lost (not by a reboot) and its owner says to go on without it.
     pub accept_lost_cache: bool,
+    /// How long a shadow holds each record back from its image, ns; 0: not at all.
+    pub apply_delay: u64,
     /// Strongest zstd level used; `None`: never compress.
     pub level: Option<i32>,
     /// Records kept in memory for current shadows, bytes.

@@ -13,6 +13,7 @@ use crate::node::status::{MarkStatus, Status};
 use crate::resync::hash::{Job, Product};
 use crate::units::{Extent, Lsn};
 use bytes::Bytes;
+use serde::{Deserialize, Serialize};
 
 /// A front end's name for a request in flight; opaque to the node.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -161,6 +162,8 @@ pub enum AdminOp {
         fenced: bool,
         /// Only say what would happen.
         dry_run: bool,
+        /// As of which record, of those that are held back; `None`: the newest.
+        at: Option<At>,
     },
     /// Prove a shadow equal, and repair it. On the primary it is handed to the connected shadow. Answered
     /// once the comparison has begun (or goes on where an earlier one was interrupted); its progress and
@@ -185,7 +188,7 @@ pub enum AdminOp {
         /// What is written to the view is kept, in an overlay, as long as the view is open.
         scratch: bool,
         /// At exactly this record; none: where the image is.
-        at: Option<Lsn>,
+        at: Option<At>,
     },
     /// Give the image free again, and drop the overlay.
     ViewClose,
@@ -196,6 +199,18 @@ pub enum AdminOp {
         /// Only say what would happen.
         dry_run: bool,
     },
+}
+
+/// A record of those that a shadow has not put into its image.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum At {
+    /// This one.
+    Lsn(Lsn),
+    /// The last one sealed at or before that time, ns since 1970.
+    Time(u64),
+    /// The mark of that text.
+    Mark(String),
 }
 
 /// A part of a salvage file.
@@ -223,6 +238,8 @@ pub struct Refresh {
     /// A resync that is under way or needed makes the new image over the old one: no room for a stage is
     /// needed, and until it ends there is no usable image here.
     pub in_place: bool,
+    /// A shadow that holds its image back gives that up until it ends: its window is empty then.
+    pub suspend_delay: bool,
 }
 
 /// Why an administrator's request was not done. Each maps to one exit code of the CLI.

@@ -24,6 +24,29 @@ impl LinkState {
 }
 
 impl Run {
+    /// This node, as it presents itself.
+    pub(super) fn identity(&self) -> Identity {
+        let sb = &self.meta.sb;
+        let tail = self.journal.tail();
+        Identity {
+            group: sb.group,
+            node: sb.node,
+            name: self.cfg.name.clone(),
+            role: sb.role,
+            term: sb.term,
+            volumes: sb.volumes.iter().map(|v| (v.number, v.size)).collect(),
+            blank: sb.blank,
+            tail: tail.point,
+            tail_generation: tail.generation,
+            oldest: self.journal.oldest(),
+            applied: if self.is_apart() { Lsn(u64::MAX) } else { sb.limit.min(tail.point.lsn) },
+            openings: sb.openings.clone(),
+            resyncing: self.is_remaking(),
+            rewinds: sb.retired.is_some_and(|r| r.rewinds),
+            apply_delay: if sb.role == Role::Shadow { self.cfg.apply_delay } else { 0 },
+        }
+    }
+
     /// The dialler has proved who it is.
     pub(super) fn greeted(&mut self, link: LinkId, hello: &Identity, nonce: [u8; 32]) {
         if hello.node == self.cfg.node {
@@ -49,6 +72,7 @@ impl Run {
         if let Some(peer) = self.links.peer_of(link) {
             peer.resyncing = hello.resyncing;
             peer.blank = hello.blank;
+            peer.apply_delay = hello.apply_delay;
         }
         let own = self.identity();
         let found = candidate(&own.openings, own.tail, hello);

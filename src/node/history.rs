@@ -104,6 +104,13 @@ pub enum Happening {
         /// Why it stopped or failed.
         reason: Option<String>,
     },
+    /// The delay of the image is another one than was configured, or again that.
+    Delay {
+        /// "Held", "Shortened" or "Suspended".
+        state: String,
+        /// Why.
+        reason: Option<String>,
+    },
     /// The records after this one are given up: no mark above it is true any more.
     GivenUp {
         /// That record.
@@ -147,6 +154,10 @@ impl Happening {
                 format!(
                     "{cause} {outcome}: {compared} bytes compared, {differ} differed, {repaired} repaired{end}"
                 )
+            }
+            Happening::Delay { state, reason } => {
+                let why = reason.as_ref().map_or_else(String::new, |r| format!(": {r}"));
+                format!("apply_delay {}{why}", state.to_lowercase())
             }
             Happening::GivenUp { after, reason } => {
                 format!("the history after LSN {after} was given up: {reason}")

@@ -123,9 +123,9 @@ impl Image {
         self.applier.is_quiet() && self.reader.is_idle()
     }
 
-    /// Newest record of which something may be in the backing.
-    pub fn newest(&self) -> Lsn {
-        self.upto.unwrap_or(self.applied).point.lsn
+    /// The newest record that is in the image, or on its way.
+    pub fn underway(&self) -> Tail {
+        self.upto.unwrap_or(self.applied)
     }
 
     /// Nothing of the backing is being changed.
@@ -146,10 +146,13 @@ impl Run {
     /// The newest record that may go from the journal into the backing now.
     fn apply_limit(&self) -> Lsn {
         match &self.part {
+            // Until it is durable that this is the primary, a restart finds a shadow whose image may hold nothing of
+            // records that it holds back, or that its primary may not have.
+            Part::Primary(_) if self.admin.is_promoting() => Lsn(0),
             Part::Primary(p) if p.is_redoing() => self.journal.tail().point.lsn,
             Part::Primary(_) => Lsn(0),
-            Part::Shadow(s) if s.is_cutting() => Lsn(0),
-            Part::Shadow(s) => self.journal.durable().min(s.vouched()).min(s.wanted()),
+            Part::Shadow(s) if s.is_cutting() || self.is_choosing() => Lsn(0),
+            Part::Shadow(s) => self.journal.durable().min(s.vouched()).min(s.wanted()).min(s.delay.limit()),
         }
     }
 
@@ -303,6 +306,9 @@ impl Run {
         if matches!(&self.part, Part::Shadow(s) if s.is_cutting() || s.is_turning()) {
             return false; // the superblock would name as durable what is being cut off
         }
+        if self.is_rewinding() {
+            return false; // the same
+        }
         if self.is_moving() {
             return false; // it is being moved, and stays the one that it is
         }
@@ -315,7 +321,9 @@ impl Run {
         }
         let (used, size) = self.journal.usage();
         let due = self.image.checked_at + self.cfg.timing.checkpoint_after;
-        if !self.image.hurry && self.now.mono < due && used < size / 2 {
+        // What is held back on purpose keeps a journal fuller than that.
+        let much = if self.cfg.apply_delay > 0 { size / 4 * 3 } else { size / 2 };
+        if !self.image.hurry && self.now.mono < due && used < much {
             self.wake_at(due);
             return false;
         }

@@ -182,7 +182,7 @@ impl Run {
             return;
         };
         let Comparison { verify, quick, rate, progress, .. } = kept;
-        let wish = Refresh { peer: None, quick, verify, rate, in_place: false };
+        let wish = Refresh { quick, verify, rate, suspend_delay: true, ..Refresh::default() };
         let plan = Plan::new(self.volume_sizes(), None, progress);
         self.begin_job(&wish, if verify { "verify" } else { "refresh" }, plan, false);
         self.compare.wire = kept.wire;

@@ -10,7 +10,7 @@ use super::feed::Reader;
 use super::history::Happening;
 use super::meta::Ticket;
 use super::run::{Part, Run};
-use crate::format::message::{Identity, Message, proof, refuse};
+use crate::format::message::{Message, proof, refuse};
 use crate::format::superblock::{Peer, Superblock};
 use crate::journal::Tail;
 use crate::link::lag::{ClockEstimate, Timeline};
@@ -91,6 +91,8 @@ pub struct PeerView {
     pub(super) fork: Option<Lsn>,
     /// It was a primary too when it was last met, under a term that neither side can call ended.
     rival: bool,
+    /// As it says, it holds its image back by so many ns.
+    pub(super) apply_delay: u64,
 }
 
 impl PeerView {
@@ -111,6 +113,7 @@ impl PeerView {
             term: None,
             fork: None,
             rival: false,
+            apply_delay: 0,
         }
     }
 
@@ -320,6 +323,9 @@ impl Run {
         if self.fault.is_some() {
             return self.drop_link(link, "this node has failed");
         }
+        if self.is_rewinding() {
+            return self.drop_link(link, "this node is being promoted");
+        }
         if matches!(&self.part, Part::Shadow(s) if s.closing) {
             // The dial was under way when the node was told to shut down.
             return self.drop_link(link, "this node is shutting down");
@@ -431,28 +437,6 @@ impl Run {
         let wait = self.cfg.timing.redial * PATIENCE;
         if let Some(i) = self.links.by_id.get(&link).and_then(|l| l.dialed) {
             self.links.dials[i].at = self.now.mono + wait;
-        }
-    }
-
-    /// This node, as it presents itself.
-    pub(super) fn identity(&self) -> Identity {
-        let sb = &self.meta.sb;
-        let tail = self.journal.tail();
-        Identity {
-            group: sb.group,
-            node: sb.node,
-            name: self.cfg.name.clone(),
-            role: sb.role,
-            term: sb.term,
-            volumes: sb.volumes.iter().map(|v| (v.number, v.size)).collect(),
-            blank: sb.blank,
-            tail: tail.point,
-            tail_generation: tail.generation,
-            oldest: self.journal.oldest(),
-            applied: if self.is_apart() { Lsn(u64::MAX) } else { sb.limit.min(tail.point.lsn) },
-            openings: sb.openings.clone(),
-            resyncing: self.is_remaking(),
-            rewinds: sb.retired.is_some_and(|r| r.rewinds),
         }
     }
 

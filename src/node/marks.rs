@@ -93,6 +93,11 @@ impl Marks {
         self.known.retain(|m| m.at.lsn <= lsn);
     }
 
+    /// The LSNs of the durable marks of that text, oldest first.
+    pub fn find_all(&self, text: &str) -> Vec<Lsn> {
+        self.known.iter().filter(|m| m.text == text).map(|m| m.at.lsn).collect()
+    }
+
     /// An epoch went into the pipeline.
     pub fn gathered(&mut self) {
         self.asked.iter_mut().for_each(|a| a.before = a.before.saturating_sub(1));

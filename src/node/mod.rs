@@ -8,6 +8,7 @@
 //! `links` the connections, `greeting` their handshake,
 //! `compare`, `job` and `refresh` the comparison of images, `scrub` the journal read again, `offer`, `rebase` and `remake` the resync of a shadow
 //! that its primary's journal can't feed, `view` what others see of a shadow, `retire` and `salvage` the end of a primary,
+//! `delay` the image that is held back, `rewind` a promotion as of an earlier record,
 //! `marks` the named places in the write order, `history` what is kept of all that for people,
 //! `followers` what a primary owes its shadows, `admin` what administrators ask, `report` what they are told.
 
@@ -16,6 +17,7 @@ mod asking;
 mod boot;
 mod compare;
 pub mod config;
+mod delay;
 pub mod event;
 mod feed;
 mod followers;
@@ -33,6 +35,7 @@ mod refresh;
 mod remake;
 mod report;
 mod retire;
+mod rewind;
 mod run;
 mod salvage;
 mod scrub;

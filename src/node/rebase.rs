@@ -274,12 +274,14 @@ impl Run {
         if !in_place && !self.stage_ready() {
             return (Step::Offered(offer), false);
         }
-        if let Some(since) = offer.since
-            && self.meta.sb.resync.is_none()
-        {
-            match touched {
-                Some(touched) => self.maps.rewind_to(since, touched),
-                None => self.maps.rewind(since.lsn),
+        if let Some(since) = offer.since {
+            match (&self.meta.sb.resync, touched) {
+                (None, Some(touched)) => self.maps.rewind_to(since, touched),
+                (None, None) => self.maps.rewind(since.lsn),
+                (Some(resync), _) if resync.since.is_some_and(|s| since.lsn < s.lsn) => {
+                    self.maps.rewind(since.lsn)
+                }
+                (Some(_), _) => {}
             }
         }
         let mut sync = |owner, file| {
@@ -326,7 +328,8 @@ impl Run {
         };
         let resync = match sb.resync.take() {
             Some(r) => {
-                let since = r.since.filter(|_| since.is_some());
+                // Of two forks the earlier one: what lies between them is not of this history either.
+                let since = r.since.zip(since).map(|(a, b)| if b.lsn < a.lsn { b } else { a });
                 Resync { since, old: r.old.or(fresh.old), ..fresh }
             }
             None => fresh,
@@ -349,6 +352,7 @@ impl Run {
         (sb.checkpoint, sb.checkpoint_write) = (at.point, at.last_write);
         (sb.checkpoint_generation, sb.checkpoint_segment) = (at.generation, segment);
         (sb.floor, sb.limit) = (at.point.lsn, at.point.lsn);
+        sb.redo = None;
         (sb.generation, sb.openings) = (at.generation, openings);
         sb.clean = false;
         sb.maps = self.maps.ranges().to_vec();

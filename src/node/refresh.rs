@@ -58,8 +58,8 @@ impl Run {
             return self.answer(id, Err((Refusal::Busy, "it is being asked for already".into())));
         }
         self.compare.asked = Some((id, link));
-        let Refresh { quick, verify, rate, in_place, .. } = *wish;
-        self.say(link, Compare::Begin { quick, verify, rate, in_place });
+        let Refresh { quick, verify, rate, in_place, suspend_delay, .. } = *wish;
+        self.say(link, Compare::Begin { quick, verify, rate, in_place, suspend_delay });
     }
 
     /// An administrator wants the job to end.
@@ -122,6 +122,11 @@ impl Run {
             let text = format!("a {} is under way already; `--stop` ends it", running.status.cause);
             return Err((Refusal::Busy, text));
         }
+        if self.cfg.apply_delay > 0 && !wish.suspend_delay {
+            let text = "the shadow holds its image back (apply_delay), and a comparison needs it near the primary's: its \
+                        window would be empty afterwards. If that is acceptable, pass --suspend-delay";
+            return Err((Refusal::Busy, text.into()));
+        }
         let cause = if wish.verify { "verify" } else { "refresh" };
         let plan = Plan::new(self.volume_sizes(), None, 0);
         self.begin_job(wish, cause, plan, false);
@@ -149,8 +154,8 @@ impl Run {
     pub(super) fn heard_as_shadow(&mut self, link: LinkId, word: Compare) {
         self.compare.count_wire(&word);
         match word {
-            Compare::Begin { quick, verify, rate, in_place } => {
-                let wish = Refresh { peer: None, quick, verify, rate, in_place };
+            Compare::Begin { quick, verify, rate, in_place, suspend_delay } => {
+                let wish = Refresh { peer: None, quick, verify, rate, in_place, suspend_delay };
                 if let Err((_, text)) = self.begin_refresh(&wish) {
                     self.say(link, Compare::Fail { text });
                 }

@@ -125,6 +125,7 @@ impl Run {
         let sb = &mut self.meta.sb;
         sb.retired = Some(Retired { term: sb.generation.term, rewinds });
         sb.role = Role::Shadow;
+        (sb.cut, sb.redo) = (None, None);
         sb.limit = tail;
         sb.floor = sb.floor.max(tail);
         (sb.clean, sb.cache_boot) = (false, BootId::default());
@@ -150,6 +151,9 @@ impl Run {
 
     /// What a rejoin would do; or why it can't be done.
     fn may_rejoin(&self, keep: Option<&str>) -> Result<String, (Refusal, String)> {
+        if self.admin.is_promoting() {
+            return Err((Refusal::Busy, "this node is being promoted".into()));
+        }
         let retired = self.meta.sb.retired.is_some() || self.is_retiring();
         let shadow = self.meta.sb.role == Role::Shadow;
         let apart = |v: &&PeerView| if shadow { v.state == "Diverged" } else { v.is_rival() };

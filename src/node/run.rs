@@ -6,6 +6,7 @@
 use super::boot::Booted;
 use super::compare::Comparing;
 use super::config::NodeConfig;
+use super::delay::Delay;
 use super::event::{Action, Actions, Event, Level, Refusal};
 use super::feed::Feed;
 use super::history::Happening;
@@ -79,7 +80,15 @@ impl Run {
         }
         let part = match sb.role {
             Role::Primary => Part::Primary(Primary::new()),
-            Role::Shadow => Part::Shadow(Shadow::new(sb.limit, r.tail.point.lsn)),
+            Role::Shadow => {
+                let tail = r.tail.point.lsn;
+                // What an earlier process had begun to put into the image goes there at once.
+                let begun = sb.redo.unwrap_or(sb.limit).min(tail).max(sb.checkpoint.lsn);
+                let before = r.segments.iter().filter(|s| s.before.lsn <= begun && s.time > 0);
+                let sealed = before.map(|s| s.time).max().unwrap_or(r.tail.time);
+                let delay = Delay::new(cfg.apply_delay, begun, tail, sealed, now.mono);
+                Part::Shadow(Shadow::new(sb.limit, begun, delay))
+            }
         };
         let journal = Journal::new(JOURNAL, sb.group, sb.geometry, r.head, r.segments, r.tail);
         let mut run = Run {
@@ -113,6 +122,10 @@ impl Run {
         run.take_up_comparison();
         let role = if run.meta.sb.role == Role::Primary { "primary" } else { "shadow" };
         run.tell(Happening::Started { role: role.into() });
+        if let Some(cut) = run.meta.sb.cut {
+            // The process died between that decision and its end.
+            run.tell(Happening::Promoted { cut: Some(cut.lsn.0) });
+        }
         run.note_superseded();
         run.begin_asking();
         run
@@ -205,7 +218,10 @@ impl Run {
             SUPER => self.meta.complete(result).map_err(|e| ("writing the superblock", e)),
             JOURNAL => self.journal.complete(token.id(), result).map_err(|e| ("writing the journal", e)),
             JOURNAL_RECOVERY => {
-                self.cut_done(token.id(), result);
+                match self.is_rewinding() {
+                    true => self.rewind_done(token.id(), result),
+                    false => self.cut_done(token.id(), result),
+                }
                 Ok(())
             }
             APPLY => self.applied(token.id(), result).or_else(|e| self.stage_failed("writing it", e)),
@@ -269,6 +285,14 @@ impl Run {
     fn reader_done(&mut self, id: u64, result: &DiskResult) -> Result<(), IoError> {
         if let Some(outcome) = self.image.reader.complete(id, result) {
             return outcome;
+        }
+        if let Some(choosing) = &mut self.admin.choosing
+            && let Some(outcome) = choosing.reader.complete(id, result)
+        {
+            if outcome.is_err() {
+                choosing.reader.give_up();
+            }
+            return Ok(());
         }
         // What a shadow lacks may be unreadable here; that is no reason to stop serving.
         for reader in self.links.readers() {

@@ -149,7 +149,13 @@ impl Run {
     /// The shell has done a part of it, or all; or can't.
     pub(super) fn salvaged(&mut self, result: Result<Option<String>, String>) {
         let Part::Shadow(s) = &mut self.part else { return };
-        let Some(saving) = s.rebase.as_mut().and_then(Rebase::saving) else { return };
+        let promotion = self.admin.promotion.as_mut().and_then(|p| p.rewind.as_mut());
+        let promoting = promotion.is_some();
+        let saving = match promotion {
+            Some(rewind) => rewind.saving(),
+            None => s.rebase.as_mut().and_then(Rebase::saving),
+        };
+        let Some(saving) = saving else { return };
         match (result, saving.step) {
             (Ok(None), Step::Writing) => saving.step = Step::Records,
             (Ok(Some(path)), Step::Ending) => {
@@ -159,6 +165,7 @@ impl Run {
                 self.log(Level::Warn, format!("{records} records that are given up are saved in {path}"));
             }
             (Ok(_), _) => {}
+            (Err(why), _) if promoting => self.rewind_unsaved(&why),
             (Err(why), _) => {
                 s.rebase = None;
                 let text = format!("what is to be given up can't be saved: {why}");

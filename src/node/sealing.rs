@@ -305,6 +305,7 @@ impl Run {
         p.cache = Some(Cache::new(ring));
         let sb = &mut self.meta.sb;
         sb.role = Role::Primary;
+        sb.cut = None;
         sb.generation = role::next_generation(&sb.openings, term);
         role::note_opening(&mut sb.openings, sb.generation, tail.point);
         let promoted = sb.generation.start == 1 && tail.point.lsn > Lsn(0);

@@ -4,6 +4,7 @@
 //! journal is appended (I7); a position is told only when it is true (I5); nothing above the
 //! primary's announced durable LSN is applied.
 
+use super::delay::Delay;
 use super::event::{Action, Level, LinkId, Positions};
 use super::meta::Ticket;
 use super::rebase::{Rebase, Retreat};
@@ -26,7 +27,8 @@ pub struct Shadow {
     cut: Option<Cut>,
     /// Positions last told, on which link, and when.
     told: Option<(LinkId, Positions, u64)>,
-    /// Seal times of the records that are not durable (and the durable LSNs they carry), and not applied.
+    /// Seal times of the records that are not durable (and the durable LSNs they carry), and not applied: of these
+    /// the last of some and the time of the first.
     undurable: VecDeque<(Lsn, u64, Lsn)>,
     unapplied: VecDeque<(Lsn, u64)>,
     meter: Meter,
@@ -42,6 +44,7 @@ pub struct Shadow {
     whole_from: Lsn,
     /// The superblock that will vouch for a higher limit.
     vouching: Option<(Ticket, Lsn)>,
+    pub(super) delay: Delay,
     /// No more dialling: the node is shutting down.
     pub(super) closing: bool,
     /// The journal is to begin anew, in another history.
@@ -83,19 +86,20 @@ const RECEIVED_STEP: u64 = 32;
 const TOLD_AFTER: u64 = 5 * MILLIS;
 
 impl Shadow {
-    /// A shadow without a link, whose journal ends with `tail`; the primary has everything up to `limit`, as
-    /// recovery found.
-    pub fn new(limit: Lsn, tail: Lsn) -> Shadow {
+    /// A shadow without a link; the primary has everything up to `limit`, as recovery found. Something of the records
+    /// up to `begun` may be in the backings.
+    pub fn new(limit: Lsn, begun: Lsn, delay: Delay) -> Shadow {
         Shadow {
             cut: None,
             told: None,
             undurable: VecDeque::new(),
-            unapplied: VecDeque::new(),
+            unapplied: delay.unapplied(),
+            delay,
             meter: Meter::default(),
             held: VecDeque::new(),
             held_bytes: 0,
             vouched: limit,
-            whole_from: limit.min(tail),
+            whole_from: begun,
             vouching: None,
             closing: false,
             rebase: None,
@@ -112,6 +116,7 @@ impl Shadow {
     pub fn begin_anew(&mut self, at: Lsn) {
         self.undurable.clear();
         self.unapplied.clear();
+        self.delay.begin_anew(at);
         (self.vouched, self.vouching, self.told) = (at, None, None);
         self.whole_from = Lsn(0);
         self.compare_at = 0;
@@ -145,6 +150,11 @@ impl Shadow {
         self.vouching = None;
     }
 
+    /// A record waits for room in the journal.
+    pub fn is_holding(&self) -> bool {
+        !self.held.is_empty()
+    }
+
     /// The journal is about to be cut back: nothing goes from it into the image.
     pub fn is_cutting(&self) -> bool {
         self.cut.is_some()
@@ -155,6 +165,7 @@ impl Run {
     /// Moves the shadow on; whether anything moved.
     pub(super) fn pump_shadow(&mut self) -> bool {
         let mut moved = self.append_held();
+        self.pump_delay();
         moved |= self.pump_view();
         moved |= self.pump_rebase();
         moved |= self.pump_retreat();
@@ -223,7 +234,11 @@ impl Run {
             s.held_bytes -= record.wire_len();
             let (lsn, time) = (record.stamp.lsn, record.stamp.time);
             s.undurable.push_back((lsn, time, record.stamp.durable));
-            s.unapplied.push_back((lsn, time));
+            s.delay.received(lsn, time, self.now.mono);
+            match s.unapplied.back_mut().filter(|(_, first)| time < first.saturating_add(s.delay.step())) {
+                Some((last, _)) => *last = lsn,
+                None => s.unapplied.push_back((lsn, time)),
+            }
             let late = self.links.primary_clock().map_or(0, |c| c.since(time, self.now.wall));
             s.meter.record(0, late, self.now.mono);
             let wanted = record.stamp.flags & flags::SYNC != 0;
@@ -250,7 +265,7 @@ impl Run {
     fn vouch(&mut self) {
         let (limit, durable) = (self.meta.sb.limit, self.journal.durable());
         let Part::Shadow(s) = &mut self.part else { return };
-        if s.is_cutting() || s.is_turning() {
+        if s.is_cutting() || s.is_turning() || self.admin.is_promoting() {
             return; // what is durable now may be gone in a moment
         }
         match s.vouching {
@@ -287,7 +302,7 @@ impl Run {
         let Part::Shadow(s) = &mut self.part else { return };
         while let Some((_, time)) = s.unapplied.pop_front_if(|(lsn, _)| *lsn <= applied) {
             let late = self.links.primary_clock().map_or(0, |c| c.since(time, wall));
-            s.meter.record(2, late, self.now.mono);
+            s.meter.record(2, late.saturating_sub(s.delay.intended()), self.now.mono);
         }
     }
 
@@ -370,7 +385,8 @@ impl Run {
                 self.maps.rewind(at.lsn);
                 self.marks.cut(at.lsn);
                 s.undurable.clear();
-                s.unapplied.retain(|(lsn, _)| *lsn <= at.lsn);
+                s.unapplied.iter_mut().for_each(|(last, _)| *last = (*last).min(at.lsn));
+                s.delay.cut(at.lsn);
                 self.forget_held();
                 self.feed.clear();
                 self.image.journal_cut();
@@ -408,7 +424,9 @@ impl Run {
         let bytes = if records > 0 { heard.bytes } else { 0 };
         let late = if records > 0 { clock.since(since, self.now.wall) } else { 0 };
         // What a silent primary has sealed since is unknown here: the last word of it is the bound.
-        let seconds = late.max(self.silence().unwrap_or(0)) as f64 / SECONDS as f64;
+        let silent = self.silence().unwrap_or(0);
+        let seconds = |late: u64| late.max(silent) as f64 / SECONDS as f64;
+        let (total_seconds, seconds) = (seconds(late), seconds(late.saturating_sub(s.delay.intended())));
         Some(Lag {
             count: s.meter.count(),
             received: s.meter.quantiles(0),
@@ -417,6 +435,7 @@ impl Run {
             records,
             bytes,
             seconds,
+            total_seconds,
             clock_offset: clock.offset() as f64 / SECONDS as f64,
         })
     }

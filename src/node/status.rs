@@ -61,6 +61,9 @@ pub struct Status {
     pub peers: Vec<PeerStatus>,
     /// On a shadow: its lag behind its primary, measured here.
     pub lag: Option<Lag>,
+    /// On a shadow that holds its image back: that.
+    #[serde(default)]
+    pub apply_delay: Option<DelayStatus>,
     /// On a shadow: when it was last proved identical, RFC 3339, and at which LSN; not yet: null.
     pub verified: Option<Verified>,
     /// On a shadow: bytes that the last comparison found to differ, and that nobody has repaired.
@@ -92,6 +95,29 @@ pub struct ViewStatus {
     pub waiting_records: u64,
     /// Its devices or NBD URIs, in the order of the volumes.
     pub devices: Vec<String>,
+}
+
+/// An image that is held back on purpose.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct DelayStatus {
+    /// By so many seconds, as configured.
+    pub seconds: f64,
+    /// "Held", "Shortened" (the journal is too small) or "Suspended" (a comparison needs the newest image).
+    pub state: String,
+    /// Why, when not Held.
+    pub reason: Option<String>,
+    /// Seconds that the oldest record not in the image has been held; 0 when there is none.
+    pub held_seconds: f64,
+    /// `promote --at` can choose from here: the newest record in the image.
+    pub window_from_lsn: u64,
+    /// When that was sealed, RFC 3339; or, if that is not known (after a start), a time not after the seal of the
+    /// first record that is held; null when there is none.
+    pub window_from_time: Option<String>,
+    /// To here: the newest record in the journal.
+    pub window_to_lsn: u64,
+    /// When that was sealed, RFC 3339.
+    #[serde(default)]
+    pub window_to_time: Option<String>,
 }
 
 /// A mark: a named place in the write order.
@@ -231,8 +257,12 @@ pub struct PeerStatus {
     pub lag_records: u64,
     /// Journal bytes not applied there.
     pub lag_bytes: u64,
-    /// Seconds from the seal of the oldest record not applied there until now; 0 when none.
+    /// Seconds from the seal of the oldest record not applied there until now, less what it holds its image back on
+    /// purpose; 0 when none.
     pub lag_seconds: f64,
+    /// Seconds by which it holds its image back on purpose.
+    #[serde(default)]
+    pub apply_delay_seconds: f64,
     /// Seconds since it was last heard; null if never.
     pub heard_seconds_ago: Option<f64>,
     /// Round trip of the last heartbeat, seconds.
@@ -261,9 +291,12 @@ pub struct Lag {
     pub records: u64,
     /// Their journal bytes, as far as known.
     pub bytes: u64,
-    /// Seconds since the oldest of them was sealed; 0 when none. While the primary is silent, at least
+    /// Seconds since the oldest of them was sealed, less the delay that is intended; 0 when none. While the primary is silent, at least
     /// the seconds since it was heard.
     pub seconds: f64,
+    /// The same with the delay: how old the image is.
+    #[serde(default)]
+    pub total_seconds: f64,
     /// Difference of the clocks (primary minus shadow) that was taken off, seconds.
     pub clock_offset: f64,
 }

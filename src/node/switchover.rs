@@ -5,6 +5,7 @@
 //! told (no two primaries). Whoever was told nothing has not taken over: when he says so in a handshake, under the
 //! same term, the place is taken back.
 
+use super::delay::Delay;
 use super::event::{AdminId, Level, LinkId, Refusal};
 use super::links::LinkState;
 use super::meta::Ticket;
@@ -230,7 +231,7 @@ impl Run {
 
     /// From a primary that has nothing under way to a shadow.
     pub(super) fn leave_primary(&mut self) {
-        let (limit, tail) = (self.meta.sb.limit, self.journal.tail().point.lsn);
+        let (limit, tail) = (self.meta.sb.limit, *self.journal.tail());
         let mut waiting = Vec::new();
         if let Part::Primary(p) = &mut self.part {
             waiting = p.take_all();
@@ -241,7 +242,10 @@ impl Run {
         for id in waiting {
             self.complete(id, Err(crate::disk::IoError::EIO));
         }
-        let mut shadow = Shadow::new(limit, tail);
+        // What was written back may be newer than the record that it was written back for: all goes there at once.
+        let begun = limit.min(tail.point.lsn);
+        let delay = Delay::new(self.cfg.apply_delay, begun, tail.point.lsn, tail.time, self.now.mono);
+        let mut shadow = Shadow::new(limit, begun, delay);
         shadow.closing = self.admin.is_shutting_down();
         self.part = Part::Shadow(shadow);
         // Whoever came meanwhile was greeted by a primary.

@@ -7,7 +7,8 @@
 //! journal fails. A view lives in this process only: the next one finds an overlay and drops it.
 
 use super::VIEW;
-use super::event::{Action, AdminId, Level, Op, Refusal, RequestId};
+use super::event::{Action, AdminId, At, Level, Op, Refusal, RequestId};
+use super::rewind::Purpose;
 use super::run::{Part, Run};
 use super::status::{ViewStatus, rfc3339};
 use crate::apply::stage::Stage;
@@ -251,6 +252,14 @@ impl Run {
         }
     }
 
+    /// The record of that time or mark is looked for first.
+    pub(super) fn choose_view(&mut self, id: AdminId, scratch: bool, at: At) {
+        match self.may_view(None) {
+            Ok(()) => self.begin_choosing(id, at, Purpose::View { scratch }),
+            Err(refused) => self.answer(id, Err(refused)),
+        }
+    }
+
     fn may_view(&self, at: Option<Lsn>) -> Result<(), (Refusal, String)> {
         let busy = |text: String| Err((Refusal::Busy, text));
         let group = &self.cfg.group_name;
@@ -273,11 +282,17 @@ impl Run {
         if s.closing || self.admin.is_promoting() || self.admin.is_draining() {
             return busy("this node is shutting down, draining, or being promoted".into());
         }
-        let (applied, most) =
-            (self.image.newest().max(s.whole_from()), self.journal.durable().min(s.vouched()));
+        let applied = self.image.underway().point.lsn.max(s.whole_from());
+        let most = self.journal.durable().min(s.vouched());
+        let (most, held) = (most.min(s.delay.meant()), most);
         match at {
             Some(lsn) if lsn < applied => busy(format!(
                 "the image here is that of LSN {applied} already: LSN {lsn} can't be shown any more"
+            )),
+            Some(lsn) if lsn > most.max(applied) && lsn <= held => busy(format!(
+                "LSN {lsn} is held back here (apply_delay); the newest that may be shown is {}. A view would put all up \
+                 to LSN {lsn} into the image, and promote --at could stop before it no longer",
+                most.max(applied)
             )),
             Some(lsn) if lsn > most.max(applied) => busy(format!(
                 "LSN {lsn} is not here yet, or not known to be durable on the primary: the newest is {}",
@@ -474,7 +489,7 @@ impl Run {
     fn view_fills_the_journal(&mut self) -> bool {
         let Part::Shadow(s) = &self.part else { return false };
         let applied = self.image.applied.point.lsn;
-        let due = self.journal.durable().min(s.vouched()) > applied;
+        let due = self.journal.durable().min(s.vouched()).min(s.delay.limit()) > applied;
         let (used, size) = self.journal.usage();
         if !self.view_holds() || !due || used <= size / 4 * 3 || self.links.checkpoint < applied {
             return false;

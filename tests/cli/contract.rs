@@ -43,14 +43,24 @@ const VERBS: [(&str, &[&str], &[&str]); 18] = [
     ("status", &["status", "g"], &["--watch"]),
     ("history", &["history", "g"], &[]),
     ("mark", &["mark", "g", "before batch"], &[]),
-    ("promote", &["promote", "g"], &["--dry-run", "--i-fenced-the-old-primary", "--yes"]),
+    ("promote", &["promote", "g"], &["--at", "--dry-run", "--i-fenced-the-old-primary", "--yes"]),
     ("switchover", &["switchover", "g", "--to", "db2"], &["--to", "--dry-run", "--yes"]),
     (
         "refresh",
         &["refresh", "g"],
-        &["--peer", "--quick", "--rate", "--no-wait", "--stop", "--dry-run", "--in-place", "--yes"],
+        &[
+            "--peer",
+            "--quick",
+            "--rate",
+            "--suspend-delay",
+            "--no-wait",
+            "--stop",
+            "--dry-run",
+            "--in-place",
+            "--yes",
+        ],
     ),
-    ("verify", &["verify", "g"], &["--peer", "--quick", "--rate", "--no-wait", "--stop"]),
+    ("verify", &["verify", "g"], &["--peer", "--quick", "--rate", "--suspend-delay", "--no-wait", "--stop"]),
     ("rejoin", &["rejoin", "g"], &["--dry-run", "--yes"]),
     ("resolve", &["resolve", "g", "--keep", "db2"], &["--keep", "--dry-run", "--yes"]),
     ("salvage", &["salvage", "g"], &[]),
@@ -200,6 +210,7 @@ fn verbs_that_need_the_daemon_say_so() {
     place.init(&["data=disk:1M"]).expect(0, &[]);
     place.run(&["mark", "g", "before batch"]).expect(1, &["not running", "volrep serve g"]);
     place.run(&["mark", "g", "a\nb"]).expect(2, &["one visible line"]);
+    place.run(&["mark", "g", "12:00"]).expect(2, &["is an LSN or a time"]);
     let verbs = ["attach", "detach", "promote", "refresh", "verify", "rejoin", "resolve", "view", "drill"];
     for (_, complete, _) in VERBS.iter().filter(|(verb, ..)| verbs.contains(verb)) {
         place.run(complete).expect(1, &["not running", "volrep serve g"]);

@@ -4,6 +4,7 @@
 //! nothing is left. VOLREP_LONG=1 runs the long forms.
 
 mod crash;
+mod delay;
 #[path = "../descriptors/mod.rs"]
 mod descriptors;
 mod drill;

@@ -122,6 +122,8 @@ fn a_refresh_under_writes_finds_what_was_spoilt_and_nothing_else() {
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let (stop, socket) = (&stop, pair.primary.socket());
+        // A failed check ends it, too: the scope waits for it.
+        let _end = End(stop);
         let writer = scope.spawn(move || {
             let mut client = Client::connect(&socket, "data").unwrap();
             let mut random = Random(13);
@@ -144,6 +146,15 @@ fn a_refresh_under_writes_finds_what_was_spoilt_and_nothing_else() {
         writer.join().unwrap();
     });
     pair.finish();
+}
+
+/// Ends a writer, whatever happens.
+struct End<'a>(&'a AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 /// The three checkpoints that it takes until what was read is in the index.

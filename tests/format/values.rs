@@ -179,6 +179,8 @@ pub fn superblock() -> Superblock {
         }),
         verified: Some(Verified { time: 0x0d04, lsn: Lsn(0x0d05), differences: 0x0d06 }),
         unrepaired: 0x0d10,
+        redo: Some(Lsn(0x0d11)),
+        cut: Some(point(35)),
     }
 }
 
@@ -198,6 +200,7 @@ pub fn identity() -> Identity {
         openings: vec![Opening { generation: generation(2), at: point(12) }],
         resyncing: true,
         rewinds: true,
+        apply_delay: 0x0b0c,
     }
 }
 
@@ -274,7 +277,10 @@ fn words() -> Vec<(&'static str, Compare)> {
         ("compare_close", Compare::Close { window }),
         ("compare_closed", Compare::Closed { window, lsn: Lsn(77) }),
         ("compare_fail", Compare::Fail { text: "reading failed".into() }),
-        ("compare_begin", Compare::Begin { quick: true, verify: false, rate: 0x0f04, in_place: true }),
+        (
+            "compare_begin",
+            Compare::Begin { quick: true, verify: false, rate: 0x0f04, in_place: true, suspend_delay: false },
+        ),
         ("compare_stop", Compare::Stop),
         ("compare_report", Compare::Report { json: Bytes::from_static(b"{}") }),
     ]

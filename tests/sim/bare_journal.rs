@@ -51,6 +51,8 @@ fn superblock(group: GroupId) -> Superblock {
         comparison: None,
         verified: None,
         unrepaired: 0,
+        redo: None,
+        cut: None,
     }
 }
 

@@ -60,7 +60,8 @@ impl World {
         }
         let rng = &mut self.scenario.rng;
         let rate = if rng.permille(200) { rng.log(1 << 20, 1 << 30) } else { 0 };
-        let wish = Refresh { peer: None, quick, verify, rate, in_place: false };
+        let suspend_delay = rng.permille(800);
+        let wish = Refresh { quick, verify, rate, suspend_delay, ..Refresh::default() };
         self.ask(node, AdminOp::Refresh(wish), Purpose::Refresh)
     }
 
@@ -90,7 +91,7 @@ impl World {
             all = false;
             if !running {
                 self.hosts[node].rot.before = Some(known);
-                let wish = Refresh::default();
+                let wish = Refresh { suspend_delay: true, ..Refresh::default() };
                 self.ask(node, AdminOp::Refresh(wish), Purpose::Refresh)?;
             }
         }

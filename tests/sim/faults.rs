@@ -20,7 +20,7 @@ impl World {
         (!shadows.is_empty()).then(|| self.scenario.rng.pick(&shadows))
     }
 
-    fn crash(&mut self, node: usize, power: bool) {
+    pub fn crash(&mut self, node: usize, power: bool) {
         if self.hosts[node].gone {
             return;
         }

@@ -18,7 +18,8 @@ pub struct Entry {
     pub lsn: Lsn,
     /// The record before.
     pub prev: Hash,
-    time: u64,
+    /// Seal time.
+    pub time: u64,
     /// What it wrote: volume, first sector, of which writes.
     pub runs: Vec<(usize, u64, Vec<WriteId>)>,
     /// The latest submission of any write up to here.

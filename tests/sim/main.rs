@@ -29,6 +29,7 @@ mod plan;
 mod prng;
 mod rejoin;
 mod rest;
+mod rewind;
 mod rollback;
 mod scenario;
 mod sweep;

@@ -13,7 +13,6 @@ use volrep::units::Hash;
 
 /// A mark that was answered.
 #[derive(Clone, Debug)]
-#[expect(dead_code, reason = "told in a failure")]
 pub struct Made {
     /// Its record.
     pub lsn: u64,
@@ -78,6 +77,7 @@ impl World {
         if line.as_deref() != Some(std::slice::from_ref(&event)) {
             return broken("contract", format!("{event:?} does not come back from its line"));
         }
+        self.watch_delay(node, &event);
         let kept = &mut self.hosts[node].kept;
         let barrier = matches!(event.what, Happening::Mark { .. } | Happening::GivenUp { .. });
         if kept.standing().note(&event) {

@@ -151,6 +151,9 @@ impl World {
             return broken("contract", format!("mapped memory: {}", disk::describe(&request)));
         }
         let file = request.file;
+        if matches!(file, File::Superblock | File::Journal) {
+            self.promotion_step(node);
+        }
         if matches!(file, File::Stage(_)) {
             self.resync_step(node);
         }

@@ -201,6 +201,12 @@ pub struct Plan {
     pub promotion: Option<(u64, Loss, usize)>,
     /// The primary is moved, there and back; nobody is promoted then.
     pub moves: bool,
+    /// How long shadows hold their images back, ns.
+    pub apply_delay: u64,
+    /// The promotion is as of an earlier record, mostly.
+    pub rewind: bool,
+    /// How many of the steps of such a promotion are followed by a death, in thousandths.
+    pub ambush_promotion: u64,
     /// Who holds records of its own after that is told to rejoin.
     pub rejoin: bool,
     /// Another shadow is promoted, too.
@@ -232,7 +238,9 @@ impl Plan {
             mix.rich = rng.pick(&[700, 1000]);
         }
         let sync = if rng.permille(350) { rng.within(1, (1 << (nodes - 1)) - 1) as u8 } else { 0 } << 1;
-        let promotion = rng.permille(350).then(|| {
+        let apply_delay = if rng.permille(300) { rng.log(10 * MILLIS, 5 * SECONDS) } else { 0 };
+        let rewind = apply_delay > 0 && rng.permille(700);
+        let promotion = rng.permille(if rewind { 800 } else { 350 }).then(|| {
             let at = rng.within(mix.requests / 4, mix.requests * 3 / 4);
             (
                 at,
@@ -278,7 +286,7 @@ impl Plan {
             faults.extend((0..count).map(|_| (rng.within(1, mix.requests), rng.pick(&kinds))));
             faults.sort_unstable();
         }
-        if rng.permille(400) {
+        if rng.permille(if rewind { 900 } else { 400 }) {
             let count = rng.within(1, 12);
             faults.extend((0..count).map(|_| (rng.within(1, mix.requests), Fault::Mark)));
             faults.sort_unstable();
@@ -332,6 +340,9 @@ impl Plan {
             mix,
             promotion,
             moves,
+            apply_delay,
+            rewind,
+            ambush_promotion: rng.pick(&[0, 50, 200, 500]),
             rejoin: rng.permille(700),
             double: rng.permille(700),
             rollback: None,

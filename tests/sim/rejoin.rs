@@ -71,19 +71,26 @@ impl World {
         Ok(())
     }
 
+    /// The other node was promoted over this one, which has heard of it.
+    pub fn is_outranked(&self, node: usize) -> bool {
+        let watch = &self.hosts[node].watch;
+        self.scenario.other.is_some_and(|other| other != node) && watch.heard_term > watch.acting_term
+    }
+
     /// Somebody else promotes the other shadow at the same time.
     pub fn promote_another(&mut self, node: usize) -> Outcome {
         let other = (1..self.hosts.len()).find(|n| *n != node && self.hosts[*n].node.is_some());
         let Some(other) = other.filter(|_| self.plan.double && self.plan.rejoin) else { return Ok(()) };
         if self.scenario.other.is_none() {
             self.scenario.other = Some(other);
-            self.ask(other, AdminOp::Promote { fenced: true, dry_run: false }, Purpose::Promote)?;
+            self.ask(other, AdminOp::Promote { fenced: true, dry_run: false, at: None }, Purpose::Promote)?;
         }
         Ok(())
     }
 
     /// The shell writes a part of a salvage file.
     pub fn salvage(&mut self, node: usize, part: Salvage) -> Outcome {
+        self.promotion_step(node);
         let end = matches!(part, Salvage::End(_));
         let files = &mut self.hosts[node].salvage;
         match part {

@@ -12,7 +12,7 @@ use crate::workload::Asked;
 use crate::world::{Coming, Outcome, Purpose, World, broken};
 use bytes::Bytes;
 use std::collections::BTreeSet;
-use volrep::node::event::{AdminOp, Op, Refresh};
+use volrep::node::event::{AdminOp, At, Op, Refresh};
 use volrep::node::status::Status;
 use volrep::units::{Address, Extent, Hash, MILLIS, SECONDS};
 
@@ -62,6 +62,8 @@ pub struct Scenario {
     rebase: bool,
     /// When the old primary came back.
     returned: Option<u64>,
+    /// As of which record the shadow is to be promoted.
+    pub wanted: Option<At>,
     /// It follows now.
     pub rejoined: bool,
     /// The other node that was promoted, while it is a primary.
@@ -92,6 +94,7 @@ impl Scenario {
             dials_fail_until: 0,
             rebase: false,
             returned: None,
+            wanted: None,
             rejoined: false,
             other: None,
             rollback: crate::rollback::Rollback::default(),
@@ -102,6 +105,10 @@ impl Scenario {
     /// The whole image is being read.
     pub fn is_reading(&self) -> bool {
         self.verify.is_some()
+    }
+    /// The shadow was told to become the primary.
+    pub fn is_asked(&self) -> bool {
+        self.asked
     }
     /// What is going on.
     pub fn phase(&self) -> Phase {
@@ -502,7 +509,11 @@ impl World {
         if self.hosts[target].view.is_some() {
             self.counts.met("promoted with a view open");
         }
-        self.ask(target, AdminOp::Promote { fenced: true, dry_run: false }, Purpose::Promote)
+        let at = self.choose_record(target);
+        if at.is_some() || self.hosts[target].watch.cut.is_none() {
+            self.scenario.wanted.clone_from(&at);
+        }
+        self.ask(target, AdminOp::Promote { fenced: true, dry_run: false, at }, Purpose::Promote)
     }
 
     /// Nodes that must follow the primary: not the one that was replaced.
@@ -645,6 +656,10 @@ impl World {
             && !self.history.includes(tail, applied.hash)
         {
             return broken("I5", format!("promoted without {applied:?}, which it had reported as applied"));
+        }
+        self.check_rewound(node, tail)?;
+        if self.hosts[node].watch.cut.is_some() {
+            return Ok(()); // that was promised, and is given up
         }
         self.counts.check("I4");
         let bit = 1u8 << node;

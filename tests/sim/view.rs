@@ -13,9 +13,9 @@ use crate::world::{Coming, Outcome, Purpose, World, broken};
 use bytes::Bytes;
 use std::collections::BTreeMap;
 use volrep::disk::{File, IoError};
-use volrep::node::event::{AdminOp, Event, Op, RequestId};
+use volrep::node::event::{AdminOp, At, Event, Op, RequestId};
 use volrep::node::status::Status;
-use volrep::units::{Extent, Lsn, MICROS, MILLIS};
+use volrep::units::{Extent, HistoryPoint, Lsn, MICROS, MILLIS};
 
 /// Requests with higher numbers are a view's.
 pub const IDS: u64 = 1 << 40;
@@ -33,7 +33,9 @@ struct Version {
 /// A view, as its user knows it.
 pub struct Seen {
     scratch: bool,
-    at: Option<u64>,
+    at: Option<At>,
+    /// When it was asked for.
+    asked: u64,
     /// What it showed when it was opened, once it is.
     base: Option<Image>,
     versions: BTreeMap<(usize, u64), Vec<Version>>,
@@ -95,15 +97,22 @@ impl World {
         let rng = &mut self.views.rng;
         let scratch = rng.permille(700);
         let ahead = durable.saturating_sub(applied) + 3;
-        let at = rng.permille(400).then(|| (applied + rng.below(ahead)).saturating_sub(1));
+        let wanted = rng.permille(400).then(|| (applied + rng.below(ahead)).saturating_sub(1));
+        let how = rng.below(5);
         let left = rng.log(1, 300);
         let full = scratch && rng.permille(150);
-        let (versions, failed) = (BTreeMap::new(), false);
-        self.hosts[node].view = Some(Seen { scratch, at, base: None, versions, left, failed });
+        let at = match wanted {
+            Some(lsn) if how > 1 => Some(At::Lsn(Lsn(lsn))),
+            Some(_) => self.name_record(node, (applied, durable), how),
+            None => None,
+        };
+        let (versions, failed, asked) = (BTreeMap::new(), false, self.now);
+        self.hosts[node].view =
+            Some(Seen { scratch, at: at.clone(), asked, base: None, versions, left, failed });
         if full {
             self.fill_stage(node);
         }
-        self.ask(node, AdminOp::View { scratch, at: at.map(Lsn) }, Purpose::View)
+        self.ask(node, AdminOp::View { scratch, at }, Purpose::View)
     }
 
     /// It is open, or was a moment ago.
@@ -114,14 +123,20 @@ impl World {
         let host = &self.hosts[node];
         let Some(seen) = &host.view else { return Ok(()) };
         self.counts.met(&format!("{} view open", view.kind));
-        if seen.at.is_some_and(|at| at != lsn) {
-            return broken("contract", format!("a view at {:?} is open at {lsn}", seen.at));
-        }
         let Some(hash) = host.watch.at(lsn, self.history.origin) else {
             return broken("I1", format!("a view of {node} at {lsn}, which was never in its journal"));
         };
-        if seen.at.is_some() {
-            self.counts.met("view at a record");
+        let point = HistoryPoint { lsn: Lsn(lsn), hash };
+        if let Some(at) = &seen.at {
+            if !self.is_meant(node, at, point, seen.asked) {
+                return broken("contract", format!("a view at {at:?} is open at {lsn}"));
+            }
+            let how = match at {
+                At::Lsn(_) => "a record",
+                At::Time(_) => "a time",
+                At::Mark(_) => "a mark",
+            };
+            self.counts.met(&format!("view at {how}"));
         }
         let base = self.history.image(hash);
         if let Some(seen) = &mut self.hosts[node].view {

@@ -58,9 +58,18 @@ pub struct Watch {
     pub heard_tail: Option<crate::late::Heard>,
     /// When it last heard anything of it.
     pub heard_at: u64,
-
     /// Its last state.
     pub state: Option<String>,
+    /// As of which record it was promoted.
+    pub cut: Option<HistoryPoint>,
+    /// When each record came.
+    pub received: BTreeMap<u64, u64>,
+    /// When its process began.
+    pub booted_at: u64,
+    /// Up to here it did not hold its image back, as it said.
+    pub undelayed: u64,
+    /// It does not now.
+    pub lifted: bool,
 }
 
 impl Default for Watch {
@@ -90,15 +99,25 @@ impl Default for Watch {
             heard_tail: None,
             heard_at: 0,
             state: None,
+            cut: None,
+            received: BTreeMap::new(),
+            booted_at: 0,
+            undelayed: 0,
+            lifted: false,
         }
     }
 }
 
 impl Watch {
     /// A new process.
-    pub fn booted(&mut self) {
+    pub fn booted(&mut self, now: u64) {
+        self.booted_at = now;
         (self.faulted, self.latched, self.stopping, self.must_fail) = (false, false, false, false);
         (self.said_applied, self.heard_tail) = (0, None);
+    }
+    /// What it claimed after `lsn` is given up.
+    pub fn unclaim(&mut self, lsn: u64) {
+        self.claimed = self.claimed.min(lsn);
     }
     /// Highest LSN that it claimed durable in its present history.
     pub fn claimed(&self) -> u64 {
@@ -181,6 +200,7 @@ impl World {
         let end = place + record.padded_len() as usize;
         watch.places.retain(|_, (at, len)| *at + *len <= place || end <= *at); // recycled
         watch.places.insert(lsn, (place, end - place));
+        watch.received.insert(lsn, self.now);
         Ok(())
     }
 
@@ -226,6 +246,11 @@ impl World {
         let raised = before.is_some_and(|(role, term, ..)| {
             (role, s.role) == (Role::Primary, Role::Primary) && term != s.term && s.term.node == host.id
         });
+        if before.is_some_and(|(role, ..)| role == Role::Primary) && s.role == Role::Shadow {
+            // What it wrote itself may be in its image.
+            let newest = watch.journal.last_key_value().map_or(0, |(lsn, _)| *lsn);
+            watch.undelayed = watch.undelayed.max(newest);
+        }
         watch.rewinds = s.retired.is_some_and(|r| r.rewinds);
         let stage = s.resync.as_ref().map(|r| r.stage);
         let mut step = false;
@@ -270,6 +295,7 @@ impl World {
         if moved {
             self.role_step(node);
         }
+        self.check_cut(node, &s)?;
         if s.checkpoint.lsn.0 > 0 && !self.history.knows(s.checkpoint.hash) {
             return broken("I1", format!("checkpoint at an unknown record {:?}", s.checkpoint));
         }
@@ -295,6 +321,10 @@ impl World {
         if s.retired.is_some_and(|r| r.rewinds) {
             watch.give_up(); // it still does what it was told
         }
+        // What may be in the image in part goes there at once.
+        let newest = watch.journal.last_key_value().map_or(0, |(lsn, _)| *lsn);
+        let redo = s.redo.map_or(newest, |lsn| lsn.0);
+        watch.undelayed = watch.undelayed.max(s.checkpoint.lsn.0).max(redo);
         (watch.term, watch.base_segment, watch.consistent) = (s.term, s.base_segment, s.consistent);
         (watch.stage, watch.shown) = (s.resync.as_ref().map(|r| r.stage), shown(&s));
         let host = &self.hosts[node];
@@ -385,6 +415,7 @@ impl World {
     /// It says that everything up to here is in its image.
     fn watch_applied(&mut self, node: usize, lsn: u64) -> Outcome {
         self.counts.check("I5");
+        self.check_delay(node, lsn)?;
         let host = &mut self.hosts[node];
         let watch = &mut host.watch;
         if lsn < watch.said_applied {

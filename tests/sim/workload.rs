@@ -290,7 +290,8 @@ impl World {
             self.after(1_000_000, Coming::Verified { node, incarnation, extent, bytes, tick });
         }
         let watch = &self.hosts[node].watch;
-        if watch.faulted || watch.stopping || self.scenario.demoted(node) || self.is_moving(node) {
+        let replaced = self.scenario.demoted(node) || self.is_outranked(node);
+        if watch.faulted || watch.stopping || replaced || self.is_moving(node) {
             return Ok(());
         }
         // Of two that were promoted, the one with the lower term ends when it hears of the other.

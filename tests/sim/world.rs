@@ -83,6 +83,8 @@ pub enum Coming {
     Salvaged { node: usize, incarnation: u32, end: bool },
     /// The user of a view goes on.
     View { node: usize, incarnation: u32 },
+    /// A node that is being promoted dies.
+    Fall { node: usize, incarnation: u32, power: bool },
     /// A partition ends.
     Heal { pair: (usize, usize) },
 }
@@ -404,6 +406,13 @@ impl World {
             Coming::Arrive { connection, side } => self.arrive(connection, side),
             Coming::Down { connection, side } => self.link_down(connection, side),
             Coming::Ambush { node, fault } => self.strike(node, fault),
+            Coming::Fall { node, incarnation, power } => {
+                if self.lives(node, incarnation) {
+                    self.counts.met("death while being promoted");
+                    self.crash(node, power);
+                }
+                Ok(())
+            }
             Coming::Boot { node } => self.boot(node),
             Coming::Heal { pair } => {
                 if self.net.partitions.get(&pair).is_some_and(|until| *until <= self.now) {
@@ -446,7 +455,7 @@ impl World {
             Memories { ring: Some(host.ring.lend()), maps: host.maps.lend(), index: host.index.lend() };
         let mut new = Node::new(host.config.clone(), memories);
         self.trace.note(at, node, "boot", [u64::from(host.incarnation), 0, 0]);
-        host.watch.booted();
+        host.watch.booted(at);
         let mut actions = Actions::default();
         new.start(host.now(at), &mut actions);
         host.node = Some(new);
@@ -616,6 +625,7 @@ fn config(
         boot: rng.bytes16(),
         full: plan.full,
         accept_lost_cache: false,
+        apply_delay: if n == 0 { 0 } else { plan.apply_delay },
         level: plan.level,
         feed_bytes: plan.feed,
         window_bytes: plan.window,
@@ -667,6 +677,8 @@ fn superblock(
         comparison: None,
         verified: None,
         unrepaired: 0,
+        redo: None,
+        cut: None,
     }
 }
 

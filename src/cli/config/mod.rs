@@ -20,6 +20,8 @@ use std::time::Duration;
 
 /// Bytes of a key.
 pub const KEY: usize = 32;
+/// Longest `apply_delay`.
+pub const MAX_DELAY: Duration = Duration::from_secs(30 * 86_400);
 /// Port of the first group on a machine.
 pub const PORT: u16 = 7654;
 
@@ -42,6 +44,9 @@ pub struct Config {
     /// What a full journal does.
     #[serde(default)]
     pub on_full: OnFull,
+    /// While this node is a shadow: its image is held back by so much.
+    #[serde(default)]
+    pub apply_delay: Span,
     /// Strongest zstd level; 0 never compresses.
     #[serde(default = "default_compression")]
     pub compression: i32,
@@ -242,11 +247,11 @@ pub struct TimingOverrides {
 }
 
 /// A span of time, written "5ms", "2s".
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Span(pub Duration);
 
 impl Span {
-    /// Nanoseconds; at most a day, which the check has seen to.
+    /// Nanoseconds; at most [`MAX_DELAY`], which the check has seen to.
     pub fn nanos(self) -> u64 {
         u64::try_from(self.0.as_nanos()).unwrap_or(u64::MAX)
     }
@@ -383,6 +388,7 @@ impl Config {
         self.check_peers()?;
         let bound = |ok: bool, what: &str| if ok { Ok(()) } else { Err(what.to_owned()) };
         bound((0..=19).contains(&self.compression), "compression: a zstd level from 1 to 19, or 0 for none")?;
+        bound(self.apply_delay.0 <= MAX_DELAY, "apply_delay: from 0s to 30days")?;
         let g = self.journal.geometry();
         let segment = (2 << 20..=1 << 40).contains(&g.segment) && g.segment.is_multiple_of(4096);
         bound(segment, "journal.segment: from 2M to 1T, a multiple of 4096")?;

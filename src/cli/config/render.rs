@@ -70,6 +70,11 @@ key_file = {key}
 #   "behind"  writers go on; the slowest shadow needs a resync
 on_full = "{on_full}"
 
+# While this node is a shadow: how long it holds each write back from its image ("15m", "2h"), so that
+# `volrep promote --at` can stop before a mistake. What is held is durable here all the same, and takes room
+# in the journal. "0s": nothing is held.
+apply_delay = "{delay}"
+
 # Strongest zstd level used, 1 to 19; 0 never compresses.
 compression = {level}
 
@@ -84,6 +89,7 @@ compression = {level}
         node_name = quote(&c.node),
         key = path(&c.key_file),
         level = c.compression,
+        delay = written(c.apply_delay.0),
     )
 }
 

@@ -40,6 +40,7 @@ impl Config {
                 OnFull::Behind => FullPolicy::Behind,
             },
             accept_lost_cache: self.cache.accept_lost,
+            apply_delay: self.apply_delay.nanos(),
             level: (self.compression > 0).then_some(self.compression),
             feed_bytes: self.link.feed.0,
             window_bytes: self.link.window.0,

@@ -10,6 +10,7 @@ fn sample() -> Config {
         listen: Some("127.0.0.1:7654".into()),
         key_file: "epic.key".into(),
         on_full: OnFull::Behind,
+        apply_delay: Span(Duration::from_secs(900)),
         compression: 3,
         hooks: Hooks { start: None, stop: Some("/sbin/stop".into()), timeout: Span(Duration::from_secs(7)) },
         fence_hook: Some("/etc/volrep/fe\"nce".into()),

@@ -1,0 +1,182 @@
+//! A shadow that holds its image back, and what it is for: a promotion that stops before a mistake.
+
+use crate::filesystem::{BIN, Postgres, as_postgres, missing, mounted};
+use crate::pair::{Pair, Setup, client, installed};
+use crate::place::until;
+use nix::mount::{MntFlags, umount, umount2};
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+use volrep::format::record::Record;
+use volrep::format::salvage::{Head, Trailer};
+
+/// A pair whose shadow holds its image back.
+fn delayed(delay: &str, setup: &Setup) -> Pair {
+    let mut pair = Pair::prepare(setup);
+    pair.shadow.configure(|t| t.replacen("apply_delay = \"0s\"", &format!("apply_delay = \"{delay}\""), 1));
+    pair.primary.start();
+    pair.shadow.start();
+    pair.wait_following();
+    pair
+}
+
+fn write(uri: &str, pattern: u8, at: &str) {
+    let write = format!("write -P {pattern} {at}");
+    client("qemu-io", &["-f", "raw", "-c", &write, "-c", "flush", uri]);
+}
+
+/// Everything of the primary is durable on the shadow.
+fn received(pair: &Pair) -> u64 {
+    until("the shadow has everything", || {
+        let (p, s) = (pair.primary.status(), pair.shadow.status());
+        (s["durable_lsn"] == p["tail_lsn"]).then(|| p["tail_lsn"].as_u64().unwrap())
+    })
+}
+
+#[test]
+fn an_image_is_held_back_and_nothing_else_is() {
+    if !installed("qemu-io") {
+        return;
+    }
+    let mut pair =
+        delayed("3s", &Setup { volumes: vec![("data", 16 << 20)], journal: "32M", ..Setup::default() });
+    let uri = pair.primary.attach("nbd-socket").remove(0);
+    let begun = Instant::now();
+    write(&uri, 7, "0 64k");
+    let tail = received(&pair);
+    let s = pair.shadow.status();
+    if begun.elapsed() < Duration::from_secs(2) {
+        assert!(s["applied_lsn"].as_u64().unwrap() < tail, "{s}");
+        assert_eq!((&s["apply_delay"]["state"], &s["apply_delay"]["seconds"]), (&"Held".into(), &3.0.into()));
+        assert!(s["lag"]["seconds"].as_f64().unwrap() < 1.0, "what is intended is no lag: {s}");
+    }
+    until("it is applied", || (pair.shadow.status()["applied_lsn"] == tail).then_some(()));
+    assert!(begun.elapsed() >= Duration::from_secs(3), "too early: {:?}", begun.elapsed());
+    let p = pair.primary.status();
+    assert_eq!(p["peers"][0]["apply_delay_seconds"], 3.0);
+    // A comparison would empty the window.
+    for node in [&pair.primary, &pair.shadow] {
+        node.place.run(&["refresh", "g"]).expect(11, &["apply_delay", "--suspend-delay"]);
+    }
+    pair.primary.place.run(&["verify", "g", "--suspend-delay"]).expect(0, &[]);
+    let history = pair.shadow.place.run(&["history", "g", "--json"]).json();
+    let states: Vec<_> =
+        history["events"].as_array().unwrap().iter().filter_map(|e| e["state"].as_str()).collect();
+    assert_eq!(states, ["Suspended", "Held"]);
+    // More than the journal has room for: it is told, and the writer does not wait.
+    for i in 0..12 {
+        let at = format!("{}k 1M", i % 8 * 1024);
+        let random = format!("write -s /dev/urandom {at}");
+        client("qemu-io", &["-f", "raw", "-c", &random, "-c", "flush", &uri]);
+        client("qemu-io", &["-f", "raw", "-c", &random.replace("1M", "960k"), "-c", "flush", &uri]);
+    }
+    let tail = received(&pair);
+    until("it is applied", || (pair.shadow.status()["applied_lsn"] == tail).then_some(()));
+    pair.finish();
+}
+
+#[test]
+fn a_promotion_stops_at_a_mark_before_the_deletion() {
+    story(|_, _| "before batch".to_owned());
+}
+
+#[test]
+fn a_promotion_stops_at_a_time_before_the_deletion() {
+    story(|_, time| time.to_owned());
+}
+
+/// The database writes, somebody deletes everything, and that is undone by a promotion as of what `at` gives of the
+/// mark's LSN and the time before the deletion.
+fn story(at: impl Fn(u64, &str) -> String) {
+    if missing() || !installed("mkfs.ext4") {
+        return;
+    }
+    if !Path::new(BIN).join("postgres").exists() || !installed("setpriv") {
+        eprintln!("skipped: postgresql-15 is not installed");
+        return;
+    }
+    let mut pair =
+        delayed("15m", &Setup { volumes: vec![("data", 256 << 20)], journal: "256M", ..Setup::default() });
+    let device = pair.primary.attach("fuse").remove(0);
+    client("mkfs.ext4", &["-q", &device]);
+    let sockets = tempfile::tempdir().unwrap();
+    client("chown", &["postgres", sockets.path().to_str().unwrap()]);
+    for node in [&pair.primary, &pair.shadow] {
+        client("chmod", &["755", node.place.path().to_str().unwrap()]);
+    }
+    let dir = mounted(pair.primary.place.path(), &device, "ext4");
+    let cluster = dir.join("cluster");
+    fs::create_dir(&cluster).unwrap();
+    client("chown", &["postgres", cluster.to_str().unwrap()]);
+    let made = as_postgres("initdb").args(["-k", "-A", "trust", "-D"]).arg(&cluster).output().unwrap();
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let server = Postgres::start(&cluster, sockets.path());
+    server.query("create table log (n bigint primary key, filler text)");
+    // The log outside: what was answered was committed.
+    let commit =
+        |n: u64| server.query(&format!("insert into log values ({n}, repeat('x', 300)) returning n"));
+    let committed: Vec<String> = (1..=50).map(commit).collect();
+    let mark = pair.primary.place.run(&["mark", "g", "before batch", "--json"]).expect(0, &[]).json();
+    let mark = mark["lsn"].as_u64().unwrap();
+    let time = jiff::Timestamp::now().to_string();
+    server.query("delete from log");
+    (51..=60).for_each(|n| drop(commit(n)));
+    assert_eq!(server.query("select count(*) from log"), "10");
+    pair.primary.place.run(&["mark", "g", "afterwards"]).expect(0, &[]);
+    let tail = received(&pair);
+    pair.primary.kill();
+    drop(server);
+    umount2(&dir, MntFlags::MNT_DETACH).unwrap();
+    until("the shadow misses the primary", || {
+        (pair.shadow.status()["peers"][0]["state"] == "Disconnected").then_some(())
+    });
+    let promote = |more: &[&str]| {
+        let args = [&["promote", "g", "--i-fenced-the-old-primary", "--yes"], more].concat();
+        pair.shadow.place.run(&args)
+    };
+    for wrong in ["99999999", "1999-12-31T23:59:59Z", "no such mark"] {
+        promote(&["--at", wrong]).expect(13, &["LSN 0", &format!("to {tail}")]);
+    }
+    let at = at(mark, &time);
+    let plan = promote(&["--at", &at, "--dry-run", "--json"]).expect(0, &[]).json();
+    assert!(plan["text"].as_str().unwrap().contains("saved in a salvage file"), "{plan}");
+    assert_eq!(pair.shadow.status()["role"], "shadow");
+    promote(&["--at", &at]).expect(0, &[]);
+    let device = pair.shadow.attach("fuse").remove(0);
+    let dir = mounted(pair.shadow.place.path(), &device, "ext4");
+    let server = Postgres::start(&dir.join("cluster"), sockets.path());
+    let found = server.query("select n from log order by n");
+    assert_eq!(found.lines().collect::<Vec<_>>(), committed, "all commits before, and not the deletion");
+    drop(server);
+    umount(&dir).unwrap();
+    client("e2fsck", &["-fn", &device]);
+    let cut = told(&pair);
+    assert!(cut >= mark && cut < tail, "{cut} of {mark}, {tail}");
+    check_salvage(&pair.shadow.place.config().join("state/g/salvage"), cut, tail);
+}
+
+/// What the history tells of the promotion: the record that it stopped at.
+fn told(pair: &Pair) -> u64 {
+    let history = pair.shadow.place.run(&["history", "g", "--json"]).expect(0, &[]).json();
+    let events = history["events"].as_array().unwrap();
+    let marks: Vec<_> = events.iter().filter(|e| e["event"] == "mark").collect();
+    let given_up = |i: usize| (marks[i]["mark"]["text"].as_str().unwrap(), marks[i]["given_up"] == true);
+    assert_eq!([given_up(0), given_up(1)], [("before batch", false), ("afterwards", true)]);
+    let promoted = events.iter().find(|e| e["event"] == "promoted").unwrap();
+    promoted["cut"].as_u64().unwrap()
+}
+
+/// One file that holds every record after `cut`.
+fn check_salvage(dir: &Path, cut: u64, tail: u64) {
+    let files: Vec<_> = fs::read_dir(dir).unwrap().map(|e| e.unwrap().path()).collect();
+    assert_eq!(files.len(), 1, "{files:?}");
+    let bytes = bytes::Bytes::from(fs::read(&files[0]).unwrap());
+    let (head, mut at) = Head::decode(&bytes).unwrap();
+    assert_eq!((head.fork.unwrap().lsn.0, head.last.lsn.0), (cut, tail));
+    for lsn in cut + 1..=tail {
+        let record = Record::decode(bytes.slice(at..)).unwrap();
+        assert_eq!(record.stamp.lsn.0, lsn);
+        at += record.wire_len() as usize;
+    }
+    assert_eq!(Trailer::decode(&bytes[at..]).unwrap().records, tail - cut);
+}
