@@ -1,8 +1,9 @@
 //! A shadow that holds its image back, and what it is for: a promotion that stops before a mistake.
 
-use crate::filesystem::{BIN, Postgres, as_postgres, missing, mounted};
+use crate::filesystem::mounted;
 use crate::pair::{Pair, Setup, client, installed};
 use crate::place::until;
+use crate::postgres::{Postgres, impossible, make_cluster, open, sockets};
 use nix::mount::{MntFlags, umount, umount2};
 use std::fs;
 use std::path::Path;
@@ -88,28 +89,18 @@ fn a_promotion_stops_at_a_time_before_the_deletion() {
 /// The database writes, somebody deletes everything, and that is undone by a promotion as of what `at` gives of the
 /// mark's LSN and the time before the deletion.
 fn story(at: impl Fn(u64, &str) -> String) {
-    if missing() || !installed("mkfs.ext4") {
-        return;
-    }
-    if !Path::new(BIN).join("postgres").exists() || !installed("setpriv") {
-        eprintln!("skipped: postgresql-15 is not installed");
+    if impossible() {
         return;
     }
     let mut pair =
         delayed("15m", &Setup { volumes: vec![("data", 256 << 20)], journal: "256M", ..Setup::default() });
     let device = pair.primary.attach("fuse").remove(0);
     client("mkfs.ext4", &["-q", &device]);
-    let sockets = tempfile::tempdir().unwrap();
-    client("chown", &["postgres", sockets.path().to_str().unwrap()]);
-    for node in [&pair.primary, &pair.shadow] {
-        client("chmod", &["755", node.place.path().to_str().unwrap()]);
-    }
+    let sockets = sockets();
+    [&pair.primary, &pair.shadow].into_iter().for_each(open);
     let dir = mounted(pair.primary.place.path(), &device, "ext4");
     let cluster = dir.join("cluster");
-    fs::create_dir(&cluster).unwrap();
-    client("chown", &["postgres", cluster.to_str().unwrap()]);
-    let made = as_postgres("initdb").args(["-k", "-A", "trust", "-D"]).arg(&cluster).output().unwrap();
-    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    make_cluster(&cluster);
     let server = Postgres::start(&cluster, sockets.path());
     server.query("create table log (n bigint primary key, filler text)");
     // The log outside: what was answered was committed.
