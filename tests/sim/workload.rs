@@ -290,7 +290,9 @@ impl World {
             self.after(1_000_000, Coming::Verified { node, incarnation, extent, bytes, tick });
         }
         let watch = &self.hosts[node].watch;
-        if watch.faulted || watch.stopping || self.scenario.demoted(node) || self.is_moving(node) {
+        // The other one of two that were promoted may win at any moment.
+        let rival = self.scenario.other.is_some();
+        if rival || watch.faulted || watch.stopping || self.scenario.demoted(node) || self.is_moving(node) {
             return Ok(());
         }
         broken("contract", format!("{asked:?} failed without a fault: {error}"))
