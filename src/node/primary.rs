@@ -462,10 +462,10 @@ impl Run {
     fn begin_write_back(&mut self) -> bool {
         let hurry = self.image.hurry || self.admin.is_draining() || self.is_moving_over();
         let after = self.cfg.timing.write_back_after;
-        let durable = self.journal.durable();
+        let (durable, leaving) = (self.journal.durable(), self.is_leaving());
         let Part::Primary(p) = &mut self.part else { return false };
         let Some(cache) = &p.cache else { return false };
-        if self.image.applier.is_busy() {
+        if self.image.applier.is_busy() || leaving {
             return false;
         }
         let ready = p.tails.partition_point(|t| t.point.lsn <= durable);

@@ -31,6 +31,11 @@ impl Run {
         self.retiring.is_some()
     }
 
+    /// It is a shadow as soon as its superblock is saved: nothing that needs the write cache may begin.
+    pub(super) fn is_leaving(&self) -> bool {
+        self.retiring.as_ref().is_some_and(|r| r.ticket.is_some())
+    }
+
     /// A node that recovers as a primary whose term has ended.
     pub(super) fn note_superseded(&mut self) {
         let sb = &self.meta.sb;

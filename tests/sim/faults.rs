@@ -66,6 +66,14 @@ impl World {
         self.after(delay, Coming::Ambush { node, fault });
     }
 
+    /// A primary raises its term: what the old one has still to make durable may be lost right now.
+    pub fn raise_step(&mut self, node: usize) {
+        if self.plan.role_ambush > 0 && self.scenario.rng.permille(500) && self.scenario.strikes() {
+            let delay = self.scenario.rng.log(10 * MICROS, 30 * MILLIS);
+            self.after(delay, Coming::Ambush { node, fault: Fault::PowerShadow });
+        }
+    }
+
     /// The same for a named shadow. The promotion may be due as well: then to this one.
     pub fn strike(&mut self, node: usize, fault: Fault) -> Outcome {
         // While somebody is being promoted he and his links alone are struck: the lost primary stays away.

@@ -363,6 +363,12 @@ impl Plan {
             plan.faults.clear();
         }
         plan.patience = rng.pick(&[0, 0, 20 * MILLIS, 100 * MILLIS, 500 * MILLIS, 2 * SECONDS]);
+        if plan.double && plan.rejoin && plan.promotion.is_some() && rng.permille(700) {
+            // The conflict ends under load.
+            plan.patience = rng.pick(&[5 * MILLIS, 20 * MILLIS, 50 * MILLIS]);
+            (plan.role_ambush, plan.mix.think) = (rng.pick(&[100, 400, 1000]), 100 * MICROS);
+            plan.mix.requests += 200;
+        }
         plan
     }
 

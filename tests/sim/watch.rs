@@ -291,8 +291,8 @@ impl World {
         if raised {
             let phase = self.scenario.phase();
             self.counts.met(&format!("a primary raised its term: {phase:?}"));
-        }
-        if moved {
+            self.raise_step(node);
+        } else if moved {
             self.role_step(node);
         }
         self.check_cut(node, &s)?;
