@@ -4,6 +4,7 @@
 //! dial has answered, can't be reached, or had its time; so an old primary that comes back beside the new one
 //! acknowledges nothing (I8). One that is promoted asks nobody: its term is above all that it knows.
 
+use super::event::LinkId;
 use super::run::{Part, Run};
 use crate::format::message::Role;
 
@@ -38,6 +39,13 @@ impl Run {
     pub(super) fn heard_out(&mut self, peer: usize) {
         if let Some(asking) = &mut self.asking {
             asking.left.retain(|i| *i != peer);
+        }
+    }
+
+    /// The peer that was dialled over this link has answered.
+    pub(super) fn heard_out_over(&mut self, link: LinkId) {
+        if let Some(peer) = self.links.by_id.get(&link).and_then(|l| l.dialed) {
+            self.heard_out(peer);
         }
     }
 

@@ -378,7 +378,8 @@ impl Run {
             return;
         }
         let was_fed = matches!(l.state, LinkState::Receiving);
-        let dialed = l.dialed;
+        let silent = matches!(l.state, LinkState::Dialled | LinkState::Greeted);
+        let dialed = l.dialed.filter(|_| !silent);
         l.state = LinkState::Closing;
         l.held = None;
         self.compare.forget(link);
@@ -474,6 +475,7 @@ impl Run {
             (LinkState::Greeted, Message::Welcome { identity, verdict, proof: given }) => {
                 let expected = proof(&self.cfg.key, &l.nonce, &identity, Some(&verdict));
                 if blake3::Hash::from(expected) == blake3::Hash::from(given) {
+                    self.heard_out_over(link);
                     self.welcomed(link, &identity, verdict);
                 } else {
                     self.drop_link(link, "it does not know the group's key");
@@ -482,6 +484,7 @@ impl Run {
             (_, Message::Refuse { text }) => {
                 self.set_peer(link, "Disconnected", Some(text.clone()));
                 self.be_patient(link);
+                self.heard_out_over(link);
                 self.drop_link(link, &format!("refused: {text}"));
             }
             (LinkState::Welcomed { at }, Message::Begin { from }) if from == at.next() => {

@@ -44,12 +44,32 @@ fn an_image_is_held_back_and_nothing_else_is() {
     let uri = pair.primary.attach("nbd-socket").remove(0);
     let begun = Instant::now();
     write(&uri, 7, "0 64k");
+    pair.primary.place.run(&["mark", "g", "here"]).expect(0, &[]);
     let tail = received(&pair);
     let s = pair.shadow.status();
     if begun.elapsed() < Duration::from_secs(2) {
         assert!(s["applied_lsn"].as_u64().unwrap() < tail, "{s}");
         assert_eq!((&s["apply_delay"]["state"], &s["apply_delay"]["seconds"]), (&"Held".into(), &3.0.into()));
         assert!(s["lag"]["seconds"].as_f64().unwrap() < 1.0, "what is intended is no lag: {s}");
+        let window = &s["apply_delay"];
+        assert_eq!(
+            (&window["window_to_lsn"], &window["window_to_time"]),
+            (&s["tail_lsn"], &s["tail_time"]),
+            "{s}"
+        );
+        assert!(
+            window["window_from_lsn"].as_u64().unwrap() < tail && window["window_from_time"].is_string(),
+            "{s}"
+        );
+        let told = pair.shadow.place.run(&["status", "g"]).stdout;
+        let to = window["window_to_time"].as_str().unwrap();
+        for words in ["delayed by 3", "promote --at: from LSN", to] {
+            assert!(told.contains(words), "no `{words}` in: {told}");
+        }
+        pair.shadow
+            .place
+            .run(&["view", "g", "--read-only", "--at", "here"])
+            .expect(11, &["held back", "apply_delay"]);
     }
     until("it is applied", || (pair.shadow.status()["applied_lsn"] == tail).then_some(()));
     assert!(begun.elapsed() >= Duration::from_secs(3), "too early: {:?}", begun.elapsed());

@@ -238,8 +238,13 @@ impl Plan {
             mix.rich = rng.pick(&[700, 1000]);
         }
         let sync = if rng.permille(350) { rng.within(1, (1 << (nodes - 1)) - 1) as u8 } else { 0 } << 1;
-        let apply_delay = if rng.permille(300) { rng.log(10 * MILLIS, 5 * SECONDS) } else { 0 };
-        let rewind = apply_delay > 0 && rng.permille(700);
+        let rewind = rng.permille(210);
+        // There is something to choose from only while it is held.
+        let apply_delay = match rewind {
+            true => rng.log(300 * MILLIS, 10 * SECONDS),
+            false if rng.permille(110) => rng.log(10 * MILLIS, 5 * SECONDS),
+            false => 0,
+        };
         let promotion = rng.permille(if rewind { 800 } else { 350 }).then(|| {
             let at = rng.within(mix.requests / 4, mix.requests * 3 / 4);
             (

@@ -4,7 +4,6 @@
 //! was held for the delay, unless it was told that it would not be; what a promotion gives up is in a salvage file
 //! before the superblock says so; after it the image is that of the record that was asked for, and of no other.
 
-use crate::plan::Fault;
 use crate::scenario::Phase;
 use crate::world::{Coming, Outcome, World, broken};
 use volrep::format::superblock::Superblock;
@@ -20,7 +19,7 @@ impl World {
         self.hosts[node].watch.cut = None;
         let rng = &mut self.scenario.rng;
         // To the tail first: that may not become durable, and then it is to be as if it had never begun.
-        if !self.plan.rewind || rng.permille(300) {
+        if !self.plan.rewind || rng.permille(400) {
             return None;
         }
         let how = rng.below(3);
@@ -68,12 +67,23 @@ impl World {
             return;
         }
         if self.scenario.rng.permille(self.plan.ambush_promotion) && self.scenario.strikes() {
-            let fault = self.scenario.rng.pick(&[Fault::KillShadow, Fault::PowerShadow]);
-            let most = self.scenario.rng.pick(&[20 * MICROS, 500 * MICROS, 20 * MILLIS]);
-            let delay = self.scenario.rng.log(MICROS, most);
-            let incarnation = self.hosts[node].incarnation;
-            self.after(delay, Coming::Fall { node, incarnation, power: fault == Fault::PowerShadow });
+            self.fall_within(node, 20 * MILLIS);
         }
+    }
+
+    /// A superblock is about to say that this node is the primary: perhaps it never does.
+    pub fn promotion_named(&mut self, node: usize) {
+        let due = self.scenario.phase() == Phase::Promote && self.plan.apply_delay > 0;
+        if due && self.scenario.rng.permille(2 * self.plan.ambush_promotion) && self.scenario.strikes() {
+            self.fall_within(node, 30 * MICROS);
+        }
+    }
+
+    fn fall_within(&mut self, node: usize, most: u64) {
+        let power = self.scenario.rng.permille(500);
+        let delay = self.scenario.rng.log(MICROS, most);
+        let incarnation = self.hosts[node].incarnation;
+        self.after(delay, Coming::Fall { node, incarnation, power });
     }
 
     /// A superblock says that a node is promoted as of this record.

@@ -295,6 +295,9 @@ impl World {
         } else if moved {
             self.role_step(node);
         }
+        if moved && s.role == Role::Primary {
+            self.promotion_named(node);
+        }
         self.check_cut(node, &s)?;
         if s.checkpoint.lsn.0 > 0 && !self.history.knows(s.checkpoint.hash) {
             return broken("I1", format!("checkpoint at an unknown record {:?}", s.checkpoint));
