@@ -80,11 +80,15 @@ impl SalvageFiles {
 
     fn end(&mut self, trailer: &[u8]) -> io::Result<String> {
         let Open { path, file, .. } = self.open.take().ok_or(io::ErrorKind::NotFound)?;
-        let Some(mut file) = file else { return Ok(path.display().to_string()) };
-        file.write_all(trailer)?;
-        file.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()?;
-        fs::rename(path.with_extension("new"), &path)?;
-        File::open(&self.dir)?.sync_all()?;
+        if let Some(mut file) = file {
+            file.write_all(trailer)?;
+            file.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()?;
+            fs::rename(path.with_extension("new"), &path)?;
+        }
+        // Of one that was there already, too: the process that gave it its name may have died right then.
+        for dir in [Some(&*self.dir), self.dir.parent()].into_iter().flatten() {
+            File::open(dir)?.sync_all()?;
+        }
         Ok(path.display().to_string())
     }
 }

@@ -57,7 +57,7 @@ pub struct Link {
     /// For records that a shadow asks for once more.
     pub(super) copies: Reader,
     pub(super) copy: Option<Lsn>,
-    dialed: Option<usize>,
+    pub(super) dialed: Option<usize>,
     nonce: [u8; 32],
     peer: Option<NodeId>,
     begun: u64,

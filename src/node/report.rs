@@ -70,7 +70,9 @@ impl Run {
         };
         let member = |n| self.links.view(n).map_or_else(|| format!("{n:?}"), |v| v.name.clone());
         Status {
-            role: if sb.role == Role::Primary { "primary" } else { "shadow" }.into(),
+            // Until a promotion is durable, a crash leaves the shadow that it was.
+            role: if sb.role == Role::Primary && !self.admin.is_promoting() { "primary" } else { "shadow" }
+                .into(),
             state: state.into(),
             reason,
             action,
@@ -100,14 +102,16 @@ impl Run {
     }
 
     fn peer(&self, p: &PeerView) -> PeerStatus {
-        let behind = match &self.part {
-            Part::Primary(_) => self.links.timeline.behind(p.applied),
+        let behind = |lsn| match &self.part {
+            Part::Primary(_) => self.links.timeline.behind(lsn),
             Part::Shadow(_) => None,
         };
-        let (lag_records, lag_bytes, since) = behind.unwrap_or((0, 0, 0));
+        let late = |lsn| behind(lsn).map_or(0, |(.., since)| self.now.wall.saturating_sub(since));
+        let (lag_records, lag_bytes, _) = behind(p.applied).unwrap_or((0, 0, 0));
         let known = self.meta.sb.peers.iter().find(|k| Some(k.node) == p.node);
         let seconds = |ns: u64| ns as f64 / SECONDS as f64;
-        let late = if lag_records > 0 { self.now.wall.saturating_sub(since) } else { 0 };
+        // What is not even durable there is not held back on purpose.
+        let lag = late(p.applied).saturating_sub(p.apply_delay).max(late(p.durable));
         PeerStatus {
             name: p.name.clone(),
             state: p.state.into(),
@@ -119,7 +123,7 @@ impl Run {
             applied_lsn: p.applied.0,
             lag_records,
             lag_bytes,
-            lag_seconds: seconds(late.saturating_sub(p.apply_delay)),
+            lag_seconds: seconds(lag),
             apply_delay_seconds: seconds(p.apply_delay),
             heard_seconds_ago: p.heard.map(|at| seconds(self.now.mono.saturating_sub(at))),
             round_trip_seconds: p.clock.round_trip().map(seconds),

@@ -412,6 +412,17 @@ impl Run {
         (silent > 2 * self.cfg.timing.heartbeat).then_some(silent)
     }
 
+    /// Since when the oldest record that is not durable here is sealed, ns: that is not held back on purpose.
+    fn late_here(&self, s: &Shadow, heard: Lsn) -> u64 {
+        let tail = self.journal.tail();
+        let undurable = s.undurable.front().map(|(_, time, _)| *time);
+        let waiting = undurable.or(s.held.front().map(|record| record.stamp.time));
+        // Of the first one that is still to come it is known that it follows the last one here.
+        let since = waiting.or((heard > tail.point.lsn).then_some(tail.time));
+        let clock = self.links.primary_clock();
+        since.zip(clock).map_or(0, |(since, clock)| clock.since(since, self.now.wall))
+    }
+
     /// Lag as this shadow measures it.
     pub(super) fn lag(&self) -> Option<Lag> {
         let Part::Shadow(s) = &self.part else { return None };
@@ -426,7 +437,11 @@ impl Run {
         // What a silent primary has sealed since is unknown here: the last word of it is the bound.
         let silent = self.silence().unwrap_or(0);
         let seconds = |late: u64| late.max(silent) as f64 / SECONDS as f64;
-        let (total_seconds, seconds) = (seconds(late), seconds(late.saturating_sub(s.delay.intended())));
+        let beyond = match s.delay.intended() {
+            0 => late,
+            intended => late.saturating_sub(intended).max(self.late_here(s, heard.tail)),
+        };
+        let (total_seconds, seconds) = (seconds(late), seconds(beyond));
         Some(Lag {
             count: s.meter.count(),
             received: s.meter.quantiles(0),

@@ -258,7 +258,7 @@ pub struct PeerStatus {
     /// Journal bytes not applied there.
     pub lag_bytes: u64,
     /// Seconds from the seal of the oldest record not applied there until now, less what it holds its image back on
-    /// purpose; 0 when none.
+    /// purpose, but no less than from that of the oldest one not durable there; 0 when none.
     pub lag_seconds: f64,
     /// Seconds by which it holds its image back on purpose.
     #[serde(default)]
@@ -291,8 +291,8 @@ pub struct Lag {
     pub records: u64,
     /// Their journal bytes, as far as known.
     pub bytes: u64,
-    /// Seconds since the oldest of them was sealed, less the delay that is intended; 0 when none. While the primary is silent, at least
-    /// the seconds since it was heard.
+    /// Seconds since the oldest of them was sealed, less the delay that is intended, but no less than since the oldest
+    /// that is not durable here; 0 when none. While the primary is silent, at least the seconds since it was heard.
     pub seconds: f64,
     /// The same with the delay: how old the image is.
     #[serde(default)]

@@ -166,6 +166,32 @@ fn story(at: impl Fn(u64, &str) -> String) {
     check_salvage(&pair.shadow.place.config().join("state/g/salvage"), cut, tail);
 }
 
+#[test]
+fn what_was_not_received_is_lag_however_long_the_delay_is() {
+    if !installed("qemu-io") {
+        return;
+    }
+    let setup = Setup { volumes: vec![("data", 16 << 20)], journal: "32M", ..Setup::default() };
+    let mut pair = delayed("1h", &setup);
+    let uri = pair.primary.attach("nbd-socket").remove(0);
+    write(&uri, 7, "0 64k");
+    received(&pair);
+    assert!(pair.primary.status()["peers"][0]["lag_seconds"].as_f64().unwrap() < 1.0);
+    pair.shadow.stop();
+    write(&uri, 8, "64k 64k");
+    let written = Instant::now();
+    let lag = until("what it has not received is told", || {
+        pair.primary.status()["peers"][0]["lag_seconds"].as_f64().filter(|lag| *lag > 1.0)
+    });
+    assert!(lag <= written.elapsed().as_secs_f64() + 1.0, "{lag} s");
+    pair.shadow.start();
+    received(&pair);
+    until("none of it is left", || {
+        (pair.primary.status()["peers"][0]["lag_seconds"].as_f64().unwrap() < 1.0).then_some(())
+    });
+    assert!(pair.shadow.status()["lag"]["seconds"].as_f64().unwrap() < 1.0);
+}
+
 /// What the history tells of the promotion: the record that it stopped at.
 fn told(pair: &Pair) -> u64 {
     let history = pair.shadow.place.run(&["history", "g", "--json"]).expect(0, &[]).json();

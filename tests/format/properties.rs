@@ -5,6 +5,7 @@
 //! behind the checksum would ever be reached.
 
 use crate::alloc::counted;
+use crate::checks::{check_record, check_segment, check_superblock};
 use crate::reseal::{reseal_frame, reseal_record, reseal_segment, reseal_superblock};
 use crate::values::*;
 use bytes::Bytes;
@@ -12,9 +13,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::Index;
 use volrep::format::message::{FRAME, FrameHeader, Message};
-use volrep::format::record::{Codec, Content, HEADER, Header, Kind, MAX_RAW, Record};
-use volrep::format::segment::SegmentHeader;
-use volrep::format::superblock::{SLOT, Superblock};
+use volrep::format::record::{Codec, Content, HEADER, Kind, Record};
 use volrep::format::{message, superblock as superblock_format};
 
 /// A change to bytes: what to overwrite, and what is left.
@@ -35,40 +34,12 @@ fn apply(bytes: &mut Vec<u8>, (pokes, cut, _): &Change) {
     }
 }
 
-fn superblock_holds(slot: &[u8]) {
-    let (decoded, allocated) = counted(|| Superblock::decode(slot));
-    assert!(allocated < 2 * SLOT, "{allocated} bytes");
-    if let Ok(s) = decoded {
-        let encoded = s.encode();
-        let used = 14 + u32::from_le_bytes(encoded[10..14].try_into().unwrap()) as usize + 32;
-        assert_eq!(encoded[..used], slot[..used]);
-    }
-}
-
-fn segment_holds(block: &[u8]) {
-    let (decoded, allocated) = counted(|| SegmentHeader::decode(block));
-    assert_eq!(allocated, 0);
-    if let Ok(s) = decoded {
-        assert_eq!(s.encode()[..], block[..4096]);
-    }
-}
-
 fn record_holds(bytes: Vec<u8>) {
     let bytes = Bytes::from(bytes);
-    let (header, allocated) = counted(|| Header::decode(&bytes));
-    assert_eq!(allocated, 0);
-    // The first clone of `Bytes` that owns a vector allocates a counter.
-    let (decoded, allocated) = counted(|| Record::decode(bytes.clone()));
-    assert!(allocated < 1024, "{allocated} bytes");
-    let Ok(r) = decoded else { return };
-    assert_eq!(header.unwrap().len, r.wire().len());
-    assert_eq!(r.wire(), bytes.slice(..r.wire().len()));
-    assert_eq!(r.journal_bytes()[..r.wire().len()], r.wire());
-    let (payload, allocated) = counted(|| r.payload());
-    assert!(allocated < MAX_RAW + (64 << 10), "{allocated} bytes");
-    let Ok(payload) = payload else { return };
+    check_record(bytes.to_vec());
+    let Ok(r) = Record::decode(bytes) else { return };
+    let Ok(payload) = r.payload() else { return };
     let data: u64 = r.extents().filter(|(_, c)| *c == Content::Data).map(|(e, _)| e.len()).sum();
-    assert_eq!(payload.len(), r.raw as usize);
     assert!(r.stamp.kind != Kind::Writes || data == payload.len() as u64);
     if r.codec == Codec::Raw {
         let again = record(r.extents().collect(), &payload, None, r.stamp.clone());
@@ -96,8 +67,8 @@ proptest! {
 
     #[test]
     fn arbitrary_bytes_are_borne(bytes in vec(any::<u8>(), 0..5000)) {
-        superblock_holds(&bytes);
-        segment_holds(&bytes);
+        check_superblock(&bytes);
+        check_segment(&bytes);
         record_holds(bytes.clone());
         frame_holds(bytes);
     }
@@ -111,14 +82,14 @@ proptest! {
         let body = b.len() as u32 - 46;
         b[10..14].copy_from_slice(&body.to_le_bytes());
         reseal_superblock(&mut b);
-        superblock_holds(&b);
+        check_superblock(&b);
 
         let mut b = bytes.clone();
         b.resize(4096, 0);
         b[..8].copy_from_slice(b"VSEGMENT");
         b[8..10].copy_from_slice(&1u16.to_le_bytes());
         reseal_segment(&mut b);
-        segment_holds(&b);
+        check_segment(&b);
 
         let mut b = bytes.clone();
         b[..4].copy_from_slice(b"VREC");
@@ -150,7 +121,7 @@ proptest! {
         if change.2 && slot.len() >= 14 {
             reseal_superblock(&mut slot);
         }
-        superblock_holds(&slot);
+        check_superblock(&slot);
     }
 
     #[test]
@@ -160,7 +131,7 @@ proptest! {
         if change.2 && block.len() == 4096 {
             reseal_segment(&mut block);
         }
-        segment_holds(&block);
+        check_segment(&block);
     }
 
     #[test]

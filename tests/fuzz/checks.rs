@@ -68,16 +68,18 @@ fn both(data: &[u8], seal: impl Fn(&mut Vec<u8>), check: impl Fn(Vec<u8>)) {
     check(sealed);
 }
 
+pub fn check_superblock(slot: &[u8]) {
+    let (decoded, allocated) = counted(|| Superblock::decode(slot));
+    assert!(allocated < 2 * SLOT, "{allocated} bytes");
+    if let Ok(s) = decoded {
+        let encoded = s.encode();
+        let used = 46 + u32::from_le_bytes(encoded[10..14].try_into().expect("four")) as usize;
+        assert_eq!(encoded[..used], slot[..used]);
+    }
+}
+
 fn superblock(data: &[u8]) {
-    let check = |slot: Vec<u8>| {
-        let (decoded, allocated) = counted(|| Superblock::decode(&slot));
-        assert!(allocated < 2 * SLOT, "{allocated} bytes");
-        if let Ok(s) = decoded {
-            let encoded = s.encode();
-            let used = 46 + u32::from_le_bytes(encoded[10..14].try_into().expect("four")) as usize;
-            assert_eq!(encoded[..used], slot[..used]);
-        }
-    };
+    let check = |slot: Vec<u8>| check_superblock(&slot);
     let seal = |slot: &mut Vec<u8>| {
         slot.resize(slot.len().max(64), 0);
         let body = slot.len() as u32 - 46;
@@ -93,14 +95,16 @@ fn superblock(data: &[u8]) {
     check(padded);
 }
 
+pub fn check_segment(block: &[u8]) {
+    let (decoded, allocated) = counted(|| SegmentHeader::decode(block));
+    assert_eq!(allocated, 0);
+    if let Ok(s) = decoded {
+        assert_eq!(s.encode()[..], block[..4096]);
+    }
+}
+
 fn segment(data: &[u8]) {
-    let check = |block: Vec<u8>| {
-        let (decoded, allocated) = counted(|| SegmentHeader::decode(&block));
-        assert_eq!(allocated, 0);
-        if let Ok(s) = decoded {
-            assert_eq!(s.encode()[..], block[..4096]);
-        }
-    };
+    let check = |block: Vec<u8>| check_segment(&block);
     let seal = |block: &mut Vec<u8>| {
         block.resize(4096, 0);
         block[..8].copy_from_slice(b"VSEGMENT");
@@ -110,7 +114,7 @@ fn segment(data: &[u8]) {
     both(data, seal, check);
 }
 
-fn check_record(bytes: Vec<u8>) {
+pub fn check_record(bytes: Vec<u8>) {
     let bytes = Bytes::from(bytes);
     let (header, allocated) = counted(|| Header::decode(&bytes));
     assert_eq!(allocated, 0);
@@ -120,6 +124,7 @@ fn check_record(bytes: Vec<u8>) {
     let Ok(r) = decoded else { return };
     assert_eq!(header.map(|h| h.len), Ok(r.wire().len()));
     assert_eq!(r.wire(), bytes.slice(..r.wire().len()));
+    assert_eq!(r.journal_bytes()[..r.wire().len()], r.wire());
     let (payload, allocated) = counted(|| r.payload());
     assert!(allocated < MAX_RAW + (64 << 10), "{allocated} bytes");
     assert!(payload.is_err() || payload.is_ok_and(|p| p.len() == r.raw as usize));

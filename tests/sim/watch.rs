@@ -127,6 +127,10 @@ impl Watch {
     pub fn term(&self) -> Term {
         self.term
     }
+    /// Its superblock was last told that it is the primary.
+    pub fn is_primary(&self) -> bool {
+        self.place.is_some_and(|(role, ..)| role == Role::Primary)
+    }
     /// What it had applied is given up, by an administrator's word.
     pub fn give_up(&mut self) {
         (self.applied, self.said_applied) = (None, 0);
