@@ -66,6 +66,23 @@ impl World {
         self.after(delay, Coming::Ambush { node, fault });
     }
 
+    /// A superblock is being written: perhaps its process dies, and the next one loses power over its own first one.
+    pub fn slot_step(&mut self, node: usize) {
+        let incarnation = self.hosts[node].incarnation;
+        let fault = match self.hosts[node].watch.slot_ambushed {
+            Some(died) if died != incarnation => Fault::PowerShadow,
+            None if self.plan.slot_ambush > 0 && self.scenario.rng.permille(self.plan.slot_ambush) => {
+                Fault::KillShadow
+            }
+            _ => return,
+        };
+        self.hosts[node].watch.slot_ambushed = (fault == Fault::KillShadow).then_some(incarnation);
+        if self.scenario.strikes() {
+            let delay = self.scenario.rng.log(MICROS, self.plan.disk_write);
+            self.after(delay, Coming::Ambush { node, fault });
+        }
+    }
+
     /// A primary raises its term: what the old one has still to make durable may be lost right now.
     pub fn raise_step(&mut self, node: usize) {
         if self.plan.role_ambush > 0 && self.scenario.rng.permille(500) && self.scenario.strikes() {

@@ -11,9 +11,10 @@ use std::time::{Duration, Instant};
 type Part = (&'static str, fn(&mut Plan));
 
 /// What can be left out as a whole.
-const PARTS: [Part; 12] = [
+const PARTS: [Part; 13] = [
     ("ambush", |p| p.ambush = 0),
     ("role-ambush", |p| p.role_ambush = 0),
+    ("slot-ambush", |p| p.slot_ambush = 0),
     ("promotion", |p| p.promotion = None),
     ("double", |p| p.double = false),
     ("rejoin", |p| p.rejoin = false),

@@ -195,6 +195,9 @@ pub struct Plan {
     pub ambush: u64,
     /// The same of the steps by which a node changes its place in the group.
     pub role_ambush: u64,
+    /// How many of the writes of a superblock are followed by two deaths, in thousandths: the process dies while that
+    /// write is on its way, and the next one loses power while its own first one is.
+    pub slot_ambush: u64,
     /// How long an administrator looks at two primaries before he chooses one, ns.
     pub patience: u64,
     /// The promotion, after this many requests, and the node promoted.
@@ -330,6 +333,7 @@ impl Plan {
             before,
             blank,
             role_ambush: 0,
+            slot_ambush: 0,
             patience: 0,
             ambush: if resyncs { rng.pick(&[0, 50, 300]) } else { 0 },
             segment: 2 << 20,
@@ -354,6 +358,8 @@ impl Plan {
             disk_write: rng.log(50 * MICROS, 20 * MILLIS),
             disk_sync: rng.log(100 * MICROS, 50 * MILLIS),
         };
+        // Not drawn, for the seeds that were looked at before it.
+        plan.slot_ambush = if plan.disk_write.is_multiple_of(4) { 60 } else { 0 };
         // Drawn last, for the seeds that were looked at before it.
         plan.role_ambush = rng.pick(&[0, 0, 0, 100, 400]);
         if plan.double && plan.rejoin && plan.promotion.is_some() {
@@ -365,6 +371,7 @@ impl Plan {
             let first = rng.within(1, plan.mix.requests / 2);
             plan.rollback = Some((first, rng.within(first + 1, plan.mix.requests * 3 / 4 + 1)));
             (plan.ambush, plan.role_ambush, plan.before, plan.blank) = (0, 0, Default::default(), 0xff);
+            plan.slot_ambush = 0;
             plan.faults.clear();
         }
         plan.patience = rng.pick(&[0, 0, 20 * MILLIS, 100 * MILLIS, 500 * MILLIS, 2 * SECONDS]);

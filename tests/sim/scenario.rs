@@ -110,6 +110,10 @@ impl Scenario {
     pub fn is_asked(&self) -> bool {
         self.asked
     }
+    /// Another node's image is the truth now, and has not been read yet: the model is still that of the one before.
+    pub fn is_rebasing(&self) -> bool {
+        self.rebase
+    }
     /// What is going on.
     pub fn phase(&self) -> Phase {
         self.phase

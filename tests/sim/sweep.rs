@@ -153,6 +153,7 @@ fn plan(scenario: &Scenario) -> Plan {
         blank: 0xff,
         ambush: 0,
         role_ambush: 0,
+        slot_ambush: 0,
         patience: 0,
         promotion: None,
         moves: false,

@@ -62,6 +62,8 @@ pub struct Watch {
     pub state: Option<String>,
     /// As of which record it was promoted.
     pub cut: Option<HistoryPoint>,
+    /// Its process was to die while this superblock was written, by number of the process: the next one loses power.
+    pub slot_ambushed: Option<u32>,
     /// When each record came.
     pub received: BTreeMap<u64, u64>,
     /// When its process began.
@@ -100,6 +102,7 @@ impl Default for Watch {
             heard_at: 0,
             state: None,
             cut: None,
+            slot_ambushed: None,
             received: BTreeMap::new(),
             booted_at: 0,
             undelayed: 0,
@@ -236,6 +239,7 @@ impl World {
         let text =
             format!("{:?} term {:?} checkpoint {} clean {}", s.role, s.term, s.checkpoint.lsn, s.clean);
         self.trace.say(self.now, node, "slot", &text);
+        self.slot_step(node);
         let host = &mut self.hosts[node];
         let watch = &mut host.watch;
         // Of two promotions under one counter an administrator may choose either.
