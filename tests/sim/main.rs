@@ -27,6 +27,7 @@ mod net;
 mod perform;
 mod plan;
 mod prng;
+mod reading;
 mod rejoin;
 mod rest;
 mod rewind;
