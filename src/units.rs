@@ -163,8 +163,20 @@ pub struct Term {
 pub struct Generation {
     /// Term under which it runs.
     pub term: Term,
-    /// Starts within the term, from 1.
+    /// Which start within the term: its count from 1, and below that [`SALT_BITS`] bits that were drawn when the
+    /// process started. A machine that was put back to an older copy of itself begins a run of the same
+    /// count as one that others know already, and not of the same name.
     pub start: u32,
+}
+
+/// Bits of [`Generation::start`] that are drawn. Two runs of one count have the same name once in 4096.
+pub const SALT_BITS: u32 = 12;
+
+impl Generation {
+    /// How many times the primary had started within the term, this time included.
+    pub fn count(self) -> u32 {
+        self.start >> SALT_BITS
+    }
 }
 
 /// The two clocks, read once by the shell before each step.

@@ -22,6 +22,7 @@ fn options(dir: &Path) -> DaemonOptions {
         peers: vec![],
         key: [0; 32],
         boot: process::boot_id().unwrap(),
+        salt: 0,
         full: FullPolicy::Block,
         accept_lost_cache: false,
         apply_delay: 0,

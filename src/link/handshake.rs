@@ -44,7 +44,8 @@ pub struct Facts {
     pub term: TermOrder,
     /// The dialler's newest record belongs to a generation that the acceptor knows (or there is none).
     pub lineage_known: bool,
-    /// The candidate is not before what the dialler has applied.
+    /// The candidate (or, where there is none, the end of the last run in common) is not before what the
+    /// dialler has applied; or they have no run in common any more.
     pub keeps_applied: bool,
     /// The acceptor's journal holds every record after the candidate, and can go on holding them.
     pub held: bool,
@@ -93,11 +94,11 @@ pub fn decide(f: Facts) -> Decision {
     if f.rewinds && !(f.lineage_known && f.keeps_applied) {
         return Resync(Cause::Fork);
     }
-    if !f.lineage_known {
-        return Resync(Cause::Lineage);
-    }
     if !f.keeps_applied {
         return Diverged;
+    }
+    if !f.lineage_known {
+        return Resync(Cause::Lineage);
     }
     if !f.held {
         return Resync(Cause::Behind);
@@ -188,6 +189,7 @@ mod tests {
                         followable
                             && !(f.lineage_known && f.held && f.common_start)
                             && (!f.rewinds || f.lineage_known)
+                            && f.keeps_applied
                     }
                     Decision::Raise => ours && f.rewinds && term == Conflicting && f.peer == Role::Shadow,
                     Decision::Superseded => ours && term == Higher,
@@ -195,7 +197,7 @@ mod tests {
                         ours && term != Higher
                             && (term == Conflicting
                                 || (f.peer == Role::Primary && term == Equal)
-                                || (followable && f.lineage_known && !f.keeps_applied && !f.rewinds))
+                                || (followable && !f.keeps_applied && !f.rewinds))
                             && !(term == Conflicting && f.rewinds && f.peer == Role::Shadow)
                     }
                     Decision::Refuse(_) => !ours || (f.peer == Role::Primary && term == Lower),

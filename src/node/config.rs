@@ -95,6 +95,8 @@ pub struct NodeConfig {
     pub key: [u8; 32],
     /// The kernel's boot id now.
     pub boot: BootId,
+    /// Drawn at every start of the process: see [`crate::units::Generation::start`].
+    pub salt: u32,
     /// What a full journal does.
     pub full: FullPolicy,
     /// The write cache was lost (not by a reboot) and its owner says to go on without it.

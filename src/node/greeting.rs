@@ -92,7 +92,8 @@ impl Run {
             peer: hello.role,
             term,
             lineage_known: found.is_some(),
-            keeps_applied: at >= hello.applied,
+            // Of a run that is not known here, all that counts is where the last one that is known ended.
+            keeps_applied: found.map(|(lsn, _)| lsn).or(parted).is_none_or(|at| at >= hello.applied),
             held: own.oldest.lsn <= at && self.can_hold(at),
             common_start: at > Lsn(0) || (own.blank && hello.blank),
             rewinds: hello.rewinds && gives_way,

@@ -245,7 +245,7 @@ impl Run {
     }
 
     pub(super) fn tell_generation(&mut self, generation: Generation, after: Lsn) {
-        let (primary, start) = (self.name_of(generation.term.node), generation.start);
+        let (primary, start) = (self.name_of(generation.term.node), generation.count());
         self.tell(Happening::Generation { primary, start, after: after.0 });
     }
 

@@ -306,9 +306,9 @@ impl Run {
         let sb = &mut self.meta.sb;
         sb.role = Role::Primary;
         sb.cut = None;
-        sb.generation = role::next_generation(&sb.openings, term);
+        sb.generation = role::next_generation(&sb.openings, term, self.cfg.salt);
         role::note_opening(&mut sb.openings, sb.generation, tail.point);
-        let promoted = sb.generation.start == 1 && tail.point.lsn > Lsn(0);
+        let promoted = sb.generation.count() == 1 && tail.point.lsn > Lsn(0);
         if promoted && self.maps.ranges().last().is_some_and(|r| r.from != tail.point) {
             // Whoever goes on from here under another term is told exactly what has changed since.
             self.maps.rotate(tail.point);
@@ -353,7 +353,7 @@ impl Run {
         let sb = &mut self.meta.sb;
         let seen = Term { counter: sb.term.counter.max(other.counter), node: sb.node };
         sb.term = role::next_term(seen, sb.node);
-        sb.generation = role::next_generation(&sb.openings, sb.term);
+        sb.generation = role::next_generation(&sb.openings, sb.term, self.cfg.salt);
         role::note_opening(&mut sb.openings, sb.generation, tail.point);
         sb.floor = sb.floor.max(tail.point.lsn);
         let (counter, ticket) = (sb.term.counter, self.meta.save(true));
@@ -399,7 +399,7 @@ impl Run {
         self.journal.want(last);
         let generation = self.meta.sb.generation;
         self.tell_generation(generation, end);
-        let start = generation.start;
+        let start = generation.count();
         self.log(
             Level::Info,
             format!("serving after LSN {end}, start {start} of the term; {leftover} writes taken up from the cache"),

@@ -4,7 +4,7 @@
 //! term is higher than every term seen; nothing is acknowledged under a term that was superseded.
 
 use crate::format::message::{MAX_GENERATIONS, Opening, Role};
-use crate::units::{Generation, HistoryPoint, NodeId, Term};
+use crate::units::{Generation, HistoryPoint, NodeId, SALT_BITS, Term};
 
 /// What a node knows when it is told to become the primary.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -137,10 +137,11 @@ pub fn next_term(seen: Term, node: NodeId) -> Term {
     Term { counter: seen.counter + 1, node }
 }
 
-/// The next run of a primary under `term`, after the runs in `openings`.
-pub fn next_generation(openings: &[Opening], term: Term) -> Generation {
-    let starts = openings.iter().filter(|o| o.generation.term == term).map(|o| o.generation.start);
-    Generation { term, start: starts.max().unwrap_or(0) + 1 }
+/// The next run of a primary under `term`, after the runs in `openings`. Of `salt` the low bits count.
+pub fn next_generation(openings: &[Opening], term: Term, salt: u32) -> Generation {
+    let counts = openings.iter().map(|o| o.generation).filter(|g| g.term == term).map(Generation::count);
+    let count = (counts.max().unwrap_or(0) + 1).min(u32::MAX >> SALT_BITS);
+    Generation { term, start: count << SALT_BITS | salt & ((1 << SALT_BITS) - 1) }
 }
 
 /// Adds an opening, once; the oldest goes when there are too many.
@@ -225,8 +226,9 @@ mod tests {
         assert!(term > seen);
         let mut openings = Vec::new();
         for start in 1..=300 {
-            let generation = next_generation(&openings, term);
-            assert_eq!(generation, Generation { term, start });
+            let generation = next_generation(&openings, term, 0xfff0_0abc);
+            assert_eq!(generation, Generation { term, start: start << 12 | 0xabc });
+            assert_eq!(generation.count(), start);
             let at = HistoryPoint { lsn: Lsn(u64::from(start)), ..HistoryPoint::default() };
             note_opening(&mut openings, generation, at);
             note_opening(&mut openings, generation, at);

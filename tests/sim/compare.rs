@@ -15,7 +15,7 @@ use volrep::node::event::{AdminOp, Refresh};
 use volrep::node::status::{DifferentRange, RefreshStatus, Status};
 use volrep::resync::hash::{HashKey, hash};
 use volrep::resync::index::Index;
-use volrep::units::{Address, Lsn};
+use volrep::units::{Address, Extent, Lsn};
 
 /// What befell a host's disk, and whether it is mended.
 #[derive(Default)]
@@ -60,6 +60,9 @@ impl World {
             let bit = 1 << rng.below(8);
             self.hosts[node].disk.install(File::Backing(number), at as usize, &[byte ^ bit]);
             self.hosts[node].rot.leaves.insert((number, at / LEAF), self.now);
+            let start = at / LEAF * LEAF;
+            let leaf = Address::new(number, start).and_then(|a| Extent::new(a, LEAF.min(size - start)));
+            self.work.spoilt.extend(leaf);
         }
         self.hosts[node].rot.mended = false;
         self.hosts[node].rot.before = None;

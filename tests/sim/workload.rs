@@ -12,6 +12,7 @@ use bytes::Bytes;
 use std::collections::BTreeMap;
 use volrep::disk::IoError;
 use volrep::node::event::{Event, Op, RequestId};
+use volrep::node::status::Status;
 use volrep::units::{Address, Extent};
 
 /// What a request was.
@@ -53,6 +54,8 @@ pub struct Workload {
     scheduled: bool,
     /// Writes that a crash left without an answer, to be submitted again.
     pub unanswered: Vec<WriteId>,
+    /// Spoilt on a shadow's disk: to be written in the middle of a comparison.
+    pub spoilt: Vec<Extent>,
     /// Rich writes, for resubmission.
     rich: BTreeMap<WriteId, bool>,
 }
@@ -69,6 +72,7 @@ impl Workload {
             open: false,
             scheduled: false,
             unanswered: Vec::new(),
+            spoilt: Vec::new(),
             rich: BTreeMap::new(),
         }
     }
@@ -137,7 +141,10 @@ impl World {
             let tick = self.model.tick();
             (Op::Flush, Asked::Flush { tick, members, latched })
         } else {
-            let extent = draw_extent(&self.plan.volumes, &mix, &mut self.work.rng);
+            let extent = match self.next_spoilt() {
+                Some(extent) => extent,
+                None => draw_extent(&self.plan.volumes, &mix, &mut self.work.rng),
+            };
             let fua = self.work.rng.permille(mix.fua);
             match draw - mix.flush {
                 d if d < mix.read => {
@@ -153,6 +160,15 @@ impl World {
         self.issue(node, op, asked)?;
         self.kick();
         Ok(())
+    }
+
+    /// A spoilt place, while it may be in a window that is open.
+    fn next_spoilt(&mut self) -> Option<Extent> {
+        let running = |s: &Status| s.refresh.as_ref().is_some_and(|j| j.state == "Running");
+        let open = !self.work.spoilt.is_empty()
+            && self.hosts.iter().any(|h| h.status.as_deref().is_some_and(running))
+            && self.work.rng.permille(300);
+        if open { self.work.spoilt.pop() } else { None }
     }
 
     fn draw_write(&mut self, extent: Extent, fua: bool, latched: bool) -> (Op, Asked) {

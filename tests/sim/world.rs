@@ -9,7 +9,7 @@ use crate::memory::Slot;
 use crate::model::Model;
 use crate::net::Network;
 use crate::plan::{Fault, Plan};
-use crate::prng::Prng;
+use crate::prng::{Prng, splitmix};
 use crate::scenario::Scenario;
 use crate::trace::Trace;
 use crate::workload::Workload;
@@ -453,6 +453,8 @@ impl World {
         host.incarnation += 1;
         let memories =
             Memories { ring: Some(host.ring.lend()), maps: host.maps.lend(), index: host.index.lend() };
+        // Not drawn: every start has one of its own.
+        host.config.salt = splitmix(&mut (at << 8 | node as u64)) as u32;
         let mut new = Node::new(host.config.clone(), memories);
         self.trace.note(at, node, "boot", [u64::from(host.incarnation), 0, 0]);
         host.watch.booted(at);
@@ -623,6 +625,7 @@ fn config(
         peers: (0..plan.nodes).filter(|p| *p != n).map(peer).collect(),
         key,
         boot: rng.bytes16(),
+        salt: 0,
         full: plan.full,
         accept_lost_cache: false,
         apply_delay: if n == 0 { 0 } else { plan.apply_delay },

@@ -35,6 +35,7 @@ impl Config {
             peers: self.peers.iter().map(peer).collect(),
             key,
             boot: boot_id()?,
+            salt: u32::from_le_bytes(crate::sys::process::random()),
             full: match self.on_full {
                 OnFull::Block => FullPolicy::Block,
                 OnFull::Behind => FullPolicy::Behind,
