@@ -127,16 +127,13 @@ impl Run {
                 self.offer_resync(link, nonce, Cause::Lineage, None);
             }
             Decision::Diverged => {
-                let rival = hello.role == Role::Primary;
-                let why = if rival { "it is a primary, too" } else { "it holds what this node never wrote" };
-                self.set_diverged(link, parted, rival, why);
+                self.parted_from(link, hello, parted);
                 self.welcome(link, nonce, Verdict::Diverged(parted.unwrap_or(at)));
             }
             // A primary of an earlier term has to learn of the one that was seen here.
             Decision::Refuse(_) if ours && hello.role == Role::Primary && facts.term == TermOrder::Lower => {
                 if own.role == Role::Primary {
-                    let why = "it was a primary under a term that has ended";
-                    self.set_diverged(link, parted, false, why);
+                    self.parted_from(link, hello, parted);
                 }
                 self.welcome(link, nonce, Verdict::Diverged(parted.unwrap_or(at)));
             }
@@ -148,6 +145,19 @@ impl Run {
             Decision::Superseded => self.superseded(link, hello.term),
             Decision::Raise => self.raise_over(link, hello.term),
         }
+    }
+
+    /// This primary's history and the peer's have parted after `fork`. A primary that has heard of another promotion
+    /// acknowledges nothing any more: it is no rival.
+    fn parted_from(&mut self, link: LinkId, peer: &Identity, fork: Option<Lsn>) {
+        let own = self.meta.sb.term;
+        let ended = peer.term.node != peer.node || order(own, peer.term) == TermOrder::Lower;
+        let (rival, why) = match peer.role {
+            Role::Primary if ended => (false, "it was a primary under a term that has ended"),
+            Role::Primary => (true, "it is a primary, too"),
+            Role::Shadow => (false, "it holds what this node never wrote"),
+        };
+        self.set_diverged(link, fork, rival, why);
     }
 
     /// The journal has room to keep the records after `at` for somebody who reads them.
@@ -301,7 +311,7 @@ impl Run {
             return self.superseded(link, other.term);
         }
         if other.role == Role::Primary {
-            self.set_diverged(link, parted, true, "it is a primary, too");
+            self.parted_from(link, other, parted);
         }
         self.be_patient(link);
         self.drop_link(link, "it does not follow this node");

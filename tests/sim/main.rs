@@ -37,29 +37,32 @@ mod sweep;
 mod trace;
 mod view;
 mod watch;
+mod workers;
 mod workload;
 mod world;
 
 use minimise::Cut;
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Mutex;
 use std::time::{Duration, Instant};
 use world::{Counts, Sabotage, Violation, World};
 
 /// How long a failing run is made smaller.
 const MINIMISING: Duration = Duration::from_secs(60);
 
-/// Where and why the last panic was.
-static PANIC: Mutex<String> = Mutex::new(String::new());
+thread_local! {
+    /// Where and why this thread's last panic was.
+    static PANIC: RefCell<String> = const { RefCell::new(String::new()) };
+}
 
 /// The text of the last panic.
 fn last_panic() -> String {
-    PANIC.lock().unwrap_or_else(|e| e.into_inner()).clone()
+    PANIC.with_borrow(Clone::clone)
 }
 
 struct Args {
-    seeds: u64,
+    seeds: Option<u64>,
     start: u64,
     minutes: Option<u64>,
     one: Option<u64>,
@@ -81,8 +84,7 @@ enum Wanted {
 }
 
 fn args() -> Option<Args> {
-    let seeds = if cfg!(debug_assertions) { 50 } else { 2000 };
-    let (minutes, one, cut, sweep) = (None, None, Cut::default(), None);
+    let (seeds, minutes, one, cut, sweep) = (None, None, None, Cut::default(), None);
     let mut a = Args {
         seeds,
         start: 1,
@@ -100,7 +102,7 @@ fn args() -> Option<Args> {
         let mut text = || words.next().unwrap_or_else(|| panic!("{word} needs a value"));
         let number = |text: String| text.parse().unwrap_or_else(|_| panic!("{word} needs a number"));
         match word.as_str() {
-            "--seeds" => a.seeds = number(text()),
+            "--seeds" => a.seeds = Some(number(text())),
             "--start" => a.start = number(text()),
             "--minutes" => a.minutes = Some(number(text())),
             "--seed" => a.one = Some(number(text())),
@@ -222,7 +224,7 @@ fn main() {
         let trace = std::backtrace::Backtrace::force_capture().to_string();
         let ours = trace.lines().filter(|l| l.contains(" at ./") && !l.contains("main.rs"));
         let ours: Vec<_> = ours.map(str::trim).take(8).collect();
-        *PANIC.lock().unwrap_or_else(|e| e.into_inner()) = format!("{info}\n{}", ours.join("\n"));
+        PANIC.set(format!("{info}\n{}", ours.join("\n")));
     }));
     let Some(args) = args() else { return };
     let (passed, failed) = match &args.sweep {
@@ -235,46 +237,67 @@ fn main() {
     std::process::exit(i32::from(failed > 0));
 }
 
+/// What is kept of a run.
+struct Ended {
+    seed: u64,
+    failure: Option<Violation>,
+    counts: Counts,
+    lines: u64,
+    records: u64,
+}
+
+/// One seed, and now and then once more: two runs of it must not differ.
+fn run_seed(seed: u64, args: &Args) -> Ended {
+    let Ran { mut world, hash, mut failure } = run(seed, args.one.is_some(), None, &args.cut);
+    if failure.is_none() && (args.twice || args.one.is_some() || seed.is_multiple_of(16)) {
+        world.counts.check("same trace twice");
+        if run(seed, false, None, &args.cut).hash != hash {
+            let text = "two runs of the seed differ".to_owned();
+            failure = Some(Violation { invariant: "determinism", text });
+        }
+    }
+    let (lines, records) = (world.trace.lines, world.history.len() as u64);
+    Ended { seed, failure, counts: world.counts, lines, records }
+}
+
 /// Runs the models and the seeds; how many passed, and failed.
 fn seeds(args: &Args) -> (u64, u64) {
     let (mut passed, mut failed) = models();
     let begun = Instant::now();
-    let limit = args.minutes.map(|m| Duration::from_secs(m * 60));
-    let seeds = args.one.map_or(args.start..args.start.saturating_add(args.seeds), |s| s..s + 1);
     let (mut total, mut lines, mut records, mut ran) = (Counts::default(), 0, 0, 0);
     let mut kinds: BTreeMap<String, (u64, u64)> = BTreeMap::new();
-    for seed in seeds {
-        if limit.is_some_and(|l| begun.elapsed() > l) {
-            break;
-        }
-        let mut one = run(seed, args.one.is_some(), None, &args.cut);
-        ran += 1;
-        if one.failure.is_none() && (args.twice || args.one.is_some() || seed % 16 == 0) {
-            let again = run(seed, false, None, &args.cut);
-            total.check("same trace twice");
-            if again.hash != one.hash {
-                let text = "two runs of the seed differ".to_owned();
-                one.failure = Some(Violation { invariant: "determinism", text });
-            }
-        }
-        one.world.counts.checks.iter().for_each(|(k, n)| *total.checks.entry(k).or_default() += n);
-        one.world.counts.met.iter().for_each(|(k, n)| *total.met.entry(k.clone()).or_default() += n);
-        lines += one.world.trace.lines;
-        records += one.world.history.len() as u64;
-        match one.failure.take() {
-            None => passed += 1,
-            Some(failure) if args.keep_going => {
-                failed += 1;
+    let mut worst = None;
+    let limit = args.minutes.map(|m| Duration::from_secs(m * 60));
+    let usual = if limit.is_some() { u64::MAX } else { 200 };
+    let (first, count) = args.one.map_or((args.start, args.seeds.unwrap_or(usual)), |seed| (seed, 1));
+    let seeds =
+        (first..first.saturating_add(count)).take_while(|_| limit.is_none_or(|l| begun.elapsed() <= l));
+    workers::each(
+        seeds,
+        |seed| run_seed(seed, args),
+        |one| {
+            ran += 1;
+            one.counts.checks.iter().for_each(|(k, n)| *total.checks.entry(k).or_default() += n);
+            one.counts.met.iter().for_each(|(k, n)| *total.met.entry(k.clone()).or_default() += n);
+            lines += one.lines;
+            records += one.records;
+            let Some(failure) = one.failure else {
+                passed += 1;
+                return true;
+            };
+            failed += 1;
+            if args.keep_going {
                 let text = failure.text.lines().take(3).collect::<Vec<_>>().join(" ");
-                println!("FAILED seed {seed}: {}: {text}", failure.invariant);
-                kinds.entry(kind_of(&failure)).or_insert((0, seed)).0 += 1;
+                println!("FAILED seed {}: {}: {text}", one.seed, failure.invariant);
+                kinds.entry(kind_of(&failure)).or_insert((0, one.seed)).0 += 1;
+            } else {
+                worst = Some((one.seed, failure));
             }
-            Some(failure) => {
-                failed += 1;
-                report(seed, one, failure, args);
-                break;
-            }
-        }
+            args.keep_going
+        },
+    );
+    if let Some((seed, failure)) = worst {
+        report(seed, run(seed, args.one.is_some(), None, &args.cut), failure, args);
     }
     if args.one.is_none() && failed == 0 && !args.plain {
         let (noticed, missed) = sabotages();

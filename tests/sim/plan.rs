@@ -373,6 +373,11 @@ impl Plan {
             (plan.ambush, plan.role_ambush, plan.before, plan.blank) = (0, 0, Default::default(), 0xff);
             plan.slot_ambush = 0;
             plan.faults.clear();
+            if plan.disk_write.is_multiple_of(2) {
+                // What the two copies wrote is out of the journal before the shadow is met again.
+                (plan.mix.largest, plan.mix.rich, plan.mix.zero) = (2000, 1000, 0);
+                (plan.full, plan.segments) = (FullPolicy::Behind, 4);
+            }
         }
         plan.patience = rng.pick(&[0, 0, 20 * MILLIS, 100 * MILLIS, 500 * MILLIS, 2 * SECONDS]);
         if plan.double && plan.rejoin && plan.promotion.is_some() && rng.permille(700) {

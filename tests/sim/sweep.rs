@@ -10,6 +10,7 @@
 use crate::disk::Fault as DiskFault;
 use crate::plan::{Fault, Loss, Mix, Plan};
 use crate::prng::Prng;
+use crate::workers;
 use crate::world::{Violation, World};
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -222,21 +223,23 @@ pub fn sweep(everything: bool) -> (u64, u64) {
     // Over all scenarios in turn, so that a machine too slow for all of it has seen some of each.
     let mut picked: Vec<_> = all.into_iter().step_by(step).enumerate().collect();
     picked.sort_by_key(|(i, _)| (i % 64, *i));
-    for (_, (scenario, case)) in picked {
-        if !everything && begun.elapsed() > LIMIT {
-            break;
-        }
+    let picked = picked.into_iter().take_while(|_| everything || begun.elapsed() <= LIMIT);
+    let work = |(_, (scenario, case)): (usize, (&'static Scenario, Sweep))| {
         let text = name(scenario.0, &case);
         let (world, failure) = run(scenario, case, false);
-        *ran.entry(scenario.0).or_default() += 1;
-        struck += u64::from(world.sweep.is_some_and(|s| s.since.is_some()));
+        (scenario.0, text, world.sweep.is_some_and(|s| s.since.is_some()), failure)
+    };
+    workers::each(picked, work, |(scenario, text, hit, failure)| {
+        *ran.entry(scenario).or_default() += 1;
+        struck += u64::from(hit);
         if let Some(f) = failure {
             failed += 1;
             let first = f.text.lines().next().unwrap_or_default();
             println!("FAILED sweep {text}: {}: {first}", f.invariant);
             println!("repeat: cargo test --profile checked --test sim -- --sweep-one {text}");
         }
-    }
+        true
+    });
     let cases: u64 = ran.values().sum();
     let of: Vec<_> = ran.iter().map(|(name, n)| format!("{name} {n}")).collect();
     println!(
