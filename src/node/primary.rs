@@ -6,6 +6,7 @@
 //! write is accepted only if the journal surely has room for it.
 
 use super::FRONT;
+use super::drain::{PendingRead, Records};
 use super::event::{Action, Op, RequestId};
 use super::meta::Ticket;
 use super::run::{Part, Run};
@@ -42,17 +43,10 @@ struct Waiter {
 }
 
 /// For whom a volume is read as the application sees it.
-enum ReadFor {
+pub(super) enum ReadFor {
     Front(RequestId),
     /// A comparison; the number of its call.
     Compare(usize),
-}
-
-struct PendingRead {
-    whose: ReadFor,
-    extent: Extent,
-    /// What the cache held when the read was submitted.
-    newer: Vec<(Extent, Option<Bytes>)>,
 }
 
 /// The term is on its way up; no record takes a place meanwhile.
@@ -80,11 +74,15 @@ pub struct Primary {
     uncommitted: VecDeque<(Lsn, u64)>,
     durable_write: u64,
     committed_write: u64,
-    /// Records that are not in the backing.
-    tails: VecDeque<Tail>,
-    dirty_since: Option<u64>,
+    /// Records that are in the write cache, too.
+    pub(super) tails: VecDeque<Tail>,
+    pub(super) dirty_since: Option<u64>,
     batch: Vec<Extent>,
-    reads: Slab<PendingRead>,
+    pub(super) reads: Slab<PendingRead>,
+    /// It serves already: records up to this one go from the journal into the image.
+    pub(super) drain: Option<Lsn>,
+    /// Records that reads need.
+    pub(super) records: Records,
     /// Room was asked for and not found; in the journal.
     pub(super) starved: bool,
     pub(super) journal_full: bool,
@@ -112,6 +110,8 @@ impl Primary {
             dirty_since: None,
             batch: Vec::new(),
             reads: Slab::new(),
+            drain: None,
+            records: Records::default(),
             starved: false,
             journal_full: false,
             raising: None,
@@ -170,6 +170,11 @@ impl Primary {
         self.uncommitted.push_back(pair);
         self.tails.push_back(tail);
         self.dirty_since.get_or_insert(now);
+    }
+
+    /// Part of what it has lies in the journal alone.
+    pub(super) fn is_draining(&self) -> bool {
+        self.drain.is_some()
     }
 
     /// A batch that ends with `upto` is in the backing.
@@ -358,14 +363,14 @@ impl Run {
         self.read(ReadFor::Compare(call), extent);
     }
 
-    fn read_answer(&mut self, whose: ReadFor, result: DiskResult) {
+    pub(super) fn read_answer(&mut self, whose: ReadFor, result: DiskResult) {
         match whose {
             ReadFor::Front(id) => self.complete(id, result),
             ReadFor::Compare(call) => self.compared_read(call, result),
         }
     }
 
-    fn read(&mut self, whose: ReadFor, extent: Extent) {
+    pub(super) fn read(&mut self, whose: ReadFor, extent: Extent) {
         let Part::Primary(p) = &mut self.part else { return };
         let Some(cache) = &p.cache else { return };
         let mut covered = 0;
@@ -382,33 +387,15 @@ impl Run {
         }
         // Write-back may finish before the read does: keep now what the backing lacks now.
         let newer = parts.into_iter().map(|(e, d)| (e, d.map(Bytes::copy_from_slice))).collect();
-        let key = p.reads.insert(PendingRead { whose, extent, newer });
-        let file = File::Backing(extent.address().volume());
-        let op = DiskOp::Read { offset: extent.address().offset(), len: extent.len() as usize };
-        self.disk.push(DiskRequest { token: Token::new(FRONT, key as u64), file, op });
-    }
-
-    /// The answer to a read of the backing. A failed read fails its request alone.
-    pub(super) fn read_done(&mut self, key: u64, result: DiskResult) {
-        let Part::Primary(p) = &mut self.part else { return };
-        let Some(read) = p.reads.try_remove(key as usize) else { return };
-        let result = result.map(|bytes| {
-            if read.newer.is_empty() {
-                return bytes;
-            }
-            let mut buf = aligned(bytes.len());
-            buf.extend_from_slice(&bytes);
-            for (part, data) in &read.newer {
-                let at = (part.start() - read.extent.start()) as usize;
-                let to = &mut buf[at..at + part.len() as usize];
-                match data {
-                    Some(data) => to.copy_from_slice(data),
-                    None => to.fill(0),
-                }
-            }
-            freeze(buf)
-        });
-        self.read_answer(read.whose, result);
+        let held: Vec<_> = self.backlog.parts(extent).collect();
+        let needed = held.iter().map(|(e, _)| e.len()).sum::<u64>() < extent.len();
+        let key = p.reads.insert(PendingRead::new(whose, extent, newer, held, needed));
+        if needed {
+            let file = File::Backing(extent.address().volume());
+            let op = DiskOp::Read { offset: extent.address().offset(), len: extent.len() as usize };
+            self.disk.push(DiskRequest { token: Token::new(FRONT, key as u64), file, op });
+        }
+        self.find_records(key);
     }
 
     /// Moves the primary on; whether anything moved.
@@ -465,12 +452,17 @@ impl Run {
         let (durable, leaving) = (self.journal.durable(), self.is_leaving());
         let Part::Primary(p) = &mut self.part else { return false };
         let Some(cache) = &p.cache else { return false };
-        if self.image.applier.is_busy() || leaving {
+        if leaving || self.image.applier.is_busy() && !p.is_draining() {
             return false;
         }
         let ready = p.tails.partition_point(|t| t.point.lsn <= durable);
         let Some(upto) = ready.checked_sub(1).map(|i| p.tails[i]) else { return false };
         let (used, size) = cache.usage();
+        if p.is_draining() {
+            // Older records are on their way into the image: nothing newer goes there before them.
+            let full = p.starved && !p.journal_full || used >= size / 2;
+            return full && self.spill(upto.point.lsn);
+        }
         let due = p.dirty_since.unwrap_or(self.now.mono) + after;
         if !hurry && !p.starved && used < size / 2 && self.now.mono < due {
             self.wake_at(due);

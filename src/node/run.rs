@@ -17,9 +17,11 @@ use super::meta::Meta;
 use super::primary::Primary;
 use super::shadow::Shadow;
 use super::{
-    APPLY, COMPARE, ENCODE, FRONT, INDEX, JOURNAL, JOURNAL_RECOVERY, MAPS, READER, SCRUB, STAGE, SUPER, VIEW,
+    APPLY, BACKLOG, COMPARE, ENCODE, FRONT, INDEX, JOURNAL, JOURNAL_RECOVERY, MAPS, READER, SCRUB, STAGE,
+    SUPER, VIEW,
 };
 use super::{rebase, remake};
+use crate::apply::backlog::Backlog;
 use crate::disk::{DiskRequest, DiskResult, IoError, Memory, Token};
 use crate::format::message::Role;
 use crate::journal::Journal;
@@ -49,6 +51,8 @@ pub struct Run {
     pub(super) ring: Option<Box<dyn Memory>>,
     pub(super) meta: Meta,
     pub(super) journal: Journal,
+    /// What the journal holds and the image lacks.
+    pub(super) backlog: Backlog,
     pub(super) maps: Maps,
     pub(super) index: Index,
     pub(super) feed: Feed,
@@ -73,7 +77,7 @@ pub struct Run {
 impl Run {
     /// Takes over from boot.
     pub fn new(cfg: NodeConfig, ring: Option<Box<dyn Memory>>, booted: Booted, now: Now) -> Run {
-        let Booted { mut sb, slot, maps, index, marks, recovered: r } = booted;
+        let Booted { mut sb, slot, maps, index, marks, backlog, recovered: r } = booted;
         for peer in &mut sb.peers {
             // A position beyond the own end belongs to records that this node has lost.
             peer.durable = peer.durable.min(r.tail.point.lsn);
@@ -102,6 +106,7 @@ impl Run {
             links: Links::new(&cfg, &sb),
             meta: Meta::new(SUPER, sb, slot),
             journal,
+            backlog,
             maps,
             index,
             part,
@@ -248,6 +253,10 @@ impl Run {
             INDEX => self.map_synced(CheckPart::Index, result).map_err(|e| ("writing the hash index", e)),
             FRONT => {
                 self.read_done(token.id(), result);
+                Ok(())
+            }
+            BACKLOG => {
+                self.record_read(token.id(), result);
                 Ok(())
             }
             COMPARE => {

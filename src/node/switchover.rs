@@ -242,6 +242,7 @@ impl Run {
         for id in waiting {
             self.complete(id, Err(crate::disk::IoError::EIO));
         }
+        self.backlog.close();
         // What was written back may be newer than the record that it was written back for: all goes there at once.
         let begun = limit.min(tail.point.lsn);
         let delay = Delay::new(self.cfg.apply_delay, begun, tail.point.lsn, tail.time, self.now.mono);

@@ -210,6 +210,9 @@ pub struct Plan {
     pub rewind: bool,
     /// How many of the steps of such a promotion are followed by a death, in thousandths.
     pub ambush_promotion: u64,
+    /// How many of the writes that put the journal into the image of a primary that serves already are followed by
+    /// a death, in thousandths.
+    pub ambush_drain: u64,
     /// Who holds records of its own after that is told to rejoin.
     pub rejoin: bool,
     /// Another shadow is promoted, too.
@@ -335,6 +338,7 @@ impl Plan {
             role_ambush: 0,
             slot_ambush: 0,
             patience: 0,
+            ambush_drain: 0,
             ambush: if resyncs { rng.pick(&[0, 50, 300]) } else { 0 },
             segment: 2 << 20,
             segments: if laps { 4 } else { rng.pick(&[4, 4, 4, 5, 8]) },
@@ -381,6 +385,7 @@ impl Plan {
             (plan.role_ambush, plan.mix.think) = (rng.pick(&[100, 400, 1000]), 100 * MICROS);
             plan.mix.requests += 200;
         }
+        plan.ambush_drain = rng.pick(&[0, 0, 20, 200]);
         plan
     }
 

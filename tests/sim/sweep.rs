@@ -147,6 +147,7 @@ fn plan(scenario: &Scenario) -> Plan {
         },
         faults: Vec::new(),
         before: Default::default(),
+        ambush_drain: 0,
         apply_delay: 0,
         rewind: false,
         ambush_promotion: 0,
