@@ -19,9 +19,6 @@ use crate::format::superblock::Superblock;
 use crate::journal::{Tail, tail_of};
 use crate::units::{Extent, Lsn, Now};
 
-/// Payload bytes of one batch of records.
-const BATCH: u64 = 4 << 20;
-
 /// Where a checkpoint stands.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Check {
@@ -192,7 +189,7 @@ impl Run {
         let mut batch: ExtentMap<Source> = ExtentMap::default();
         let mut upto: Option<Tail> = None;
         let mut bytes = 0;
-        while bytes < BATCH {
+        while bytes < self.cfg.batch_bytes {
             let next = upto.map_or(self.image.applied.point.lsn, |t| t.point.lsn).next();
             if next > limit {
                 break;

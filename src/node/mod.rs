@@ -67,7 +67,8 @@ const STAGE: u8 = 9;
 const INDEX: u8 = 10;
 const SCRUB: u8 = 11;
 const VIEW: u8 = 12;
-const BACKLOG: u8 = 13;
+/// Reads of the journal for those who read a volume whose image has not caught up.
+pub const BACKLOG: u8 = 13;
 
 /// The mapped files of a node.
 pub struct Memories {

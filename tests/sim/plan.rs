@@ -182,6 +182,8 @@ pub struct Plan {
     pub feed: u64,
     /// See the node's configuration.
     pub window: u64,
+    /// See the node's configuration.
+    pub batch: u64,
     /// The workload.
     pub mix: Mix,
     /// Faults, by the number of requests submitted before, rising.
@@ -339,6 +341,7 @@ impl Plan {
             slot_ambush: 0,
             patience: 0,
             ambush_drain: 0,
+            batch: 4 << 20,
             ambush: if resyncs { rng.pick(&[0, 50, 300]) } else { 0 },
             segment: 2 << 20,
             segments: if laps { 4 } else { rng.pick(&[4, 4, 4, 5, 8]) },
@@ -386,6 +389,8 @@ impl Plan {
             plan.mix.requests += 200;
         }
         plan.ambush_drain = rng.pick(&[0, 0, 20, 200]);
+        // Small ones, so that the journal goes into the image in many steps.
+        plan.batch = rng.pick(&[4 << 20, 4 << 20, 512 << 10, 64 << 10, 8 << 10]);
         plan
     }
 
