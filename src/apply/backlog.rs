@@ -123,9 +123,11 @@ impl Backlog {
         }
     }
 
-    /// The records after `lsn` were given up. Not while anything is read.
+    /// The records after `lsn` were given up; so was whoever read them.
     pub fn cut(&mut self, lsn: Lsn) {
-        debug_assert!(self.covered.is_none());
+        if self.covered > Some(lsn) {
+            self.close();
+        }
         while let Some(entry) = self.entries.pop_back_if(|e| e.place.point.lsn > lsn) {
             self.forget(&entry);
         }
@@ -145,7 +147,7 @@ impl Backlog {
     /// Every record after `applied`, up to `end`, is here.
     pub fn reaches(&self, applied: Lsn, end: Lsn) -> bool {
         let first = self.entries.front().map(|e| e.place.point.lsn);
-        applied == end || (first.is_some_and(|f| f <= applied.next()) && self.end() == Some(end))
+        applied >= end || (first.is_some_and(|f| f <= applied.next()) && self.end() >= Some(end))
     }
 
     /// The index is to cover everything up to `end`, from what it covers now on.

@@ -5,20 +5,18 @@
 //! I3, I4); no request is served before everything that an earlier run accepted is durable (I6); a
 //! write is accepted only if the journal surely has room for it.
 
-use super::FRONT;
-use super::drain::{PendingRead, Records};
 use super::event::{Action, Op, RequestId};
 use super::meta::Ticket;
+use super::reading::ReadFor;
 use super::run::{Part, Run};
 use super::sealing::Pipeline;
 use crate::apply::Source;
 use crate::cache::{Cache, worst_case};
-use crate::disk::{DiskOp, DiskRequest, DiskResult, File, IoError, Token, aligned, freeze};
+use crate::disk::{IoError, aligned, freeze};
 use crate::format::record::{MAX_RAW, MAX_ZERO};
 use crate::journal::Tail;
 use crate::units::{Extent, Lsn, Term};
 use bytes::Bytes;
-use slab::Slab;
 use std::collections::VecDeque;
 
 /// How far a primary is on its way to serving.
@@ -40,13 +38,6 @@ pub enum Stage {
 struct Waiter {
     seq: u64,
     id: RequestId,
-}
-
-/// For whom a volume is read as the application sees it.
-pub(super) enum ReadFor {
-    Front(RequestId),
-    /// A comparison; the number of its call.
-    Compare(usize),
 }
 
 /// The term is on its way up; no record takes a place meanwhile.
@@ -78,11 +69,8 @@ pub struct Primary {
     pub(super) tails: VecDeque<Tail>,
     pub(super) dirty_since: Option<u64>,
     batch: Vec<Extent>,
-    pub(super) reads: Slab<PendingRead>,
     /// It serves already: records up to this one go from the journal into the image.
     pub(super) drain: Option<Lsn>,
-    /// Records that reads need.
-    pub(super) records: Records,
     /// Room was asked for and not found; in the journal.
     pub(super) starved: bool,
     pub(super) journal_full: bool,
@@ -109,9 +97,7 @@ impl Primary {
             tails: VecDeque::new(),
             dirty_since: None,
             batch: Vec::new(),
-            reads: Slab::new(),
             drain: None,
-            records: Records::default(),
             starved: false,
             journal_full: false,
             raising: None,
@@ -209,21 +195,6 @@ impl Primary {
         self.pipeline.is_empty() && !self.cache.as_ref().is_some_and(open)
     }
 
-    /// Somebody waits for the backing.
-    pub(super) fn is_reading(&self) -> bool {
-        !self.reads.is_empty()
-    }
-
-    /// Everything that waits, to be refused.
-    pub(super) fn take_all(&mut self) -> Vec<RequestId> {
-        let mut ids = self.take_waiting();
-        ids.extend(self.waiters.drain(..).map(|w| w.id));
-        ids.extend(self.reads.drain().filter_map(|r| match r.whose {
-            ReadFor::Front(id) => Some(id),
-            ReadFor::Compare(_) => None,
-        }));
-        ids
-    }
 }
 
 impl Run {
@@ -363,13 +334,6 @@ impl Run {
         self.read(ReadFor::Compare(call), extent);
     }
 
-    pub(super) fn read_answer(&mut self, whose: ReadFor, result: DiskResult) {
-        match whose {
-            ReadFor::Front(id) => self.complete(id, result),
-            ReadFor::Compare(call) => self.compared_read(call, result),
-        }
-    }
-
     pub(super) fn read(&mut self, whose: ReadFor, extent: Extent) {
         let Part::Primary(p) = &mut self.part else { return };
         let Some(cache) = &p.cache else { return };
@@ -387,15 +351,7 @@ impl Run {
         }
         // Write-back may finish before the read does: keep now what the backing lacks now.
         let newer = parts.into_iter().map(|(e, d)| (e, d.map(Bytes::copy_from_slice))).collect();
-        let held: Vec<_> = self.backlog.parts(extent).collect();
-        let needed = held.iter().map(|(e, _)| e.len()).sum::<u64>() < extent.len();
-        let key = p.reads.insert(PendingRead::new(whose, extent, newer, held, needed));
-        if needed {
-            let file = File::Backing(extent.address().volume());
-            let op = DiskOp::Read { offset: extent.address().offset(), len: extent.len() as usize };
-            self.disk.push(DiskRequest { token: Token::new(FRONT, key as u64), file, op });
-        }
-        self.find_records(key);
+        self.read_below(whose, extent, newer);
     }
 
     /// Moves the primary on; whether anything moved.
@@ -478,10 +434,17 @@ impl Run {
 
     /// Refuses everything that waits.
     pub(super) fn refuse_everything(&mut self) {
+        let mut ids = Vec::new();
         if let Part::Primary(p) = &mut self.part {
-            for id in p.take_all() {
-                self.out.push(Action::Complete { id, result: Err(IoError::EIO) });
-            }
+            ids = p.take_waiting();
+            ids.extend(p.waiters.drain(..).map(|w| w.id));
+        }
+        ids.extend(self.reading.take_all().into_iter().filter_map(|whose| match whose {
+            ReadFor::Front(id) => Some(id),
+            ReadFor::Compare(_) | ReadFor::View(_) => None,
+        }));
+        for id in ids {
+            self.complete(id, Err(IoError::EIO));
         }
     }
 }

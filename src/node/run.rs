@@ -15,6 +15,7 @@ use super::links::Links;
 use super::marks::Marks;
 use super::meta::Meta;
 use super::primary::Primary;
+use super::reading::Reading;
 use super::shadow::Shadow;
 use super::{
     APPLY, BACKLOG, COMPARE, ENCODE, FRONT, INDEX, JOURNAL, JOURNAL_RECOVERY, MAPS, READER, SCRUB, STAGE,
@@ -53,6 +54,7 @@ pub struct Run {
     pub(super) journal: Journal,
     /// What the journal holds and the image lacks.
     pub(super) backlog: Backlog,
+    pub(super) reading: Reading,
     pub(super) maps: Maps,
     pub(super) index: Index,
     pub(super) feed: Feed,
@@ -107,6 +109,7 @@ impl Run {
             meta: Meta::new(SUPER, sb, slot),
             journal,
             backlog,
+            reading: Reading::default(),
             maps,
             index,
             part,

@@ -343,6 +343,7 @@ impl Run {
     pub(super) fn cut_to(&mut self, link: LinkId, at: HistoryPoint) {
         if let Part::Shadow(s) = &mut self.part {
             s.cut = Some(Cut { link, at, stage: CutStage::Waiting });
+            self.view_loses(at.lsn);
         }
     }
 

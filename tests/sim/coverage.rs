@@ -17,6 +17,10 @@ const MET: &[&str] = &[
     "read through the journal",
     "written while a primary drains",
     "death while a primary drains",
+    "view at a mark",
+    "view at a time",
+    "view at a record",
+    "view of what is not in the image",
 ];
 
 impl World {

@@ -391,6 +391,14 @@ impl Plan {
         plan.ambush_drain = rng.pick(&[0, 0, 20, 200]);
         // Small ones, so that the journal goes into the image in many steps.
         plan.batch = rng.pick(&[4 << 20, 4 << 20, 512 << 10, 64 << 10, 8 << 10]);
+        if plan.apply_delay > 0 && plan.rollback.is_none() && rng.permille(500) {
+            // What is held back is looked at, as of its marks too.
+            for kind in [Fault::View, Fault::Mark] {
+                let count = rng.within(2, 8);
+                plan.faults.extend((0..count).map(|_| (rng.within(1, plan.mix.requests), kind)));
+            }
+            plan.faults.sort_unstable();
+        }
         plan
     }
 
