@@ -123,7 +123,7 @@ impl Backlog {
         }
     }
 
-    /// The records after `lsn` were given up; so was whoever read them.
+    /// The records after `lsn` were given up; so is whoever reads them.
     pub fn cut(&mut self, lsn: Lsn) {
         if self.covered > Some(lsn) {
             self.close();
@@ -262,6 +262,30 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn of_too_many_the_oldest_go_unless_somebody_reads_them() {
+        let many: Vec<_> = (0..2000).map(|i| (i * 2, 1, Content::Zeroes)).collect();
+        let mut b = Backlog::default();
+        let count = MOST as u64 / 2000 + 3;
+        (1..=count).for_each(|lsn| b.push(&record(lsn, &many), lsn));
+        assert!(b.weight <= MOST && b.end() == Some(Lsn(count)));
+        assert!(!b.reaches(Lsn(0), Lsn(count)) && b.reaches(Lsn(5), Lsn(count)));
+        b.applied(Lsn(5));
+        b.cover(Lsn(count));
+        (count + 1..count + 9).for_each(|lsn| b.push(&record(lsn, &many), lsn));
+        let end = b.end().unwrap();
+        assert!(b.weight < MOST + 2100 && end < Lsn(count + 8) && b.reaches(Lsn(5), end));
+        // Later ones are not taken over a gap, whatever room there is.
+        b.applied(Lsn(20));
+        b.push(&record(count + 9, &many), 1);
+        assert_eq!(b.end(), Some(end));
+        b.close();
+        b.push(&record(count + 10, &many), 1);
+        assert!(b.reaches(Lsn(count + 9), Lsn(count + 10)) && !b.reaches(Lsn(count + 8), Lsn(count + 10)));
+        b.applied(Lsn(count + 10));
+        assert_eq!((b.weight, b.bytes()), (0, 0));
     }
 
     #[test]
