@@ -44,9 +44,9 @@ def wait_for(what, condition, seconds=20):
 
 
 class Volrep:
-    """A primary and its shadow; `durable` puts the shadow into the sync set."""
+    """A primary and its shadow; `durable` puts the shadow into the sync set, which holds its image back by `delay`."""
 
-    def __init__(self, args, children, name, durable=False):
+    def __init__(self, args, children, name, durable=False, delay=None, journal=None):
         self.bin, self.children, self.name = args.volrep, children, name
         self.a, self.b = f"{args.dir}/{name}/a", f"{args.shadow_dir}/{name}/b"
         os.makedirs(self.a), os.makedirs(self.b)
@@ -54,11 +54,16 @@ class Volrep:
         atexit.register(shutil.rmtree, self.env["VOLREP_SHM_DIR"], True)
         port = free_port()
         sync = ["--sync", "db2"] if durable else []
+        size = ["--journal-size", journal] if journal else []
         self.run("init", "g", "--config", f"{self.a}/c", "--volume", f"data={self.a}/vol:{args.size}", "--node", "db1",
-                 "--listen", f"127.0.0.1:{port}", *sync)
+                 "--listen", f"127.0.0.1:{port}", *sync, *size)
         token = self.run("token", "g", "--config", f"{self.a}/c").strip()
         self.run("join", token, "--config", f"{self.b}/c", "--volume", f"data={self.b}/vol", "--node", "db2",
-                 "--listen", f"127.0.0.1:{free_port()}")
+                 "--listen", f"127.0.0.1:{free_port()}", *size)
+        if delay:
+            path = f"{self.b}/c/g.toml"
+            text = open(path).read()
+            open(path, "w").write(text.replace('apply_delay = "0s"', f'apply_delay = "{delay}"'))
         self.serve()
         self.uri = self.run("attach", "g", "--config", f"{self.a}/c", "--device", "nbd-socket").strip()
         wait_for("shadow", lambda: self.status(self.b)["state"] == "UpToDate")

@@ -5,8 +5,10 @@
 //! backing; a checkpoint counts only after the sync of every backing that was written (I3); a failed
 //! write or sync latches (I10), until another target is chosen.
 //!
-//! `stage` is the other target: what a resync makes, until it is shown.
+//! `stage` is the other target: what a resync makes, until it is shown. `backlog` knows what the journal holds and the
+//! image lacks, for those who don't wait for it.
 
+pub mod backlog;
 pub mod stage;
 
 use crate::disk::{DiskOp, DiskRequest, DiskResult, File, IoError, Token, aligned, freeze};

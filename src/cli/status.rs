@@ -152,6 +152,8 @@ fn stopped(group: &str, config: &config::Config, s: &Superblock) -> Status {
         durable_lsn: s.floor.0.max(checkpoint),
         applied_lsn: checkpoint,
         checkpoint_lsn: checkpoint,
+        drain_records: 0,
+        drain_bytes: 0,
         journal_used: 0,
         journal_size: s.geometry.len(),
         cache_used: 0,

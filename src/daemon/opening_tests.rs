@@ -28,6 +28,7 @@ fn options(dir: &Path) -> DaemonOptions {
         apply_delay: 0,
         level: Some(1),
         feed_bytes: 1 << 20,
+        batch_bytes: crate::node::config::BATCH,
         window_bytes: 1 << 20,
         timing: Timing::default(),
     };

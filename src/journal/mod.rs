@@ -234,8 +234,8 @@ impl Journal {
     }
 
     /// Appends the next record. `wanted`: somebody waits until it is durable. The caller has asked
-    /// [`Journal::fits`] and has checked the chain.
-    pub fn append(&mut self, now: Now, record: &Record, wanted: bool, out: &mut Vec<DiskRequest>) {
+    /// [`Journal::fits`] and has checked the chain. Where in the file it lies.
+    pub fn append(&mut self, now: Now, record: &Record, wanted: bool, out: &mut Vec<DiskRequest>) -> u64 {
         debug_assert!(
             record.stamp.prev == self.tail.point.hash && record.stamp.lsn == self.tail.point.lsn.next()
         );
@@ -274,6 +274,7 @@ impl Journal {
         if wanted {
             self.want(record.stamp.lsn);
         }
+        self.head.file_offset(self.geometry) - len
     }
 
     fn open_segment(&mut self) {

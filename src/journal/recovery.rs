@@ -129,6 +129,9 @@ pub struct Recovery {
     watermark: Lsn,
 }
 
+/// Told of a record, and where in the file it lies.
+type Seen<'a> = &'a mut dyn FnMut(&Record, u64);
+
 /// Segment headers read at a time.
 const BATCH: u32 = 64;
 
@@ -192,12 +195,12 @@ impl Recovery {
     }
 
     /// The answer to one of its requests. `seen` is told every record after the checkpoint that
-    /// stays, in order.
+    /// stays, in order, and where in the file it lies.
     pub fn complete(
         &mut self,
         id: u64,
         result: DiskResult,
-        seen: &mut dyn FnMut(&Record),
+        seen: Seen,
         out: &mut Vec<DiskRequest>,
     ) -> Option<Outcome> {
         let bytes = match result {
@@ -245,7 +248,7 @@ impl Recovery {
         }
     }
 
-    fn headers_read(&mut self, seen: &mut dyn FnMut(&Record), out: &mut Vec<DiskRequest>) -> Option<Outcome> {
+    fn headers_read(&mut self, seen: Seen, out: &mut Vec<DiskRequest>) -> Option<Outcome> {
         if matches!(self.state, State::Headers { next, .. } if next < self.sb.geometry.segments) {
             self.read_headers(out);
             return None;
@@ -291,7 +294,7 @@ impl Recovery {
         }
     }
 
-    fn walk(&mut self, seen: &mut dyn FnMut(&Record), out: &mut Vec<DiskRequest>) -> Option<Outcome> {
+    fn walk(&mut self, seen: Seen, out: &mut Vec<DiskRequest>) -> Option<Outcome> {
         loop {
             let State::Walk(cursor) = &mut self.state else { return None };
             if self.target.is_some_and(|t| t.lsn == self.tail.point.lsn) {
@@ -309,7 +312,7 @@ impl Recovery {
                     self.tail = tail_of(&record);
                     self.end = Place { offset: place.offset + record.padded_len(), ..place };
                     if record.stamp.lsn > self.sb.checkpoint.lsn {
-                        seen(&record);
+                        seen(&record, place.file_offset(self.sb.geometry));
                     }
                 }
                 Step::Gap(place) => return self.gap(place, out),

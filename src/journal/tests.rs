@@ -77,6 +77,9 @@ impl Disk {
     fn new() -> Disk {
         Disk(vec![0; G.len() as usize])
     }
+    fn record(&self, at: u64) -> HistoryPoint {
+        Record::decode(Bytes::copy_from_slice(&self.0[at as usize..])).unwrap().point()
+    }
     fn run(&mut self, request: &DiskRequest) -> DiskResult {
         match &request.op {
             DiskOp::Read { offset, len } => {
@@ -102,7 +105,10 @@ fn recover(disk: &mut Disk, sb: &Superblock, target: Option<HistoryPoint>) -> (O
     loop {
         let request = out.remove(0);
         let result = disk.run(&request);
-        let mut note = |r: &Record| seen.push(r.stamp.lsn.0);
+        let mut note = |r: &Record, at| {
+            assert_eq!(disk.record(at), r.point(), "where it is said to lie");
+            seen.push(r.stamp.lsn.0);
+        };
         if let Some(outcome) = recovery.complete(request.token.id(), result, &mut note, &mut out) {
             return (outcome, seen);
         }
@@ -124,11 +130,12 @@ fn append(journal: &mut Journal, disk: &mut Disk, sb: &Superblock, bytes: usize)
     let record = make(journal.tail(), sb, bytes);
     assert!(journal.fits(record.padded_len()));
     let mut out = Vec::new();
-    journal.append(Now::default(), &record, true, &mut out);
+    let at = journal.append(Now::default(), &record, true, &mut out);
     for request in out {
         let result = disk.run(&request);
         journal.complete(request.token.id(), result).unwrap();
     }
+    assert_eq!(disk.record(at), record.point());
     record
 }
 

@@ -217,7 +217,8 @@ impl Run {
         }
         if let (false, Part::Primary(p)) = (shutdown, &self.part) {
             // Writes may go on: the node need not be idle at any moment.
-            let written = p.is_serving() && p.durable_write() >= seq && p.freed_write() >= seq;
+            let freed = p.freed_write() >= seq && !p.is_draining();
+            let written = p.is_serving() && p.durable_write() >= seq && freed;
             let upto = upto.or(written.then_some(self.image.applied.point.lsn));
             self.admin.drains[i].upto = upto;
             return match upto {
@@ -354,7 +355,10 @@ impl Run {
                 "a resync is under way and would be given up: the image here is the old one, of LSN {old}; {known}"
             );
         }
-        format!("the shadow ends at LSN {} ({pending} records to be applied first); {known}", tail.point.lsn)
+        format!(
+            "the shadow ends at LSN {} ({pending} records are not in the image yet); {known}",
+            tail.point.lsn
+        )
     }
 
     /// Before a promotion: the old image, if a new one is not whole yet; or the new one, once it is in

@@ -8,6 +8,7 @@
 use super::config::NodeConfig;
 use super::marks::{Mark, Marks};
 use super::{JOURNAL_RECOVERY, SUPER};
+use crate::apply::backlog::Backlog;
 use crate::disk::{DiskOp, DiskRequest, DiskResult, File, Memory, Token};
 use crate::format::mapped::Owner;
 use crate::format::message::Role;
@@ -40,6 +41,7 @@ struct Found {
     maps: Maps,
     index: Index,
     marks: VecDeque<Mark>,
+    backlog: Backlog,
 }
 
 /// What boot ends with.
@@ -54,6 +56,8 @@ pub struct Booted {
     pub index: Index,
     /// The marks after the checkpoint.
     pub marks: VecDeque<Mark>,
+    /// The records after it.
+    pub backlog: Backlog,
     /// The journal's end.
     pub recovered: Recovered,
 }
@@ -80,10 +84,11 @@ impl Boot {
         if token.owner() == SUPER {
             return self.superblock(cfg, token.id(), result, out).err().map(Err);
         }
-        let Found { sb, recovery, maps, marks, .. } = self.found.as_mut()?;
-        let mut seen = |r: &Record| {
+        let Found { sb, recovery, maps, marks, backlog, .. } = self.found.as_mut()?;
+        let mut seen = |r: &Record, offset| {
             note(sb, maps, r);
             Marks::find(marks, r);
+            backlog.push(r, offset);
         };
         match recovery.complete(token.id(), result, &mut seen, out)? {
             Outcome::Stopped(text) => Some(Err(text)),
@@ -93,7 +98,7 @@ impl Boot {
                     .into(),
             )),
             Outcome::Found(recovered) => {
-                let Found { slot, mut sb, mut maps, index, marks, .. } = self.found.take()?;
+                let Found { slot, mut sb, mut maps, index, marks, backlog, .. } = self.found.take()?;
                 if recovered.tail.point.lsn == sb.checkpoint.lsn {
                     sb.checkpoint = recovered.tail.point;
                 }
@@ -104,7 +109,7 @@ impl Boot {
                     // The record that names this node as a member is from before its promotion.
                     sb.sync_set.retain(|n| *n != sb.node);
                 }
-                Some(Ok(Booted { sb, slot, maps, index, marks, recovered: *recovered }))
+                Some(Ok(Booted { sb, slot, maps, index, marks, backlog, recovered: *recovered }))
             }
         }
     }
@@ -154,7 +159,8 @@ impl Boot {
             None => Recovery::new(JOURNAL_RECOVERY, &sb, origin),
         };
         recovery.start(out);
-        self.found = Some(Found { slot, sb, recovery, maps, index, marks: VecDeque::new() });
+        let (marks, backlog) = (VecDeque::new(), Backlog::default());
+        self.found = Some(Found { slot, sb, recovery, maps, index, marks, backlog });
         Ok(())
     }
 }

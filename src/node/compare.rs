@@ -199,7 +199,8 @@ impl Run {
         let mut out = Vec::new();
         // What the backing lacks, its index does not speak of.
         let mut indexed = self.index.roots(extent);
-        for (e, _) in cache.read(extent) {
+        let held = self.backlog.parts(extent).map(|(e, _)| e);
+        for e in cache.read(extent).map(|(e, _)| e).chain(held) {
             let at = e.start() - extent.start();
             indexed[(at / EXTENT) as usize..=((at + e.len() - 1) / EXTENT) as usize].fill(UNKNOWN);
         }
@@ -254,7 +255,9 @@ impl Run {
     fn learn(&mut self, window: Extent, roots: Vec<(usize, Root)>) {
         let Part::Primary(Primary { cache: Some(cache), .. }) = &self.part else { return };
         for (i, root) in roots {
-            if let Some(e) = extent_of(window, i).filter(|e| cache.read(*e).next().is_none()) {
+            if let Some(e) = extent_of(window, i)
+                .filter(|e| cache.read(*e).next().is_none() && self.backlog.parts(*e).next().is_none())
+            {
                 self.index.learn(e.address(), root);
             }
         }

@@ -76,6 +76,9 @@ impl Default for Timing {
     }
 }
 
+/// What [`NodeConfig::batch_bytes`] is, outside of tests.
+pub const BATCH: u64 = 4 << 20;
+
 /// The rest of what a node needs to know.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct NodeConfig {
@@ -109,6 +112,8 @@ pub struct NodeConfig {
     pub feed_bytes: u64,
     /// Records sent to a shadow and not yet acknowledged as received, bytes.
     pub window_bytes: u64,
+    /// Payload of records that go into the image together, bytes.
+    pub batch_bytes: u64,
     /// Intervals.
     pub timing: Timing,
 }

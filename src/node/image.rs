@@ -7,6 +7,7 @@
 
 use super::feed::{Fetched, Reader};
 use super::meta::Ticket;
+use super::primary::Primary;
 use super::remake::{self, Finish, Staged};
 use super::run::{Part, Run, fetch};
 use super::{APPLY, INDEX, MAPS, STAGE};
@@ -17,9 +18,6 @@ use crate::format::record::{Content, Record};
 use crate::format::superblock::Superblock;
 use crate::journal::{Tail, tail_of};
 use crate::units::{Extent, Lsn, Now};
-
-/// Payload bytes of one batch of records.
-const BATCH: u64 = 4 << 20;
 
 /// Where a checkpoint stands.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -150,6 +148,9 @@ impl Run {
             // records that it holds back, or that its primary may not have.
             Part::Primary(_) if self.admin.is_promoting() => Lsn(0),
             Part::Primary(p) if p.is_redoing() => self.journal.tail().point.lsn,
+            // What it holds is a shadow's soon, which goes on with it.
+            Part::Primary(p) if p.is_sealed() && (self.is_retiring() || self.is_moving_over()) => Lsn(0),
+            Part::Primary(Primary { drain: Some(upto), .. }) => *upto,
             Part::Primary(_) => Lsn(0),
             Part::Shadow(s) if s.is_cutting() || self.is_choosing() => Lsn(0),
             Part::Shadow(s) => self.journal.durable().min(s.vouched()).min(s.wanted()).min(s.delay.limit()),
@@ -188,7 +189,7 @@ impl Run {
         let mut batch: ExtentMap<Source> = ExtentMap::default();
         let mut upto: Option<Tail> = None;
         let mut bytes = 0;
-        while bytes < BATCH {
+        while bytes < self.cfg.batch_bytes {
             let next = upto.map_or(self.image.applied.point.lsn, |t| t.point.lsn).next();
             if next > limit {
                 break;
@@ -250,7 +251,9 @@ impl Run {
         }
         let Some(upto) = self.image.upto.take() else { return self.repairs_written() };
         self.image.applied = upto;
+        self.backlog.applied(upto.point.lsn);
         match &mut self.part {
+            Part::Primary(Primary { drain: Some(_), .. }) => self.drained(upto.point.lsn),
             Part::Primary(p) => p.written_back(&upto),
             Part::Shadow(_) => self.note_applied(upto.point.lsn),
         }

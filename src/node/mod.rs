@@ -8,7 +8,7 @@
 //! `links` the connections, `greeting` their handshake,
 //! `compare`, `job` and `refresh` the comparison of images, `scrub` the journal read again, `offer`, `rebase` and `remake` the resync of a shadow
 //! that its primary's journal can't feed, `view` what others see of a shadow, `retire` and `salvage` the end of a primary,
-//! `delay` the image that is held back, `rewind` a promotion as of an earlier record,
+//! `drain` a primary that serves before its image has caught up, `reading` how such an image is read, `delay` the image that is held back, `rewind` a promotion as of an earlier record,
 //! `marks` the named places in the write order, `history` what is kept of all that for people,
 //! `followers` what a primary owes its shadows, `admin` what administrators ask, `report` what they are told.
 
@@ -18,6 +18,7 @@ mod boot;
 mod compare;
 pub mod config;
 mod delay;
+mod drain;
 pub mod event;
 mod feed;
 mod followers;
@@ -30,6 +31,7 @@ mod marks;
 mod meta;
 mod offer;
 mod primary;
+mod reading;
 mod rebase;
 mod refresh;
 mod remake;
@@ -66,6 +68,8 @@ const STAGE: u8 = 9;
 const INDEX: u8 = 10;
 const SCRUB: u8 = 11;
 const VIEW: u8 = 12;
+/// Reads of the journal for those who read a volume whose image has not caught up.
+pub const BACKLOG: u8 = 13;
 
 /// The mapped files of a node.
 pub struct Memories {

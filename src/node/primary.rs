@@ -5,19 +5,18 @@
 //! I3, I4); no request is served before everything that an earlier run accepted is durable (I6); a
 //! write is accepted only if the journal surely has room for it.
 
-use super::FRONT;
 use super::event::{Action, Op, RequestId};
 use super::meta::Ticket;
+use super::reading::ReadFor;
 use super::run::{Part, Run};
 use super::sealing::Pipeline;
 use crate::apply::Source;
 use crate::cache::{Cache, worst_case};
-use crate::disk::{DiskOp, DiskRequest, DiskResult, File, IoError, Token, aligned, freeze};
+use crate::disk::{IoError, aligned, freeze};
 use crate::format::record::{MAX_RAW, MAX_ZERO};
 use crate::journal::Tail;
 use crate::units::{Extent, Lsn, Term};
 use bytes::Bytes;
-use slab::Slab;
 use std::collections::VecDeque;
 
 /// How far a primary is on its way to serving.
@@ -39,20 +38,6 @@ pub enum Stage {
 struct Waiter {
     seq: u64,
     id: RequestId,
-}
-
-/// For whom a volume is read as the application sees it.
-enum ReadFor {
-    Front(RequestId),
-    /// A comparison; the number of its call.
-    Compare(usize),
-}
-
-struct PendingRead {
-    whose: ReadFor,
-    extent: Extent,
-    /// What the cache held when the read was submitted.
-    newer: Vec<(Extent, Option<Bytes>)>,
 }
 
 /// The term is on its way up; no record takes a place meanwhile.
@@ -80,11 +65,12 @@ pub struct Primary {
     uncommitted: VecDeque<(Lsn, u64)>,
     durable_write: u64,
     committed_write: u64,
-    /// Records that are not in the backing.
-    tails: VecDeque<Tail>,
-    dirty_since: Option<u64>,
+    /// Records that are in the write cache, too.
+    pub(super) tails: VecDeque<Tail>,
+    pub(super) dirty_since: Option<u64>,
     batch: Vec<Extent>,
-    reads: Slab<PendingRead>,
+    /// It serves already: records up to this one go from the journal into the image.
+    pub(super) drain: Option<Lsn>,
     /// Room was asked for and not found; in the journal.
     pub(super) starved: bool,
     pub(super) journal_full: bool,
@@ -111,7 +97,7 @@ impl Primary {
             tails: VecDeque::new(),
             dirty_since: None,
             batch: Vec::new(),
-            reads: Slab::new(),
+            drain: None,
             starved: false,
             journal_full: false,
             raising: None,
@@ -172,6 +158,11 @@ impl Primary {
         self.dirty_since.get_or_insert(now);
     }
 
+    /// Part of what it has lies in the journal alone.
+    pub(super) fn is_draining(&self) -> bool {
+        self.drain.is_some()
+    }
+
     /// A batch that ends with `upto` is in the backing.
     pub(super) fn written_back(&mut self, upto: &Tail) {
         if let Some(cache) = &mut self.cache {
@@ -204,21 +195,6 @@ impl Primary {
         self.pipeline.is_empty() && !self.cache.as_ref().is_some_and(open)
     }
 
-    /// Somebody waits for the backing.
-    pub(super) fn is_reading(&self) -> bool {
-        !self.reads.is_empty()
-    }
-
-    /// Everything that waits, to be refused.
-    pub(super) fn take_all(&mut self) -> Vec<RequestId> {
-        let mut ids = self.take_waiting();
-        ids.extend(self.waiters.drain(..).map(|w| w.id));
-        ids.extend(self.reads.drain().filter_map(|r| match r.whose {
-            ReadFor::Front(id) => Some(id),
-            ReadFor::Compare(_) => None,
-        }));
-        ids
-    }
 }
 
 impl Run {
@@ -358,14 +334,7 @@ impl Run {
         self.read(ReadFor::Compare(call), extent);
     }
 
-    fn read_answer(&mut self, whose: ReadFor, result: DiskResult) {
-        match whose {
-            ReadFor::Front(id) => self.complete(id, result),
-            ReadFor::Compare(call) => self.compared_read(call, result),
-        }
-    }
-
-    fn read(&mut self, whose: ReadFor, extent: Extent) {
+    pub(super) fn read(&mut self, whose: ReadFor, extent: Extent) {
         let Part::Primary(p) = &mut self.part else { return };
         let Some(cache) = &p.cache else { return };
         let mut covered = 0;
@@ -382,33 +351,7 @@ impl Run {
         }
         // Write-back may finish before the read does: keep now what the backing lacks now.
         let newer = parts.into_iter().map(|(e, d)| (e, d.map(Bytes::copy_from_slice))).collect();
-        let key = p.reads.insert(PendingRead { whose, extent, newer });
-        let file = File::Backing(extent.address().volume());
-        let op = DiskOp::Read { offset: extent.address().offset(), len: extent.len() as usize };
-        self.disk.push(DiskRequest { token: Token::new(FRONT, key as u64), file, op });
-    }
-
-    /// The answer to a read of the backing. A failed read fails its request alone.
-    pub(super) fn read_done(&mut self, key: u64, result: DiskResult) {
-        let Part::Primary(p) = &mut self.part else { return };
-        let Some(read) = p.reads.try_remove(key as usize) else { return };
-        let result = result.map(|bytes| {
-            if read.newer.is_empty() {
-                return bytes;
-            }
-            let mut buf = aligned(bytes.len());
-            buf.extend_from_slice(&bytes);
-            for (part, data) in &read.newer {
-                let at = (part.start() - read.extent.start()) as usize;
-                let to = &mut buf[at..at + part.len() as usize];
-                match data {
-                    Some(data) => to.copy_from_slice(data),
-                    None => to.fill(0),
-                }
-            }
-            freeze(buf)
-        });
-        self.read_answer(read.whose, result);
+        self.read_below(whose, extent, newer);
     }
 
     /// Moves the primary on; whether anything moved.
@@ -465,12 +408,17 @@ impl Run {
         let (durable, leaving) = (self.journal.durable(), self.is_leaving());
         let Part::Primary(p) = &mut self.part else { return false };
         let Some(cache) = &p.cache else { return false };
-        if self.image.applier.is_busy() || leaving {
+        if leaving || self.image.applier.is_busy() && !p.is_draining() {
             return false;
         }
         let ready = p.tails.partition_point(|t| t.point.lsn <= durable);
         let Some(upto) = ready.checked_sub(1).map(|i| p.tails[i]) else { return false };
         let (used, size) = cache.usage();
+        if p.is_draining() {
+            // Older records are on their way into the image: nothing newer goes there before them.
+            let full = p.starved && !p.journal_full || used >= size / 2;
+            return full && self.spill(upto.point.lsn);
+        }
         let due = p.dirty_since.unwrap_or(self.now.mono) + after;
         if !hurry && !p.starved && used < size / 2 && self.now.mono < due {
             self.wake_at(due);
@@ -486,10 +434,17 @@ impl Run {
 
     /// Refuses everything that waits.
     pub(super) fn refuse_everything(&mut self) {
+        let mut ids = Vec::new();
         if let Part::Primary(p) = &mut self.part {
-            for id in p.take_all() {
-                self.out.push(Action::Complete { id, result: Err(IoError::EIO) });
-            }
+            ids = p.take_waiting();
+            ids.extend(p.waiters.drain(..).map(|w| w.id));
+        }
+        ids.extend(self.reading.take_all().into_iter().filter_map(|whose| match whose {
+            ReadFor::Front(id) => Some(id),
+            ReadFor::Compare(_) | ReadFor::View(_) => None,
+        }));
+        for id in ids {
+            self.complete(id, Err(IoError::EIO));
         }
     }
 }

@@ -366,6 +366,7 @@ impl Run {
         let head = Place { segment: sb.base_segment, offset: 0 };
         self.journal = Journal::new(JOURNAL, sb.group, sb.geometry, head, Vec::new(), tail);
         self.feed.clear();
+        self.backlog.clear();
         self.image.journal_cut();
         self.image.applied = tail;
         self.links.checkpoint = point.lsn;

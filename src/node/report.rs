@@ -39,6 +39,8 @@ pub fn bare(cfg: &NodeConfig, state: &str, reason: Option<String>) -> Status {
         durable_lsn: 0,
         applied_lsn: 0,
         checkpoint_lsn: 0,
+        drain_records: 0,
+        drain_bytes: 0,
         journal_used: 0,
         journal_size: 0,
         cache_used: 0,
@@ -84,6 +86,8 @@ impl Run {
             durable_lsn: self.journal.durable().0,
             applied_lsn: self.image.applied.point.lsn.0,
             checkpoint_lsn: self.links.checkpoint.0,
+            drain_records: self.drain_left().0,
+            drain_bytes: self.drain_left().1,
             journal_used,
             journal_size,
             cache_used,
@@ -198,7 +202,14 @@ impl Run {
                     ),
                     None => "none".into(),
                 };
-                ("UpToDate", None, action)
+                let why = match self.drain_left() {
+                    (0, _) => None,
+                    (n, bytes) => Some(format!(
+                        "serving; {n} records ({} MiB of journal) go into the backing meanwhile",
+                        bytes.div_ceil(1 << 20)
+                    )),
+                };
+                ("UpToDate", why, action)
             }
             Part::Shadow(_) => self.state_of_viewed(self.shadow_state()),
         }

@@ -9,7 +9,6 @@ use super::history::Happening;
 use super::links::PeerView;
 use super::meta::Ticket;
 use super::run::{Part, Run};
-use crate::disk::IoError;
 use crate::format::message::Role;
 use crate::format::superblock::Retired;
 use crate::link::handshake::{TermOrder, order};
@@ -75,16 +74,10 @@ impl Run {
         }
         self.retiring = Some(Retiring { rewinds, ticket: None, asked: Vec::new() });
         self.refuse_admin(Refusal::Busy, "this node is no longer the primary");
-        let refused = match &mut self.part {
-            Part::Primary(p) => {
-                p.closing = true;
-                p.take_all()
-            }
-            Part::Shadow(_) => Vec::new(),
-        };
-        for id in refused {
-            self.complete(id, Err(IoError::EIO));
+        if let Part::Primary(p) = &mut self.part {
+            p.closing = true;
         }
+        self.refuse_everything();
         self.close_links("this node is no longer the primary");
         // Nobody is fed by it any more: what it still has to write may have the whole journal.
         self.meta.sb.peers.clear();

@@ -186,7 +186,7 @@ impl Run {
         };
         let pending = at.point.lsn.0.saturating_sub(self.image.applied.point.lsn.0);
         format!(
-            "the image becomes that of LSN {}{} ({pending} records to be applied first); {lost}",
+            "the image becomes that of LSN {}{} ({pending} records are to be applied); {lost}",
             at.point.lsn,
             when(at.time)
         )
@@ -368,7 +368,7 @@ impl Run {
         let Some(promoting) = &mut self.admin.promotion else { return };
         let Some(Rewind { at, step: Step::Cutting(recovery) }) = &mut promoting.rewind else { return };
         let lsn = at.point.lsn;
-        let Some(outcome) = recovery.complete(id, result, &mut |_| {}, &mut self.disk) else { return };
+        let Some(outcome) = recovery.complete(id, result, &mut |_, _| {}, &mut self.disk) else { return };
         match outcome {
             Outcome::Found(r) => {
                 let sb = &self.meta.sb;
@@ -376,6 +376,7 @@ impl Run {
                 self.maps.rewind(lsn);
                 self.marks.cut(lsn);
                 self.feed.clear();
+                self.backlog.cut(lsn);
                 self.image.journal_cut();
                 self.update_keep();
                 // It is durable that this is the primary: nothing more is waited for.

@@ -15,11 +15,14 @@ use super::links::Links;
 use super::marks::Marks;
 use super::meta::Meta;
 use super::primary::Primary;
+use super::reading::Reading;
 use super::shadow::Shadow;
 use super::{
-    APPLY, COMPARE, ENCODE, FRONT, INDEX, JOURNAL, JOURNAL_RECOVERY, MAPS, READER, SCRUB, STAGE, SUPER, VIEW,
+    APPLY, BACKLOG, COMPARE, ENCODE, FRONT, INDEX, JOURNAL, JOURNAL_RECOVERY, MAPS, READER, SCRUB, STAGE,
+    SUPER, VIEW,
 };
 use super::{rebase, remake};
+use crate::apply::backlog::Backlog;
 use crate::disk::{DiskRequest, DiskResult, IoError, Memory, Token};
 use crate::format::message::Role;
 use crate::journal::Journal;
@@ -49,6 +52,9 @@ pub struct Run {
     pub(super) ring: Option<Box<dyn Memory>>,
     pub(super) meta: Meta,
     pub(super) journal: Journal,
+    /// What the journal holds and the image lacks.
+    pub(super) backlog: Backlog,
+    pub(super) reading: Reading,
     pub(super) maps: Maps,
     pub(super) index: Index,
     pub(super) feed: Feed,
@@ -73,7 +79,7 @@ pub struct Run {
 impl Run {
     /// Takes over from boot.
     pub fn new(cfg: NodeConfig, ring: Option<Box<dyn Memory>>, booted: Booted, now: Now) -> Run {
-        let Booted { mut sb, slot, maps, index, marks, recovered: r } = booted;
+        let Booted { mut sb, slot, maps, index, marks, backlog, recovered: r } = booted;
         for peer in &mut sb.peers {
             // A position beyond the own end belongs to records that this node has lost.
             peer.durable = peer.durable.min(r.tail.point.lsn);
@@ -102,6 +108,8 @@ impl Run {
             links: Links::new(&cfg, &sb),
             meta: Meta::new(SUPER, sb, slot),
             journal,
+            backlog,
+            reading: Reading::default(),
             maps,
             index,
             part,
@@ -248,6 +256,10 @@ impl Run {
             INDEX => self.map_synced(CheckPart::Index, result).map_err(|e| ("writing the hash index", e)),
             FRONT => {
                 self.read_done(token.id(), result);
+                Ok(())
+            }
+            BACKLOG => {
+                self.record_read(token.id(), result);
                 Ok(())
             }
             COMPARE => {

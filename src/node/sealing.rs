@@ -222,7 +222,10 @@ impl Run {
             kind: s.kind,
         };
         let record = seal(s.encoded.expect("only encoded epochs are appended"), stamp);
-        self.journal.append(self.now, &record, waited, &mut self.disk);
+        let offset = self.journal.append(self.now, &record, waited, &mut self.disk);
+        if p.is_draining() {
+            self.backlog.push(&record, offset);
+        }
         for (extent, _) in record.extents() {
             self.maps.mark(extent);
         }
@@ -247,6 +250,10 @@ impl Run {
         let end = self.journal.tail().point.lsn;
         let checkpointed = self.links.checkpoint == end && self.checkpoint_idle();
         let asking = self.is_asking();
+        if self.begin_drain() {
+            self.open_generation();
+            return true;
+        }
         let Part::Primary(p) = &mut self.part else { return false };
         match p.stage {
             Stage::Redo if self.image.applied.point.lsn == end && self.image.is_idle() => {

@@ -242,7 +242,8 @@ impl Run {
             let late = self.links.primary_clock().map_or(0, |c| c.since(time, self.now.wall));
             s.meter.record(0, late, self.now.mono);
             let wanted = record.stamp.flags & flags::SYNC != 0;
-            self.journal.append(self.now, &record, wanted, &mut self.disk);
+            let offset = self.journal.append(self.now, &record, wanted, &mut self.disk);
+            self.backlog.push(&record, offset);
             super::boot::note(&mut self.meta.sb, &mut self.maps, &record);
             self.job_touched(&record);
             self.marks.appended(&record, None);
@@ -342,6 +343,7 @@ impl Run {
     pub(super) fn cut_to(&mut self, link: LinkId, at: HistoryPoint) {
         if let Part::Shadow(s) = &mut self.part {
             s.cut = Some(Cut { link, at, stage: CutStage::Waiting });
+            self.view_loses(at.lsn);
         }
     }
 
@@ -374,7 +376,7 @@ impl Run {
     pub(super) fn cut_done(&mut self, id: u64, result: DiskResult) {
         let Part::Shadow(s) = &mut self.part else { return };
         let Some(Cut { link, at, stage: CutStage::Cutting(recovery) }) = &mut s.cut else { return };
-        let Some(outcome) = recovery.complete(id, result, &mut |_| {}, &mut self.disk) else { return };
+        let Some(outcome) = recovery.complete(id, result, &mut |_, _| {}, &mut self.disk) else { return };
         let (link, at) = (*link, *at);
         s.cut = None;
         match outcome {
@@ -389,6 +391,7 @@ impl Run {
                 s.delay.cut(at.lsn);
                 self.forget_held();
                 self.feed.clear();
+                self.backlog.cut(at.lsn);
                 self.image.journal_cut();
                 self.update_keep();
                 self.log(

@@ -45,6 +45,12 @@ pub struct Status {
     pub applied_lsn: u64,
     /// Newest record that the backing holds durably: redo starts after it.
     pub checkpoint_lsn: u64,
+    /// On a primary that serves already: records that are still to go from the journal into the backing.
+    #[serde(default)]
+    pub drain_records: u64,
+    /// Their bytes in the journal.
+    #[serde(default)]
+    pub drain_bytes: u64,
     /// Journal bytes in use.
     pub journal_used: u64,
     /// Journal bytes altogether.

@@ -193,7 +193,7 @@ impl Run {
             _ => return false,
         };
         let Part::Primary(p) = &self.part else { return false };
-        let (sealed, idle) = (p.is_sealed() && !p.is_waited_for(), !p.is_reading());
+        let (sealed, idle) = (p.is_sealed() && !p.is_waited_for(), !self.reading.is_busy());
         if !self.journal.is_quiet() {
             self.journal.want(tail);
             return false;
@@ -232,16 +232,13 @@ impl Run {
     /// From a primary that has nothing under way to a shadow.
     pub(super) fn leave_primary(&mut self) {
         let (limit, tail) = (self.meta.sb.limit, *self.journal.tail());
-        let mut waiting = Vec::new();
-        if let Part::Primary(p) = &mut self.part {
-            waiting = p.take_all();
-            if let Some(cache) = p.cache.take() {
-                self.ring = Some(cache.into_memory());
-            }
+        self.refuse_everything();
+        if let Part::Primary(p) = &mut self.part
+            && let Some(cache) = p.cache.take()
+        {
+            self.ring = Some(cache.into_memory());
         }
-        for id in waiting {
-            self.complete(id, Err(crate::disk::IoError::EIO));
-        }
+        self.stop_reading_through();
         // What was written back may be newer than the record that it was written back for: all goes there at once.
         let begun = limit.min(tail.point.lsn);
         let delay = Delay::new(self.cfg.apply_delay, begun, tail.point.lsn, tail.time, self.now.mono);

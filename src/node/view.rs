@@ -2,12 +2,14 @@
 //!
 //! Owns: from when to when nothing is written to the backings for a view's sake, its requests, and the overlay.
 //! Invariants: what a view shows is the image of exactly the records 1..k (I1), under what was written to the view
-//! itself; that goes into the overlay alone, which is dropped before the next record is applied; whatever becomes of
+//! itself; of these records the image itself may lack the last ones, which then are read from the journal and stay out
+//! of it, so that whoever looks takes nothing from what may yet be chosen; what was written goes into the overlay alone, which is dropped before the next record is applied; whatever becomes of
 //! a view, the shadow goes on: it receives, acknowledges and keeps records meanwhile, and a view that would fill its
 //! journal fails. A view lives in this process only: the next one finds an overlay and drops it.
 
 use super::VIEW;
 use super::event::{Action, AdminId, At, Level, Op, Refusal, RequestId};
+use super::reading::ReadFor;
 use super::rewind::Purpose;
 use super::run::{Part, Run};
 use super::status::{ViewStatus, rfc3339};
@@ -46,6 +48,8 @@ pub struct View {
     /// It shows the image of exactly this record, or of any from that one on.
     at: Option<Lsn>,
     from: Lsn,
+    /// The image lacks the last records up to `at`: they are read from the journal.
+    through: bool,
     step: Step,
     overlay: Option<Stage>,
     /// The overlay's files are there, or are being made.
@@ -99,6 +103,7 @@ impl View {
             scratch,
             at,
             from,
+            through: false,
             step: Step::Reaching,
             overlay: None,
             made: false,
@@ -124,6 +129,11 @@ impl View {
     /// Nothing above it is wanted in the image.
     pub fn wanted(&self) -> Lsn {
         self.at.filter(|_| self.step == Step::Reaching).unwrap_or(Lsn(u64::MAX))
+    }
+
+    /// The record whose image it shows, over one that stands at `applied`.
+    fn shows(&self, applied: Lsn) -> Lsn {
+        self.at.filter(|_| self.through).unwrap_or(applied)
     }
 
     /// The overlay is awaited.
@@ -157,12 +167,18 @@ impl View {
     }
 
     /// Gives it to the disks.
-    fn start(&mut self, id: RequestId, op: Op, disk: &mut Vec<DiskRequest>) -> Result<(), IoError> {
-        let Some((extent, _)) = place(&op) else { return Ok(()) };
+    /// A call that needs the image below, if it does.
+    fn start(
+        &mut self,
+        id: RequestId,
+        op: Op,
+        disk: &mut Vec<DiskRequest>,
+    ) -> Result<Option<(usize, Extent)>, IoError> {
+        let Some((extent, _)) = place(&op) else { return Ok(None) };
         let (number, offset) = (extent.address().volume(), extent.address().offset());
-        let mut ask = |key: usize, file, op| {
-            let second = u64::from(matches!(file, File::Stage(_)));
-            disk.push(DiskRequest { token: Token::new(VIEW, (key as u64) << 1 | second), file, op });
+        let mut ask = |key: usize, op| {
+            let token = Token::new(VIEW, key as u64);
+            disk.push(DiskRequest { token, file: File::Stage(number), op });
         };
         let id = Some(id);
         let op = match op {
@@ -173,19 +189,18 @@ impl View {
                 let left = wanted.iter().filter(|w| **w).count() as u8;
                 let what = What::Read { parts, from: [None, None], left };
                 let key = self.calls.insert(Call { id, extent, what });
-                let files = [File::Backing(number), File::Stage(number)];
-                for (file, _) in files.into_iter().zip(wanted).filter(|(_, wanted)| *wanted) {
-                    ask(key, file, DiskOp::Read { offset, len: extent.len() as usize });
+                if wanted[1] {
+                    ask(key, DiskOp::Read { offset, len: extent.len() as usize });
                 }
-                return Ok(());
+                return Ok(wanted[0].then_some((key, extent)));
             }
             Op::Write { data, .. } => DiskOp::Write { offset, data: copied(&data)?, dsync: false },
             Op::Zero { .. } => DiskOp::Zero { offset, len: extent.len() },
-            Op::Flush => return Ok(()),
+            Op::Flush => return Ok(None),
         };
         let key = self.calls.insert(Call { id, extent, what: What::Write });
-        ask(key, File::Stage(number), op);
-        Ok(())
+        ask(key, op);
+        Ok(None)
     }
 
     /// What was written lies in the overlay from now on.
@@ -283,23 +298,31 @@ impl Run {
             return busy("this node is shutting down, draining, or being promoted".into());
         }
         let applied = self.image.underway().point.lsn.max(s.whole_from());
-        let most = self.journal.durable().min(s.vouched());
-        let (most, held) = (most.min(s.delay.meant()), most);
+        let most = self.journal.durable().min(s.vouched()).max(applied);
         match at {
             Some(lsn) if lsn < applied => busy(format!(
                 "the image here is that of LSN {applied} already: LSN {lsn} can't be shown any more"
             )),
-            Some(lsn) if lsn > most.max(applied) && lsn <= held => busy(format!(
-                "LSN {lsn} is held back here (apply_delay); the newest that may be shown is {}. A view would put all up \
-                 to LSN {lsn} into the image, and promote --at could stop before it no longer",
-                most.max(applied)
+            Some(lsn) if lsn > most => busy(format!(
+                "LSN {lsn} is not here yet, or not known to be durable on the primary: the newest is {most}"
             )),
-            Some(lsn) if lsn > most.max(applied) => busy(format!(
-                "LSN {lsn} is not here yet, or not known to be durable on the primary: the newest is {}",
-                most.max(applied)
-            )),
+            Some(lsn) if self.is_out_of_reach(lsn) => busy(self.out_of_reach(lsn)),
             _ => Ok(()),
         }
+    }
+
+    /// It is held back, with so much before it that it can't be read beside the image.
+    fn is_out_of_reach(&self, lsn: Lsn) -> bool {
+        let applied = self.image.underway().point.lsn;
+        matches!(&self.part, Part::Shadow(s) if lsn > s.delay.meant()) && !self.backlog.reaches(applied, lsn)
+    }
+
+    fn out_of_reach(&self, lsn: Lsn) -> String {
+        let applied = self.image.underway().point.lsn;
+        format!(
+            "LSN {lsn} is held back here (apply_delay), and between it and LSN {applied}, at which the image stands, are \
+             more writes than can be read beside it: choose an earlier one"
+        )
     }
 
     /// An administrator closes the view.
@@ -383,19 +406,29 @@ impl Run {
             let Part::Shadow(s) = &mut self.part else { return };
             let Some(view) = s.view.as_mut().filter(|v| v.step == Step::Open) else { return };
             let Some((id, op)) = view.next() else { return };
-            if let Err(e) = view.start(id, op, &mut self.disk) {
-                self.complete(id, Err(e));
+            match view.start(id, op, &mut self.disk) {
+                Ok(None) => {}
+                Ok(Some((key, extent))) => self.read_below(ReadFor::View(key), extent, Vec::new()),
+                Err(e) => self.complete(id, Err(e)),
             }
         }
     }
 
-    /// The answer to a request to the disks.
-    pub(super) fn view_done(&mut self, token: u64, result: DiskResult) {
-        let (key, over) = ((token >> 1) as usize, (token & 1) as usize);
+    /// The answer to a request to the overlay.
+    pub(super) fn view_done(&mut self, key: u64, result: DiskResult) {
+        self.view_answered(key as usize, true, result);
+    }
+
+    /// The image below was read.
+    pub(super) fn view_read_done(&mut self, key: usize, result: DiskResult) {
+        self.view_answered(key, false, result);
+    }
+
+    fn view_answered(&mut self, key: usize, over: bool, result: DiskResult) {
         let Some(view) = self.view_mut() else { return };
         let Some(call) = view.calls.get_mut(key) else { return };
         if let What::Read { from, left, .. } = &mut call.what {
-            from[over] = Some(result.clone());
+            from[usize::from(over)] = Some(result.clone());
             *left -= 1;
             if *left > 0 {
                 return;
@@ -449,12 +482,13 @@ impl Run {
     }
 
     fn view_opened(&mut self) {
-        let lsn = self.image.applied.point.lsn;
+        let applied = self.image.applied.point.lsn;
         let Some(view) = self.view_mut() else { return };
         view.step = Step::Open;
+        let lsn = view.shows(applied);
         let kind = view.kind();
         if let Some(id) = view.opening.take() {
-            self.log(Level::Info, format!("a {kind} view is open: the image is frozen at LSN {lsn}"));
+            self.log(Level::Info, format!("a {kind} view of LSN {lsn} is open: the image is frozen at LSN {applied}"));
             self.answer(id, Ok(format!("frozen at LSN {lsn}")));
         }
     }
@@ -463,9 +497,21 @@ impl Run {
     pub(super) fn pump_view(&mut self) -> bool {
         let (applied, idle) = (self.image.applied.point.lsn, self.image.is_idle());
         let making = self.is_making_stage();
+        let Some(view) = self.view() else { return false };
+        let ahead = view.at.filter(|at| view.step == Step::Reaching && *at > applied);
+        if let Some(at) = ahead.filter(|at| idle && self.is_out_of_reach(*at)) {
+            self.fail_view(self.out_of_reach(at));
+            return true;
+        }
+        let through = ahead.filter(|at| self.backlog.reaches(applied, *at));
         let Some(view) = self.view_mut() else { return false };
         match view.step {
-            Step::Reaching if view.holds(applied) && idle && !making => {
+            Step::Reaching if (through.is_some() || view.holds(applied)) && idle && !making => {
+                view.through = through.is_some();
+                if let Some(at) = through {
+                    self.backlog.cover(at);
+                }
+                let Some(view) = self.view_mut() else { return false };
                 if view.scratch {
                     (view.step, view.made) = (Step::Making, true);
                     self.make_overlay();
@@ -482,6 +528,13 @@ impl Run {
                 self.view_fills_the_journal() || self.view_delays_a_flush()
             }
             Step::Ending | Step::Failed => false,
+        }
+    }
+
+    /// The records after `lsn` are about to be given up.
+    pub(super) fn view_loses(&mut self, lsn: Lsn) {
+        if self.view().is_some_and(|v| v.through && v.at > Some(lsn)) {
+            self.fail_view("the primary does not have what it shows".into());
         }
     }
 
@@ -519,10 +572,11 @@ impl Run {
         }
         if view.failed.is_some() {
             view.step = Step::Failed;
-            return;
+            return self.stop_reading_through();
         }
         let closing = std::mem::take(&mut view.closing);
         s.view = None;
+        self.stop_reading_through();
         self.log(Level::Info, format!("the view is closed: records after LSN {lsn} are applied again"));
         for id in closing {
             self.answer(id, Ok("closed; the shadow catches up".into()));
@@ -543,7 +597,7 @@ impl Run {
             kind: view.kind().into(),
             state: state.into(),
             reason: view.failed.clone(),
-            lsn: (view.step == Step::Open).then_some(applied.0),
+            lsn: (view.step == Step::Open).then_some(view.shows(applied).0),
             since: rfc3339(view.since).unwrap_or_default(),
             overlay_bytes: view.written,
             waiting_records: self.journal.tail().point.lsn.0.saturating_sub(applied.0),

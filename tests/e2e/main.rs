@@ -20,6 +20,7 @@ mod pair;
 #[path = "../place/mod.rs"]
 mod place;
 mod postgres;
+mod promote;
 mod refresh;
 mod resync;
 mod shadows;

@@ -127,7 +127,7 @@ impl Run {
             let at = self.rng.below(self.in_flight.len() as u64) as usize;
             let (ticket, id) = self.in_flight.swap_remove(at);
             let result = self.disk.complete(ticket, None, &mut self.rng);
-            let mut note = |r: &Record| seen.push(r.point());
+            let mut note = |r: &Record, _| seen.push(r.point());
             match recovery.complete(id, result, &mut note, &mut out) {
                 Some(Outcome::Found(found)) => {
                     let after = self.sb.checkpoint.lsn.0 as usize;

@@ -12,11 +12,23 @@ use volrep::node::status::Status;
 pub const ENOUGH: u64 = 2000;
 
 /// What else has to be met, beside every fault.
-const MET: &[&str] = &[];
+const MET: &[&str] = &[
+    "serves while it drains",
+    "read through the journal",
+    "written while a primary drains",
+    "death while a primary drains",
+    "view at a mark",
+    "view at a time",
+    "view at a record",
+    "view of what is not in the image",
+];
 
 impl World {
     /// A node is in this state now.
     pub fn note_state(&mut self, node: usize, s: &Status) {
+        if s.drain_records > 0 {
+            self.counts.met("serves while it drains");
+        }
         let now = format!("{} {}", s.role, s.state);
         let before = self.hosts[node].watch.state.replace(now.clone());
         if let Some(before) = before.filter(|b| *b != now) {

@@ -91,6 +91,25 @@ impl World {
         }
     }
 
+    /// A backing is written to: perhaps its node dies, if it serves beside that.
+    pub fn drain_step(&mut self, node: usize) {
+        if self.hosts[node].status.as_ref().is_none_or(|s| s.drain_records == 0) {
+            return;
+        }
+        self.counts.met("written while a primary drains");
+        let due = self.scenario.may_strike() && self.scenario.rng.permille(self.plan.ambush_drain);
+        if !due || !self.scenario.strikes() {
+            return;
+        }
+        let rng = &mut self.scenario.rng;
+        let (fault, delay) = (
+            rng.pick(&[Fault::KillShadow, Fault::PowerShadow, Fault::PowerAll]),
+            rng.log(MICROS, 20 * MILLIS),
+        );
+        self.counts.met("death while a primary drains");
+        self.after(delay, Coming::Ambush { node, fault });
+    }
+
     /// The same for a named shadow. The promotion may be due as well: then to this one.
     pub fn strike(&mut self, node: usize, fault: Fault) -> Outcome {
         // While somebody is being promoted he and his links alone are struck: the lost primary stays away.

@@ -154,6 +154,12 @@ impl World {
         if matches!(file, File::Superblock | File::Journal) {
             self.promotion_step(node);
         }
+        if matches!(file, File::Backing(_)) && what > 0 {
+            self.drain_step(node);
+        }
+        if request.token.owner() == volrep::node::BACKLOG {
+            self.counts.met("read through the journal");
+        }
         if matches!(file, File::Stage(_)) {
             self.resync_step(node);
         }

@@ -182,6 +182,8 @@ pub struct Plan {
     pub feed: u64,
     /// See the node's configuration.
     pub window: u64,
+    /// See the node's configuration.
+    pub batch: u64,
     /// The workload.
     pub mix: Mix,
     /// Faults, by the number of requests submitted before, rising.
@@ -210,6 +212,9 @@ pub struct Plan {
     pub rewind: bool,
     /// How many of the steps of such a promotion are followed by a death, in thousandths.
     pub ambush_promotion: u64,
+    /// How many of the writes that put the journal into the image of a primary that serves already are followed by
+    /// a death, in thousandths.
+    pub ambush_drain: u64,
     /// Who holds records of its own after that is told to rejoin.
     pub rejoin: bool,
     /// Another shadow is promoted, too.
@@ -335,6 +340,8 @@ impl Plan {
             role_ambush: 0,
             slot_ambush: 0,
             patience: 0,
+            ambush_drain: 0,
+            batch: 4 << 20,
             ambush: if resyncs { rng.pick(&[0, 50, 300]) } else { 0 },
             segment: 2 << 20,
             segments: if laps { 4 } else { rng.pick(&[4, 4, 4, 5, 8]) },
@@ -385,6 +392,17 @@ impl Plan {
             plan.patience = rng.pick(&[5 * MILLIS, 20 * MILLIS, 50 * MILLIS]);
             (plan.role_ambush, plan.mix.think) = (rng.pick(&[100, 400, 1000]), 100 * MICROS);
             plan.mix.requests += 200;
+        }
+        plan.ambush_drain = rng.pick(&[0, 0, 20, 200]);
+        // Small ones, so that the journal goes into the image in many steps.
+        plan.batch = rng.pick(&[4 << 20, 4 << 20, 512 << 10, 64 << 10, 8 << 10]);
+        if plan.apply_delay > 0 && plan.rollback.is_none() && rng.permille(500) {
+            // What is held back is looked at, as of its marks too.
+            for kind in [Fault::View, Fault::Mark] {
+                let count = rng.within(2, 8);
+                plan.faults.extend((0..count).map(|_| (rng.within(1, plan.mix.requests), kind)));
+            }
+            plan.faults.sort_unstable();
         }
         plan
     }

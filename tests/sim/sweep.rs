@@ -148,6 +148,8 @@ fn plan(scenario: &Scenario) -> Plan {
         },
         faults: Vec::new(),
         before: Default::default(),
+        ambush_drain: 0,
+        batch: 64 << 10,
         apply_delay: 0,
         rewind: false,
         ambush_promotion: 0,

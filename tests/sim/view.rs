@@ -9,7 +9,7 @@ use crate::plan::Fault;
 use crate::prng::Prng;
 use crate::scenario::Phase;
 use crate::workload::draw_extent;
-use crate::world::{Coming, Outcome, Purpose, World, broken};
+use crate::world::{Coming, Outcome, Purpose, Violation, World, broken};
 use bytes::Bytes;
 use std::collections::BTreeMap;
 use volrep::disk::{File, IoError};
@@ -36,8 +36,10 @@ pub struct Seen {
     at: Option<At>,
     /// When it was asked for.
     asked: u64,
-    /// What it showed when it was opened, once it is.
+    /// What it shows, once it is open.
     base: Option<Image>,
+    /// What was on the disk when it was opened: that, or an older image and records in the journal.
+    frozen: Image,
     versions: BTreeMap<(usize, u64), Vec<Version>>,
     /// Requests to come.
     left: u64,
@@ -97,8 +99,10 @@ impl World {
         let rng = &mut self.views.rng;
         let scratch = rng.permille(700);
         let ahead = durable.saturating_sub(applied) + 3;
-        let wanted = rng.permille(400).then(|| (applied + rng.below(ahead)).saturating_sub(1));
-        let how = rng.below(5);
+        // What is held back is what somebody wants to look at before he promotes.
+        let (often, ways) = if self.plan.apply_delay > 0 { (800, 3) } else { (400, 5) };
+        let wanted = rng.permille(often).then(|| (applied + rng.below(ahead)).saturating_sub(1));
+        let how = rng.below(ways);
         let left = rng.log(1, 300);
         let full = scratch && rng.permille(150);
         let at = match wanted {
@@ -108,7 +112,7 @@ impl World {
         };
         let (versions, failed, asked) = (BTreeMap::new(), false, self.now);
         self.hosts[node].view =
-            Some(Seen { scratch, at: at.clone(), asked, base: None, versions, left, failed });
+            Some(Seen { scratch, at: at.clone(), asked, base: None, frozen: Image::new(), versions, left, failed });
         if full {
             self.fill_stage(node);
         }
@@ -138,29 +142,41 @@ impl World {
             };
             self.counts.met(&format!("view at {how}"));
         }
-        let base = self.history.image(hash);
-        if let Some(seen) = &mut self.hosts[node].view {
-            seen.base = Some(base);
+        let (base, frozen) = (self.history.image(hash), self.backings(node)?);
+        if status.applied_lsn == lsn {
+            if frozen != base {
+                return broken("I1", format!("a view is open at {lsn}, and the image is another one"));
+            }
+        } else {
+            self.counts.met("view of what is not in the image");
         }
-        self.check_frozen(node)?;
+        if let Some(seen) = &mut self.hosts[node].view {
+            (seen.base, seen.frozen) = (Some(base), frozen);
+        }
         let incarnation = self.hosts[node].incarnation;
         self.after(0, Coming::View { node, incarnation });
         Ok(())
     }
 
-    /// Nothing but what it shows is on the disk of a node with an open view.
+    /// What is on a node's disks.
+    fn backings(&self, node: usize) -> Result<Image, Violation> {
+        let content = |number| self.hosts[node].disk.content(File::Backing(number));
+        let parsed = |&(number, ..): &(u8, u64, u64)| parse_run(content(number), number, 0);
+        self.plan.volumes.iter().map(parsed).collect::<Result<_, _>>().or_else(|text| broken("I12", text))
+    }
+
+    /// Nothing changes on the disks of a node with an open view.
     fn check_frozen(&mut self, node: usize) -> Outcome {
-        let Some(base) = self.hosts[node].view.as_ref().and_then(|v| v.base.as_ref()) else { return Ok(()) };
-        self.counts.check("I1");
-        for (&(number, ..), base) in self.plan.volumes.iter().zip(base) {
-            let content = self.hosts[node].disk.content(File::Backing(number));
-            let ids = parse_run(content, number, 0).or_else(|text| broken("I12", text))?;
-            if let Some(sector) = ids.iter().zip(base).position(|(is, was)| is != was) {
+        let Some(seen) = self.hosts[node].view.as_ref().filter(|v| v.base.is_some()) else { return Ok(()) };
+        let now = self.backings(node)?;
+        for (was, is) in seen.frozen.iter().zip(&now) {
+            if let Some(sector) = is.iter().zip(was).position(|(is, was)| is != was) {
                 let text =
-                    format!("sector {sector} changed under a view from {} to {}", base[sector], ids[sector]);
+                    format!("sector {sector} changed under a view from {} to {}", was[sector], is[sector]);
                 return broken("I1", text);
             }
         }
+        self.counts.check("I1");
         Ok(())
     }
 

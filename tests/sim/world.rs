@@ -631,6 +631,7 @@ fn config(
         apply_delay: if n == 0 { 0 } else { plan.apply_delay },
         level: plan.level,
         feed_bytes: plan.feed,
+        batch_bytes: plan.batch,
         window_bytes: plan.window,
         timing: plan.timing,
     }

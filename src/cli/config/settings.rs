@@ -7,7 +7,7 @@ use super::{Config, KEY, OnFull, Span, TimingOverrides};
 use crate::cli::backing;
 use crate::cli::failure::{Exit, Failure};
 use crate::cli::places::Places;
-use crate::node::config::{FullPolicy, NodeConfig, PeerConfig, Timing, VolumeConfig};
+use crate::node::config::{BATCH, FullPolicy, NodeConfig, PeerConfig, Timing, VolumeConfig};
 use crate::units::BootId;
 use std::path::{Path, PathBuf};
 
@@ -45,6 +45,7 @@ impl Config {
             level: (self.compression > 0).then_some(self.compression),
             feed_bytes: self.link.feed.0,
             window_bytes: self.link.window.0,
+            batch_bytes: BATCH,
             timing: self.timing.settle(),
         })
     }
