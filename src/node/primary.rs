@@ -194,7 +194,6 @@ impl Primary {
         let open = |c: &Cache| c.has_open() || c.closed() > 0;
         self.pipeline.is_empty() && !self.cache.as_ref().is_some_and(open)
     }
-
 }
 
 impl Run {

@@ -488,7 +488,10 @@ impl Run {
         let lsn = view.shows(applied);
         let kind = view.kind();
         if let Some(id) = view.opening.take() {
-            self.log(Level::Info, format!("a {kind} view of LSN {lsn} is open: the image is frozen at LSN {applied}"));
+            self.log(
+                Level::Info,
+                format!("a {kind} view of LSN {lsn} is open: the image is frozen at LSN {applied}"),
+            );
             self.answer(id, Ok(format!("frozen at LSN {lsn}")));
         }
     }

@@ -12,7 +12,10 @@ struct Model(Vec<u8>);
 
 impl Model {
     fn write(&mut self, uri: &str, pattern: u8, at: usize, len: usize) {
-        client("qemu-io", &["-f", "raw", "-c", &format!("write -P {pattern} {at} {len}"), "-c", "flush", uri]);
+        client(
+            "qemu-io",
+            &["-f", "raw", "-c", &format!("write -P {pattern} {at} {len}"), "-c", "flush", uri],
+        );
         self.0[at..at + len].fill(pattern);
     }
 

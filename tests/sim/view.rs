@@ -111,8 +111,16 @@ impl World {
             None => None,
         };
         let (versions, failed, asked) = (BTreeMap::new(), false, self.now);
-        self.hosts[node].view =
-            Some(Seen { scratch, at: at.clone(), asked, base: None, frozen: Image::new(), versions, left, failed });
+        self.hosts[node].view = Some(Seen {
+            scratch,
+            at: at.clone(),
+            asked,
+            base: None,
+            frozen: Image::new(),
+            versions,
+            left,
+            failed,
+        });
         if full {
             self.fill_stage(node);
         }
