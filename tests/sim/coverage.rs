@@ -17,6 +17,7 @@ const MET: &[&str] = &[
     "read through the journal",
     "written while a primary drains",
     "death while a primary drains",
+    "detached while it drains",
     "view at a mark",
     "view at a time",
     "view at a record",

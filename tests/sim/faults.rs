@@ -6,7 +6,7 @@ use crate::disk::Fault as DiskFault;
 use crate::perform::Armed;
 use crate::plan::Fault;
 use crate::scenario::Phase;
-use crate::world::{Coming, Outcome, Purpose, World};
+use crate::world::{Coming, Outcome, Purpose, World, broken};
 use volrep::disk::File;
 use volrep::node::event::{AdminOp, Event};
 use volrep::units::{MICROS, MILLIS, SECONDS};
@@ -97,6 +97,9 @@ impl World {
             return;
         }
         self.counts.met("written while a primary drains");
+        if self.scenario.rng.permille(20) {
+            self.after(0, Coming::Detach { node });
+        }
         let due = self.scenario.may_strike() && self.scenario.rng.permille(self.plan.ambush_drain);
         if !due || !self.scenario.strikes() {
             return;
@@ -108,6 +111,35 @@ impl World {
         );
         self.counts.met("death while a primary drains");
         self.after(delay, Coming::Ambush { node, fault });
+    }
+
+    /// A primary that may drain is told to detach: what it has is in the backing then.
+    pub fn detach(&mut self, node: usize) -> Outcome {
+        let Some(s) = self.poll(node)?.filter(|s| s.drain_records > 0 && s.state == "UpToDate") else {
+            return Ok(());
+        };
+        let host = &mut self.hosts[node];
+        if host.waiting.values().any(|p| *p == Purpose::Detach) {
+            return Ok(());
+        }
+        host.watch.detaching = Some((host.incarnation, s.applied_lsn + s.drain_records));
+        self.ask(node, AdminOp::Drain, Purpose::Detach)
+    }
+
+    /// It says that it is done.
+    pub fn check_detached(&mut self, node: usize) -> Outcome {
+        let Some(s) = self.poll(node)? else { return Ok(()) };
+        let host = &self.hosts[node];
+        if let Some((_, owed)) =
+            host.watch.detaching.filter(|d| d.0 == host.incarnation && s.applied_lsn < d.1)
+        {
+            return broken(
+                "I3",
+                format!("detached at {}, and the records to {owed} are not in the backing", s.applied_lsn),
+            );
+        }
+        self.counts.met("detached while it drains");
+        Ok(())
     }
 
     /// The same for a named shadow. The promotion may be due as well: then to this one.

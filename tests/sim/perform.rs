@@ -498,7 +498,9 @@ impl World {
                 self.hosts[node].view = None;
                 return Ok(());
             }
-            Purpose::Refresh | Purpose::Rejoin | Purpose::ViewClose | Purpose::Mark => return Ok(()),
+            Purpose::Refresh | Purpose::Rejoin | Purpose::ViewClose | Purpose::Mark | Purpose::Detach => {
+                return Ok(());
+            }
             Purpose::Shutdown if self.hosts[node].watch.faulted => {
                 let incarnation = self.hosts[node].incarnation;
                 self.after(0, Coming::Granted { node, incarnation, purpose });

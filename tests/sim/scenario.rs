@@ -370,6 +370,7 @@ impl World {
                 Ok(())
             }
             Purpose::View => self.view_opened(node),
+            Purpose::Detach => self.check_detached(node),
             Purpose::Open
             | Purpose::Status
             | Purpose::Refresh

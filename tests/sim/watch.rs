@@ -64,6 +64,8 @@ pub struct Watch {
     pub cut: Option<HistoryPoint>,
     /// Its process was to die while this superblock was written, by number of the process: the next one loses power.
     pub slot_ambushed: Option<u32>,
+    /// The incarnation that was told to detach, and what its backing has to have then.
+    pub detaching: Option<(u32, u64)>,
     /// When each record came.
     pub received: BTreeMap<u64, u64>,
     /// When its process began.
@@ -103,6 +105,7 @@ impl Default for Watch {
             state: None,
             cut: None,
             slot_ambushed: None,
+            detaching: None,
             received: BTreeMap::new(),
             booted_at: 0,
             undelayed: 0,

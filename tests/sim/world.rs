@@ -79,6 +79,8 @@ pub enum Coming {
     Verified { node: usize, incarnation: u32, extent: Extent, bytes: Bytes, tick: u64 },
     /// Something befalls a shadow in the middle of its resync.
     Ambush { node: usize, fault: Fault },
+    /// A primary that drains is told to detach.
+    Detach { node: usize },
     /// The shell has written a part of a salvage file.
     Salvaged { node: usize, incarnation: u32, end: bool },
     /// The user of a view goes on.
@@ -96,6 +98,8 @@ pub enum Purpose {
     Open,
     /// `Drain`.
     Drain,
+    /// The same, in the middle of everything.
+    Detach,
     /// `Shutdown`, then start again.
     Shutdown,
     /// `Promote`.
@@ -406,6 +410,7 @@ impl World {
             Coming::Arrive { connection, side } => self.arrive(connection, side),
             Coming::Down { connection, side } => self.link_down(connection, side),
             Coming::Ambush { node, fault } => self.strike(node, fault),
+            Coming::Detach { node } => self.detach(node),
             Coming::Fall { node, incarnation, power } => {
                 if self.lives(node, incarnation) {
                     self.counts.met("death while being promoted");
