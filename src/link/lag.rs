@@ -76,6 +76,11 @@ impl Timeline {
         self.samples.push_back(sample);
     }
 
+    /// The records after `lsn` were given up.
+    pub fn cut(&mut self, lsn: Lsn) {
+        while self.samples.pop_back_if(|s| s.lsn > lsn).is_some() {}
+    }
+
     /// Newest record.
     pub fn newest(&self) -> Option<Sample> {
         self.samples.back().copied()

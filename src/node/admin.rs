@@ -272,7 +272,7 @@ impl Run {
         let facts = role::Facts {
             role: self.meta.sb.role,
             consistent: self.meta.sb.consistent,
-            primary_heard: self.links.receiving().is_some(),
+            primary_heard: self.hears_primary(),
             fenced,
         };
         let plan = self.promotion_plan();
@@ -312,10 +312,11 @@ impl Run {
         let primary = self.links.heard_of_primary();
         let missing = primary.tail.0.saturating_sub(tail.point.lsn.0);
         let known = match heard {
-            Some(at) => {
-                let ago = self.now.mono.saturating_sub(at) / SECONDS;
+            Some(_) => {
+                let ago = self.unheard() / SECONDS;
+                let by = self.cascade_source().map_or_else(String::new, |name| format!(" that {name} had"));
                 format!(
-                    "at the last heartbeat, {ago} s ago, {missing} records of the primary were not here; later writes are unknown"
+                    "at the last heartbeat{by}, {ago} s ago, {missing} records of the primary were not here; later writes are unknown"
                 )
             }
             None => {

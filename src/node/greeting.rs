@@ -11,7 +11,7 @@ use super::links::LinkState;
 use super::run::{Part, Run, fetch};
 use crate::format::message::{Cause, Identity, Message, Role, Verdict, proof, refuse};
 use crate::link::handshake::{Decision, Facts, TermOrder, candidate, decide, fork, is_earlier_run, order};
-use crate::units::{Lsn, Term};
+use crate::units::{HistoryPoint, Lsn, Term};
 
 impl Run {
     /// The dialler has proved who it is.
@@ -36,6 +36,7 @@ impl Run {
         if let Some(peer) = self.links.peer_of(link) {
             peer.resyncing = hello.resyncing;
             peer.blank = hello.blank;
+            peer.follows = self.meta.sb.role == Role::Shadow && hello.role == Role::Shadow && hello.cascades;
         }
         let own = self.identity();
         let found = candidate(&own.openings, own.tail, hello);
@@ -60,6 +61,10 @@ impl Run {
             held: own.oldest.lsn <= at && self.can_hold(at),
             common_start: at > Lsn(0) || (own.blank && hello.blank),
             rewinds: hello.rewinds && gives_way,
+            cascades: hello.cascades,
+            loops: self.closes_ring(hello.node),
+            settled: self.is_settled(),
+            lacks: self.may_lack(&own, hello),
         };
         let ours = facts.same_group && facts.same_volumes;
         match decide(facts) {
@@ -115,10 +120,15 @@ impl Run {
 
     /// The journal has room to keep the records after `at` for somebody who reads them.
     fn can_hold(&self, at: Lsn) -> bool {
-        match &self.part {
-            Part::Primary(p) => self.journal.can_hold(at, p.reserved()),
-            Part::Shadow(_) => true,
-        }
+        self.journal.can_hold(at, self.room_to_hold())
+    }
+
+    /// The candidate's hash is known, or being read.
+    pub(super) fn point_at(&self, lsn: Lsn) -> Option<HistoryPoint> {
+        let tail = self.journal.tail().point;
+        let oldest = self.journal.oldest();
+        let known = [tail, oldest].into_iter().chain(self.meta.sb.openings.iter().map(|o| o.at));
+        known.into_iter().find(|p| p.lsn == lsn)
     }
 
     /// Records which node a link leads to; an older link to the same node is given up.
@@ -202,7 +212,8 @@ impl Run {
             Part::Primary(_) => return self.met_other(link, primary),
         }
         let own = self.identity();
-        if primary.role != Role::Primary || primary.group != own.group || primary.volumes != own.volumes {
+        let followed = primary.role == Role::Primary || self.may_follow_shadow(link, primary);
+        if !followed || primary.group != own.group || primary.volumes != own.volumes {
             return self.drop_link(link, "it is not a primary of this group with these volumes");
         }
         let rank = order(own.term, primary.term);
@@ -215,18 +226,21 @@ impl Run {
         self.meet(link, primary);
         if let Some(peer) = self.links.peer_of(link) {
             peer.fork = fork(&own, primary);
+            peer.follows = false;
+            peer.tells_time_of(primary.term.node);
         }
         if rank == TermOrder::Conflicting {
             return self.histories_differ(link, own.tail.lsn.min(primary.tail.lsn));
         }
         if rank == TermOrder::Higher {
             self.meta.sb.term = primary.term;
-            self.taken_over(primary.node, &primary.name);
+            let name = self.name_of(primary.term.node);
+            self.taken_over(primary.term.node, &name);
             self.meta.save(true);
-            self.tell(Happening::Term { primary: primary.name.clone() });
+            self.tell(Happening::Term { primary: name });
         }
         if rank == TermOrder::Higher || matches!(verdict, Verdict::Compare(_)) {
-            self.links.follow(primary.node);
+            self.links.follow(primary);
             self.leave_others(link);
         }
         match verdict {
@@ -325,7 +339,8 @@ impl Run {
             // It may have become so since it said hello.
             self.send(link, Message::Resynced);
         }
-        self.log(Level::Info, format!("following the primary from LSN {from}"));
+        let whom = if self.is_cascaded() { "another shadow" } else { "the primary" };
+        self.log(Level::Info, format!("following {whom} from LSN {from}"));
         true
     }
 }

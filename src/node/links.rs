@@ -4,13 +4,15 @@
 //! is believed before the peer has proved the group's key; one link a peer; a peer's durable position
 //! counts only for records of the history that is current here.
 
+use super::cascade::Chain;
 use super::config::NodeConfig;
 use super::event::{Action, Level, LinkId};
 use super::feed::Reader;
+use super::heartbeat::Heard;
 use super::history::Happening;
 use super::meta::Ticket;
 use super::run::{Part, Run};
-use crate::format::message::{Identity, Message, proof, refuse};
+use crate::format::message::{Identity, Message, Role, proof, refuse};
 use crate::format::superblock::{Peer, Superblock};
 use crate::journal::Tail;
 use crate::link::lag::{ClockEstimate, Timeline};
@@ -91,6 +93,10 @@ pub struct PeerView {
     pub(super) fork: Option<Lsn>,
     /// It was a primary too when it was last met, under a term that neither side can call ended.
     rival: bool,
+    /// It asked this shadow to feed it: what became of it says nothing of the state here.
+    pub(super) follows: bool,
+    /// Whose clock is measured.
+    clock_of: Option<NodeId>,
 }
 
 impl PeerView {
@@ -111,6 +117,15 @@ impl PeerView {
             term: None,
             fork: None,
             rival: false,
+            follows: false,
+            clock_of: None,
+        }
+    }
+
+    /// The times that it tells from now on are those of this node.
+    pub(super) fn tells_time_of(&mut self, node: NodeId) {
+        if self.clock_of != Some(node) {
+            (self.clock_of, self.clock) = (Some(node), ClockEstimate::default());
         }
     }
 
@@ -125,14 +140,10 @@ impl Link {
     pub(super) fn peer(&self) -> Option<NodeId> {
         self.peer
     }
-}
-
-/// What the primary last said of itself.
-#[derive(Clone, Copy, Default)]
-pub struct Heard {
-    pub(super) tail: Lsn,
-    pub(super) time: u64,
-    pub(super) bytes: u64,
+    /// The peer's place in the configuration, if it was dialled from here.
+    pub(super) fn dialed(&self) -> Option<usize> {
+        self.dialed
+    }
 }
 
 struct Dial {
@@ -146,8 +157,10 @@ pub struct Links {
     pub(super) peers: Vec<PeerView>,
     dials: Vec<Dial>,
     primary: Option<NodeId>,
-    heard: Heard,
-    /// The records sealed here, to measure shadows against.
+    pub(super) heard: Heard,
+    /// Through whom they come.
+    pub(super) chain: Chain,
+    /// The records sealed here, or received, to measure shadows against.
     pub(super) timeline: Timeline,
     /// Journal bytes on the timeline from before the start.
     pub(super) bytes_before: u64,
@@ -179,6 +192,7 @@ impl Links {
             dials: cfg.peers.iter().map(|_| Dial { at: 0, busy: false }).collect(),
             primary: None,
             heard: Heard::default(),
+            chain: Chain::default(),
             timeline: Timeline::default(),
             bytes_before: 0,
             record_bytes: 0,
@@ -253,9 +267,16 @@ impl Links {
         }
     }
 
-    /// This node follows that primary: what another one made of it means nothing any more.
-    pub fn follow(&mut self, node: NodeId) {
-        for view in self.peers.iter_mut().filter(|v| v.node != Some(node)) {
+    /// Those whose word on this shadow counts: not those that follow it.
+    pub(super) fn above(&self) -> impl Iterator<Item = &PeerView> {
+        self.peers.iter().filter(|p| !p.follows)
+    }
+
+    /// This node follows that primary, or shadow: what another one made of it means nothing any more.
+    pub fn follow(&mut self, source: &Identity) {
+        let node = source.node;
+        self.chain.follow(source);
+        for view in self.peers.iter_mut().filter(|v| v.node != Some(node) && !v.follows) {
             if matches!(view.state, "Resync" | "Diverged") {
                 (view.state, view.reason) = ("Disconnected", None);
             }
@@ -457,6 +478,12 @@ impl Run {
             openings: sb.openings.clone(),
             resyncing: self.is_remaking(),
             rewinds: sb.retired.is_some_and(|r| r.rewinds),
+            cascades: false,
+            sources: match sb.role {
+                Role::Shadow => self.links.chain.sources().to_vec(),
+                Role::Primary => Vec::new(),
+            },
+            primary: self.primary_name_known().unwrap_or_default(),
         }
     }
 
@@ -484,7 +511,8 @@ impl Run {
                 }
             }
             (LinkState::Dialled, Message::Challenge { nonce }) => {
-                let identity = Box::new(self.identity());
+                let cascades = self.cascades(link);
+                let identity = Box::new(Identity { cascades, ..self.identity() });
                 let proof = proof(&self.cfg.key, &nonce, &identity, None);
                 let Some(l) = self.links.by_id.get_mut(&link) else { return };
                 l.state = LinkState::Greeted;
@@ -529,38 +557,13 @@ impl Run {
             (LinkState::Receiving, Message::Durable { lsn }) => self.announced(lsn),
             (LinkState::Receiving, Message::Compare(word)) => self.heard_as_shadow(link, *word),
             (LinkState::Sending(_), Message::Compare(word)) => self.heard_as_primary(link, *word),
-            (_, Message::Heartbeat { wall, echo, tail, time, bytes }) if l.peer.is_some() => {
-                if matches!(l.state, LinkState::Receiving) {
-                    self.links.heard = Heard { tail, time, bytes };
-                }
-                self.beat(link, wall, echo);
-            }
+            (_, beat @ Message::Heartbeat { .. }) if l.peer.is_some() => self.heartbeat(link, &beat),
             (state, message) => {
                 let why = format!("unexpected message while {}", name_of(state));
                 debug_assert!(!matches!(message, Message::Refuse { .. }));
                 self.drop_link(link, &why);
             }
         }
-    }
-
-    fn beat(&mut self, link: LinkId, wall: u64, echo: u64) {
-        if echo == 0 {
-            return self.send_heartbeat(link, wall);
-        }
-        let now = self.now.wall;
-        if let Some(p) = self.links.peer_of(link) {
-            p.clock.answered(echo, wall, now);
-        }
-    }
-
-    fn send_heartbeat(&mut self, link: LinkId, echo: u64) {
-        let tail = self.journal.tail().point.lsn;
-        let behind = match self.links.by_id.get(&link).map(|l| &l.state) {
-            Some(LinkState::Sending(s)) => self.links.timeline.behind(s.positions().2),
-            _ => None,
-        };
-        let (_, bytes, time) = behind.unwrap_or((0, 0, 0));
-        self.send(link, Message::Heartbeat { wall: self.now.wall, echo, tail, time, bytes });
     }
 
     /// A shadow's positions, believed.
@@ -645,7 +648,7 @@ impl Run {
             return;
         }
         let patience = match &self.part {
-            Part::Shadow(s) if s.closing || s.is_turning() || self.links.receiving().is_some() => return,
+            Part::Shadow(s) if s.closing || s.is_turning() || self.hears_primary() => return,
             // Who holds records of his own waits for an administrator's word.
             Part::Shadow(_) if self.meta.sb.retired.is_some_and(|r| !r.rewinds) => return,
             Part::Shadow(_) if !self.journal.is_quiet() => {
@@ -676,14 +679,6 @@ impl Run {
                 self.wake_at(at);
             }
         }
-    }
-
-    /// The candidate's hash is known, or being read.
-    pub(super) fn point_at(&self, lsn: Lsn) -> Option<HistoryPoint> {
-        let tail = self.journal.tail().point;
-        let oldest = self.journal.oldest();
-        let known = [tail, oldest].into_iter().chain(self.meta.sb.openings.iter().map(|o| o.at));
-        known.into_iter().find(|p| p.lsn == lsn)
     }
 }
 

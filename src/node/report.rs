@@ -6,7 +6,7 @@
 use super::config::NodeConfig;
 use super::links::PeerView;
 use super::run::{Part, Run};
-use super::status::{PeerStatus, SCHEMA_VERSION, Status, Verified, VolumeStatus, rfc3339};
+use super::status::{PeerStatus, RefreshStatus, SCHEMA_VERSION, Status, Verified, VolumeStatus, rfc3339};
 use crate::format::message::Role;
 use crate::format::superblock::Peer;
 use crate::units::SECONDS;
@@ -47,6 +47,7 @@ pub fn bare(cfg: &NodeConfig, state: &str, reason: Option<String>) -> Status {
         record_bytes: 0,
         peers: vec![],
         lag: None,
+        primary: None,
         verified: None,
         unrepaired_bytes: 0,
         refresh: None,
@@ -89,23 +90,32 @@ impl Run {
             record_bytes: self.links.record_bytes,
             peers: self.links.peers.iter().map(|p| self.peer(p)).collect(),
             lag: self.lag(),
+            primary: self.primary_status(),
             verified: sb.verified.as_ref().filter(|_| sb.role == Role::Shadow).map(Verified::from),
             unrepaired_bytes: sb.unrepaired,
             view: self.view_status(),
-            refresh: self.compare.job.as_ref().map(|j| &j.status).or(self.compare.told.as_ref()).cloned(),
+            refresh: self.last_comparison().cloned(),
             ..bare(&self.cfg, "", None)
         }
     }
 
+    /// The newest comparison, of this node or of one that it feeds.
+    fn last_comparison(&self) -> Option<&RefreshStatus> {
+        let own = self.compare.job.as_ref().map(|j| &j.status);
+        own.into_iter().chain(self.compare.told.as_ref()).max_by_key(|s| s.job)
+    }
+
     fn peer(&self, p: &PeerView) -> PeerStatus {
-        let behind = match &self.part {
-            Part::Primary(_) => self.links.timeline.behind(p.applied),
-            Part::Shadow(_) => None,
+        let (lag_records, lag_bytes, late) = match &self.part {
+            Part::Primary(_) => {
+                let (records, bytes, since) = self.links.timeline.behind(p.applied).unwrap_or((0, 0, 0));
+                (records, bytes, if records > 0 { self.now.wall.saturating_sub(since) } else { 0 })
+            }
+            Part::Shadow(_) if p.follows => self.lag_of_follower(p.applied),
+            Part::Shadow(_) => (0, 0, 0),
         };
-        let (lag_records, lag_bytes, since) = behind.unwrap_or((0, 0, 0));
         let known = self.meta.sb.peers.iter().find(|k| Some(k.node) == p.node);
         let seconds = |ns: u64| ns as f64 / SECONDS as f64;
-        let late = if lag_records > 0 { self.now.wall.saturating_sub(since) } else { 0 };
         PeerStatus {
             name: p.name.clone(),
             state: p.state.into(),
@@ -122,6 +132,8 @@ impl Run {
             round_trip_seconds: p.clock.round_trip().map(seconds),
             sent_bytes: p.sent_bytes,
             fork_lsn: p.fork.filter(|_| p.state == "Diverged" || self.is_retired()).map(|lsn| lsn.0),
+            source: self.is_source(p).then(|| if self.is_cascaded() { "shadow" } else { "primary" }.into()),
+            follower: matches!(self.part, Part::Shadow(_)) && p.follows,
             verified: known.and_then(|k| k.verified.as_ref()).map(Verified::from),
         }
     }
@@ -270,18 +282,22 @@ impl Run {
             let action = format!("mend that, then: volrep refresh {}", self.cfg.group_name);
             return ("Outdated", Some(format!("the resync stopped: {why}")), action);
         }
-        if let Some(v) = self.links.peers.iter().find(|v| v.state == "Diverged") {
+        if let Some(v) = self.links.above().find(|v| v.state == "Diverged") {
             let why = format!("{}: {}", v.name, v.reason.as_deref().unwrap_or("the histories differ"));
             return ("Diverged", Some(why), self.to_rejoin());
         }
-        if let Some(v) = self.links.peers.iter().find(|v| v.state == "Resync") {
+        if let Some(v) = self.links.above().find(|v| v.state == "Resync") {
             let action = "a resync is needed: join this node anew".to_owned();
             return ("Outdated", v.reason.clone(), action);
         }
         if self.links.receiving().is_none() {
-            let why = self.links.peers.iter().find_map(|v| v.reason.clone());
+            let why = self.links.above().find_map(|v| v.reason.clone());
             let why = why.unwrap_or_else(|| "no link to the primary".into());
             return ("Outdated", Some(why), "check the primary and the link to it".into());
+        }
+        if let Some(name) = self.cascade_source().filter(|_| !self.hears_primary()) {
+            let why = format!("{name}, which feeds this node, has no link to the primary");
+            return ("Outdated", Some(why), format!("check the primary and the link of {name} to it"));
         }
         let heard = self.links.heard_of_primary();
         let tail = self.journal.tail().point.lsn.max(heard.tail);

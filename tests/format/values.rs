@@ -198,6 +198,9 @@ pub fn identity() -> Identity {
         openings: vec![Opening { generation: generation(2), at: point(12) }],
         resyncing: true,
         rewinds: true,
+        cascades: false,
+        sources: vec![NodeId(0x0d01), NodeId(0x0d02)],
+        primary: "db0".into(),
     }
 }
 
@@ -227,7 +230,15 @@ pub fn messages() -> Vec<(&'static str, Message)> {
         ),
         (
             "heartbeat",
-            Message::Heartbeat { wall: 0x0b01, echo: 0x0b02, tail: Lsn(0x0b03), time: 0x0b04, bytes: 0x0b05 },
+            Message::Heartbeat {
+                wall: 0x0b01,
+                echo: 0x0b02,
+                tail: Lsn(0x0b03),
+                time: 0x0b04,
+                bytes: 0x0b05,
+                silent: 0x0b06,
+                live: true,
+            },
         ),
         ("resync", Message::Resync { since: Some(point(18)) }),
         ("candidates", Message::Candidates { extents: vec![extent(0, 128, 256), extent(3, 0, 1)] }),

@@ -8,6 +8,7 @@
 //! and the command that repeats it.
 
 mod bare_journal;
+mod cascade;
 mod compare;
 mod content;
 mod disk;

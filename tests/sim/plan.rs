@@ -3,6 +3,7 @@
 //! Owns: the swarm: each seed has its own mix, most features off in most seeds, so that their
 //! combinations are met. Invariant: a plan depends on its seed alone.
 
+use crate::cascade::Topology;
 use crate::prng::Prng;
 use volrep::node::config::{FullPolicy, Timing};
 use volrep::units::{MICROS, MILLIS, SECONDS};
@@ -203,6 +204,8 @@ pub struct Plan {
     pub rejoin: bool,
     /// Another shadow is promoted, too.
     pub double: bool,
+    /// Who follows whom.
+    pub topology: Topology,
     /// Slowest disk write, ns.
     pub disk_write: u64,
     /// Slowest sync, ns.
@@ -329,6 +332,7 @@ impl Plan {
             moves,
             rejoin: rng.permille(700),
             double: rng.permille(700),
+            topology: Topology::Star,
             disk_write: rng.log(50 * MICROS, 20 * MILLIS),
             disk_sync: rng.log(100 * MICROS, 50 * MILLIS),
         };
@@ -339,6 +343,18 @@ impl Plan {
             plan.role_ambush = rng.pick(&[0, 400, 1000]);
         }
         plan.timing.ask = rng.pick(&[MILLIS, 50 * MILLIS, SECONDS, SECONDS, 3 * SECONDS]);
+        if rng.permille(250) {
+            plan.nodes = 3;
+            plan.topology = rng.pick(&[
+                Topology::Chain,
+                Topology::Chain,
+                Topology::Chain,
+                Topology::Either,
+                Topology::Ring,
+            ]);
+            // Whom the primary does not see can't be waited for.
+            plan.sync &= 0b010;
+        }
         plan
     }
 

@@ -1,0 +1,104 @@
+//! Heartbeats: that the other end lives, its clock, and what is known of the primary.
+//!
+//! Owns: what they say and what is believed of it. Invariant (I5): a shadow that passes on what it knows of the
+//! primary says how old that is, so lag is never told smaller at the end of a chain than it is; the clock that lag is
+//! measured by is the primary's, never that of a shadow in between.
+
+use super::event::LinkId;
+use super::links::LinkState;
+use super::run::{Part, Run};
+use crate::format::message::Message;
+use crate::units::Lsn;
+
+/// What was last said of the primary, by itself or by the shadow that feeds this one.
+#[derive(Clone, Copy, Default)]
+pub struct Heard {
+    /// Its newest record.
+    pub(super) tail: Lsn,
+    /// Seal time of the oldest record that was not applied here.
+    pub(super) time: u64,
+    /// Journal bytes that were not.
+    pub(super) bytes: u64,
+    /// How long it had not been heard, by whoever says this, ns.
+    silent: u64,
+    /// Whoever says this is neither the primary nor connected to it.
+    lost: bool,
+}
+
+impl Run {
+    /// A heartbeat came.
+    pub(super) fn heartbeat(&mut self, link: LinkId, message: &Message) {
+        let Message::Heartbeat { wall, echo, tail, time, bytes, silent, live } = *message else { return };
+        let state = self.links.by_id.get(&link).map(|l| &l.state);
+        if matches!(state, Some(LinkState::Receiving)) {
+            self.links.heard = Heard { tail, time, bytes, silent, lost: !live };
+        }
+        if echo == 0 {
+            return self.send_heartbeat(link, wall);
+        }
+        let now = self.now.wall;
+        // A shadow that has no idea of its primary's clock says 0.
+        if let Some(p) = self.links.peer_of(link).filter(|_| wall > 0) {
+            p.clock.answered(echo, wall, now);
+        }
+    }
+
+    /// Sends one; `echo`: it answers one.
+    pub(super) fn send_heartbeat(&mut self, link: LinkId, echo: u64) {
+        let own = self.journal.tail().point.lsn;
+        let applied = match self.links.by_id.get(&link).map(|l| &l.state) {
+            Some(LinkState::Sending(s)) => Some(s.positions().2),
+            _ => None,
+        };
+        let behind = applied.and_then(|lsn| self.links.timeline.behind(lsn));
+        let (_, mut bytes, mut time) = behind.unwrap_or((0, 0, 0));
+        let (mut wall, mut tail, mut silent, mut live) = (self.now.wall, own, 0, true);
+        if matches!(self.part, Part::Shadow(_)) {
+            live = false;
+            if let Some(applied) = applied {
+                let heard = self.links.heard;
+                // What has not come here yet lags there, too.
+                tail = own.max(heard.tail);
+                if heard.tail > own {
+                    bytes += heard.bytes;
+                }
+                if time == 0 && tail > applied {
+                    time = heard.time;
+                }
+                (silent, live) = (self.unheard(), self.hears_primary());
+                if echo > 0 {
+                    wall = self.primary_wall().unwrap_or(0);
+                }
+            }
+        }
+        self.send(link, Message::Heartbeat { wall, echo, tail, time, bytes, silent, live });
+    }
+
+    /// The primary's wall clock now, as far as it is known here.
+    pub(super) fn primary_wall(&self) -> Option<u64> {
+        let clock = self.links.primary_clock()?;
+        clock.round_trip()?;
+        Some(self.now.wall.wrapping_add(clock.offset() as u64))
+    }
+
+    /// Nanoseconds since the primary was heard, by this shadow or by those between; since the start if never.
+    pub(super) fn unheard(&self) -> u64 {
+        let heard = self.links.primary().and_then(|n| self.links.view(n)).and_then(|v| v.heard);
+        let silent = self.now.mono.saturating_sub(heard.unwrap_or(self.links.chain.since));
+        silent.saturating_add(self.links.heard.silent)
+    }
+
+    /// The primary is connected, or as far as those between say.
+    pub(super) fn hears_primary(&self) -> bool {
+        self.links.receiving().is_some() && !(self.is_cascaded() && self.links.heard.lost)
+    }
+
+    /// For how long the primary has missed its heartbeats, ns; none while they arrive.
+    pub(super) fn silence(&self) -> Option<u64> {
+        self.links.view(self.links.primary()?)?.heard?;
+        let (silent, beat) = (self.unheard(), self.cfg.timing.heartbeat);
+        // Each one between tells of what it heard up to two beats ago.
+        let hops = if self.is_cascaded() { self.links.chain.sources().len().max(2) } else { 1 };
+        (silent > 2 * beat * hops as u64).then_some(silent)
+    }
+}
