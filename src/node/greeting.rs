@@ -232,6 +232,11 @@ impl Run {
         if rank == TermOrder::Conflicting {
             return self.histories_differ(link, own.tail.lsn.min(primary.tail.lsn));
         }
+        // Of two that were dialled at once, the other has answered first.
+        let stale = self.links.by_id.get(&link).is_some_and(|l| l.told != (own.tail, own.applied));
+        if rank != TermOrder::Higher && (stale || self.hears_primary()) {
+            return self.drop_link(link, "another one is followed by now");
+        }
         if rank == TermOrder::Higher {
             self.meta.sb.term = primary.term;
             let name = self.name_of(primary.term.node);
@@ -242,6 +247,9 @@ impl Run {
         if rank == TermOrder::Higher || matches!(verdict, Verdict::Compare(_)) {
             self.links.follow(primary);
             self.leave_others(link);
+        }
+        if stale {
+            return self.drop_link(link, "more has come since it was told what there is");
         }
         match verdict {
             Verdict::Compare(at) if at.lsn > own.tail.lsn => {

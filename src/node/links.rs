@@ -62,6 +62,8 @@ pub struct Link {
     dialed: Option<usize>,
     nonce: [u8; 32],
     peer: Option<NodeId>,
+    /// Where the journal here ended, and what of it was applied, as told to whom was dialled.
+    pub(super) told: (HistoryPoint, Lsn),
     begun: u64,
     heard: u64,
     beat: u64,
@@ -335,6 +337,7 @@ impl Run {
             dialed,
             nonce,
             peer: None,
+            told: Default::default(),
             begun,
             heard,
             beat,
@@ -516,6 +519,7 @@ impl Run {
                 let proof = proof(&self.cfg.key, &nonce, &identity, None);
                 let Some(l) = self.links.by_id.get_mut(&link) else { return };
                 l.state = LinkState::Greeted;
+                l.told = (identity.tail, identity.applied);
                 let nonce = l.nonce;
                 self.send(link, Message::Hello { identity, nonce, proof });
             }
