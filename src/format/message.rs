@@ -213,6 +213,8 @@ pub enum Message {
         silent: u64,
         /// The sender is the primary, or is connected to it (through others, perhaps).
         live: bool,
+        /// Of a shadow: those that get their records through it now.
+        feeds: Vec<NodeId>,
     },
     /// The shadow, after [`Verdict::Resync`]: I take up your history at your journal's end.
     Resync {
@@ -370,8 +372,11 @@ impl Message {
                 w.lsn(*received).lsn(*durable).lsn(*applied);
                 8
             }
-            Message::Heartbeat { wall, echo, tail, time, bytes, silent, live } => {
+            Message::Heartbeat { wall, echo, tail, time, bytes, silent, live, feeds } => {
                 w.u64(*wall).u64(*echo).lsn(*tail).u64(*time).u64(*bytes).u64(*silent).flag(*live);
+                w.list(feeds, |w, n| {
+                    w.node(*n);
+                });
                 9
             }
             Message::Resync { since } => {
@@ -450,6 +455,7 @@ impl Message {
                 bytes: r.u64()?,
                 silent: r.u64()?,
                 live: r.flag("live")?,
+                feeds: r.list(MAX_PEERS, "feeds", Reader::node)?,
             },
             10 => Message::Resync { since: r.option("since", Reader::point)? },
             11 => Message::Candidates {

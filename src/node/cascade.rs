@@ -12,6 +12,7 @@ use super::status::PrimaryStatus;
 use crate::format::compare::Compare;
 use crate::format::message::{Identity, Role};
 use crate::format::record::MAX_PADDED;
+use crate::format::superblock::MAX_PEERS;
 use crate::journal::Tail;
 use crate::link::handshake::{MAX_SOURCES, closes_ring, may_lack};
 use crate::link::lag::Sample;
@@ -227,12 +228,49 @@ impl Run {
         true
     }
 
+    /// Those that get their records through this node now.
+    pub(super) fn feeds(&self) -> Vec<NodeId> {
+        let fed = self.links.by_id.values().filter(|l| matches!(l.state, LinkState::Sending(_)));
+        let fed: Vec<NodeId> = fed.filter_map(|l| l.peer()).collect();
+        let further = fed.iter().filter_map(|n| self.links.view(*n)).flat_map(|v| v.feeds.iter().copied());
+        let mut all: Vec<NodeId> = fed.iter().copied().chain(further).collect();
+        all.truncate(MAX_PEERS);
+        all
+    }
+
+    /// A shadow that is fed over this link says whom it feeds.
+    pub(super) fn fed_by(&mut self, link: LinkId, feeds: Vec<NodeId>) {
+        if let Some(view) = self.links.peer_of(link) {
+            view.feeds = feeds;
+        }
+    }
+
+    /// The name of the shadow through which that node gets its records now: nobody has to wait for it here.
+    pub(super) fn fed_through(&self, node: NodeId) -> Option<&str> {
+        let feeds = |v: &&PeerView| v.feeds.contains(&node) && v.node.is_some_and(|n| self.links.is_live(n));
+        self.links.peers.iter().find(feeds).map(|v| v.name.as_str())
+    }
+
+    /// That node is followed from now on: nothing is held for it.
+    pub(super) fn held_no_longer(&mut self, source: NodeId) {
+        self.meta.sb.peers.retain(|p| p.node != source);
+        self.update_keep();
+    }
+
     /// The journal is not held for that node any more.
     pub(super) fn fall_behind(&mut self, node: NodeId) {
+        let through = self.fed_through(node).map(str::to_owned);
         let Some(peer) = self.meta.sb.peers.iter_mut().find(|p| p.node == node) else { return };
         peer.behind = true;
         let name = peer.name.clone();
         self.meta.save(false);
+        if let Some(through) = through {
+            self.log(
+                Level::Info,
+                format!("{name} is fed through {through}: nothing is held for it any more"),
+            );
+            return self.update_keep();
+        }
         let reason = "the journal was full: it fell back to the dirty map and needs a resync";
         if let Some(p) = self.links.view_mut(node) {
             p.state = "Resync";

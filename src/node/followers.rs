@@ -148,18 +148,22 @@ impl Run {
         }
         // Only when all that this node can do itself is done are the shadows the cause.
         let done = applied == self.journal.tail().point.lsn && self.checkpoint_idle();
-        if !journal_full || !done || self.cfg.full != FullPolicy::Behind {
+        if !journal_full || !done {
             return false;
         }
-        if let Some((id, _)) = self.links.by_id.iter().find(|(_, l)| l.held.is_some()) {
+        let blocks = self.cfg.full != FullPolicy::Behind;
+        let held = self.links.by_id.iter().find(|(_, l)| l.held.is_some() && !blocks);
+        if let Some((id, _)) = held {
             // It was about to begin, and takes too long for that.
             self.drop_link(*id, "the journal is full, and it does not begin");
             self.update_keep();
             return true;
         }
-        let set = self.meta.sb.sync_set.clone();
-        let slow = |p: &&mut Peer| !p.behind && p.durable < checkpoint && !set.contains(&p.node);
-        let Some(peer) = self.meta.sb.peers.iter_mut().filter(slow).min_by_key(|p| p.durable) else {
+        // Who is fed by another shadow by now is not waited for.
+        let may = |p: &&Peer| !blocks || (self.fed_through(p.node).is_some() && !self.links.is_live(p.node));
+        let set = &self.meta.sb.sync_set;
+        let slow = |p: &&Peer| !p.behind && p.durable < checkpoint && !set.contains(&p.node) && may(p);
+        let Some(peer) = self.meta.sb.peers.iter().filter(slow).min_by_key(|p| p.durable) else {
             return false;
         };
         let node = peer.node;

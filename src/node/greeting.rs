@@ -26,6 +26,11 @@ impl Run {
         }
         self.meet(link, hello);
         self.heard_out_by_name(&hello.name);
+        let ours = hello.group == self.meta.sb.group;
+        if self.is_asking() && ours && order(self.meta.sb.term, hello.term) == TermOrder::Higher {
+            // It was asked for, whoever says it.
+            return self.superseded(link, hello.term);
+        }
         if self.is_retiring() || (self.is_asking() && hello.role == Role::Shadow) {
             // Nobody follows this node before it knows whether it is the primary.
             return self.drop_link(link, "this node does not know yet whom it follows");
@@ -246,6 +251,7 @@ impl Run {
         }
         if rank == TermOrder::Higher || matches!(verdict, Verdict::Compare(_)) {
             self.links.follow(primary);
+            self.held_no_longer(primary.node);
             self.leave_others(link);
         }
         if stale {

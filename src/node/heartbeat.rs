@@ -5,10 +5,11 @@
 //! measured by is the primary's, never that of a shadow in between.
 
 use super::event::LinkId;
-use super::links::LinkState;
+use super::links::{LinkState, PeerView};
 use super::run::{Part, Run};
 use crate::format::message::Message;
-use crate::units::Lsn;
+use crate::link::lag::ClockEstimate;
+use crate::units::{Lsn, NodeId};
 
 /// What was last said of the primary, by itself or by the shadow that feeds this one.
 #[derive(Clone, Copy, Default)]
@@ -25,13 +26,27 @@ pub struct Heard {
     lost: bool,
 }
 
+impl PeerView {
+    /// The times that it tells from now on are those of this node.
+    pub(super) fn tells_time_of(&mut self, node: NodeId) {
+        if self.clock_of != Some(node) {
+            (self.clock_of, self.clock) = (Some(node), ClockEstimate::default());
+        }
+    }
+}
+
 impl Run {
     /// A heartbeat came.
-    pub(super) fn heartbeat(&mut self, link: LinkId, message: &Message) {
-        let Message::Heartbeat { wall, echo, tail, time, bytes, silent, live } = *message else { return };
-        let state = self.links.by_id.get(&link).map(|l| &l.state);
-        if matches!(state, Some(LinkState::Receiving)) {
-            self.links.heard = Heard { tail, time, bytes, silent, lost: !live };
+    pub(super) fn heartbeat(&mut self, link: LinkId, message: Message) {
+        let Message::Heartbeat { wall, echo, tail, time, bytes, silent, live, feeds } = message else {
+            return;
+        };
+        match self.links.by_id.get(&link).map(|l| &l.state) {
+            Some(LinkState::Receiving) => {
+                self.links.heard = Heard { tail, time, bytes, silent, lost: !live };
+            }
+            Some(LinkState::Sending(_)) => self.fed_by(link, feeds),
+            _ => {}
         }
         if echo == 0 {
             return self.send_heartbeat(link, wall);
@@ -71,7 +86,8 @@ impl Run {
                 }
             }
         }
-        self.send(link, Message::Heartbeat { wall, echo, tail, time, bytes, silent, live });
+        let feeds = if applied.is_none() { self.feeds() } else { Vec::new() };
+        self.send(link, Message::Heartbeat { wall, echo, tail, time, bytes, silent, live, feeds });
     }
 
     /// The primary's wall clock now, as far as it is known here.

@@ -97,8 +97,10 @@ pub struct PeerView {
     rival: bool,
     /// It asked this shadow to feed it: what became of it says nothing of the state here.
     pub(super) follows: bool,
+    /// Who gets his records through it, as it last said.
+    pub(super) feeds: Vec<NodeId>,
     /// Whose clock is measured.
-    clock_of: Option<NodeId>,
+    pub(super) clock_of: Option<NodeId>,
 }
 
 impl PeerView {
@@ -120,14 +122,8 @@ impl PeerView {
             fork: None,
             rival: false,
             follows: false,
+            feeds: Vec::new(),
             clock_of: None,
-        }
-    }
-
-    /// The times that it tells from now on are those of this node.
-    pub(super) fn tells_time_of(&mut self, node: NodeId) {
-        if self.clock_of != Some(node) {
-            (self.clock_of, self.clock) = (Some(node), ClockEstimate::default());
         }
     }
 
@@ -561,7 +557,7 @@ impl Run {
             (LinkState::Receiving, Message::Durable { lsn }) => self.announced(lsn),
             (LinkState::Receiving, Message::Compare(word)) => self.heard_as_shadow(link, *word),
             (LinkState::Sending(_), Message::Compare(word)) => self.heard_as_primary(link, *word),
-            (_, beat @ Message::Heartbeat { .. }) if l.peer.is_some() => self.heartbeat(link, &beat),
+            (_, beat @ Message::Heartbeat { .. }) if l.peer.is_some() => self.heartbeat(link, beat),
             (state, message) => {
                 let why = format!("unexpected message while {}", name_of(state));
                 debug_assert!(!matches!(message, Message::Refuse { .. }));

@@ -115,6 +115,7 @@ impl Run {
             s.rebase = Some(rebase);
         }
         self.links.follow(primary);
+        self.held_no_longer(primary.node);
         self.leave_others(link);
         self.set_state(link, LinkState::Rebasing);
         self.log(Level::Info, format!("resync: {}", cause.text()));

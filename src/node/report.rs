@@ -114,12 +114,14 @@ impl Run {
             Part::Shadow(_) if p.follows => self.lag_of_follower(p.applied),
             Part::Shadow(_) => (0, 0, 0),
         };
+        let away = p.node.filter(|n| matches!(p.state, "Disconnected" | "Resync") && !self.links.is_live(*n));
+        let through = away.and_then(|n| self.fed_through(n));
         let known = self.meta.sb.peers.iter().find(|k| Some(k.node) == p.node);
         let seconds = |ns: u64| ns as f64 / SECONDS as f64;
         PeerStatus {
             name: p.name.clone(),
-            state: p.state.into(),
-            reason: p.reason.clone(),
+            state: if through.is_some() { "Disconnected" } else { p.state }.into(),
+            reason: through.map(|name| format!("it is fed through {name}")).or_else(|| p.reason.clone()),
             rival: p.is_rival(),
             sync: p.node.is_some_and(|n| self.meta.sb.sync_set.contains(&n)),
             received_lsn: p.received.0,
@@ -194,7 +196,9 @@ impl Run {
                     );
                     return ("Diverged", Some(why), action);
                 }
-                let resync = self.links.peers.iter().find(|v| matches!(v.state, "Resync" | "Diverged"));
+                let through = |v: &PeerView| v.node.is_some_and(|n| self.fed_through(n).is_some());
+                let needs = |v: &&PeerView| v.state == "Diverged" || (v.state == "Resync" && !through(v));
+                let resync = self.links.peers.iter().find(needs);
                 let action = match resync {
                     Some(v) if v.state == "Resync" => format!("{} needs a resync", v.name),
                     Some(v) => format!(
@@ -232,7 +236,10 @@ impl Run {
     /// The shadow that is away and without which a write finds no room in the journal.
     fn waits_for_room(&self) -> Option<String> {
         let Part::Primary(p) = &self.part else { return None };
-        let away = |k: &&Peer| !k.behind && k.durable < self.links.checkpoint && !self.links.is_live(k.node);
+        let away = |k: &&Peer| {
+            let behind = !k.behind && k.durable < self.links.checkpoint;
+            behind && !self.links.is_live(k.node) && self.fed_through(k.node).is_none()
+        };
         let slowest = self.meta.sb.peers.iter().filter(away).min_by_key(|k| k.durable)?;
         (p.starved && self.journal.room() < ROOM).then(|| slowest.name.clone())
     }

@@ -294,6 +294,7 @@ fn strangers_on_the_sockets_do_no_harm() {
         bytes: 1,
         silent: 0,
         live: true,
+        feeds: vec![],
     });
     let mut huge = good[..FRAME].to_vec();
     huge[..4].fill(0xFF);

@@ -238,6 +238,7 @@ pub fn messages() -> Vec<(&'static str, Message)> {
                 bytes: 0x0b05,
                 silent: 0x0b06,
                 live: true,
+                feeds: vec![NodeId(0x0b07)],
             },
         ),
         ("resync", Message::Resync { since: Some(point(18)) }),
