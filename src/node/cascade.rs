@@ -272,7 +272,9 @@ impl Run {
             return self.update_keep();
         }
         let reason = "the journal was full: it fell back to the dirty map and needs a resync";
-        if let Some(p) = self.links.view_mut(node) {
+        let feeds = matches!(self.part, Part::Primary(_));
+        // Whoever is followed now was fed once: what is told of the one is not true of the other.
+        if let Some(p) = self.links.view_mut(node).filter(|p| feeds || p.follows) {
             p.state = "Resync";
             p.reason = Some(reason.into());
         }

@@ -229,22 +229,23 @@ impl Run {
             return self.drop_link(link, "it is a primary of a term that has ended");
         }
         self.meet(link, primary);
+        // Of two that were dialled at once, the other has answered first.
+        let stale = self.links.by_id.get(&link).is_some_and(|l| l.told != (own.tail, own.applied));
+        if rank == TermOrder::Equal && (stale || self.hears_primary()) {
+            return self.drop_link(link, "another one is followed by now");
+        }
         if let Some(peer) = self.links.peer_of(link) {
             peer.fork = fork(&own, primary);
-            peer.follows = false;
             peer.tells_time_of(primary.term.node);
+            peer.follows = false;
         }
         if rank == TermOrder::Conflicting {
             return self.histories_differ(link, own.tail.lsn.min(primary.tail.lsn));
         }
-        // Of two that were dialled at once, the other has answered first.
-        let stale = self.links.by_id.get(&link).is_some_and(|l| l.told != (own.tail, own.applied));
-        if rank != TermOrder::Higher && (stale || self.hears_primary()) {
-            return self.drop_link(link, "another one is followed by now");
-        }
         if rank == TermOrder::Higher {
             self.meta.sb.term = primary.term;
-            let name = self.name_of(primary.term.node);
+            let told = Some(primary.primary.clone()).filter(|name| !name.is_empty());
+            let name = told.unwrap_or_else(|| self.name_of(primary.term.node));
             self.taken_over(primary.term.node, &name);
             self.meta.save(true);
             self.tell(Happening::Term { primary: name });

@@ -150,6 +150,8 @@ impl Run {
     /// The newest record that may go from the journal into the backing now.
     pub(super) fn apply_limit(&self) -> Lsn {
         match &self.part {
+            // A shadow that dies before its promotion is durable may have to give up what it would lift the limit for.
+            Part::Primary(_) if self.admin.is_promoting() => Lsn(0),
             Part::Primary(p) if p.is_redoing() => self.journal.tail().point.lsn,
             Part::Primary(_) => Lsn(0),
             Part::Shadow(s) if s.is_cutting() => Lsn(0),

@@ -184,6 +184,9 @@ impl Links {
                 peers.push(view(&p.name, Some(p)));
             }
         }
+        // A shadow knows positions of those alone that it feeds.
+        let fed = |v: &PeerView| v.node.is_some() && sb.role == Role::Shadow;
+        peers.iter_mut().for_each(|v| v.follows = fed(v));
         Links {
             by_id: BTreeMap::new(),
             peers,

@@ -197,9 +197,13 @@ fn the_far_end_of_a_chain_is_promoted_and_the_others_follow_it() {
 /// One near shadow in the sync set, one far shadow that is not: what hospitals run.
 #[test]
 fn a_near_shadow_takes_over_without_loss_and_the_far_one_goes_on_from_its_records() {
-    let setup =
-        Setup { volumes: vec![("data", SIZE)], journal: "64M", sync: true, back: true, ..Setup::default() };
-    let mut pair = Pair::start(&setup);
+    let setup = Setup { volumes: vec![("data", SIZE)], journal: "64M", back: true, ..Setup::default() };
+    let mut pair = Pair::prepare(&setup);
+    let member = "name = \"db2\"\nsync = true\naddress";
+    pair.primary.configure(|text| text.replace("name = \"db2\"\naddress", member));
+    pair.primary.start();
+    pair.shadow.start();
+    pair.wait_following();
     let (mut far, address) = join(&pair.primary, "db3");
     let near = std::fs::read_to_string(pair.shadow.place.config().join("g.toml")).unwrap();
     let listen = near.lines().find_map(|l| l.strip_prefix("listen = ")).unwrap().trim_matches('"').to_owned();

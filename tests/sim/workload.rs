@@ -290,7 +290,14 @@ impl World {
             self.after(1_000_000, Coming::Verified { node, incarnation, extent, bytes, tick });
         }
         let watch = &self.hosts[node].watch;
-        if watch.faulted || watch.stopping || self.scenario.demoted(node) || self.is_moving(node) {
+        // Another one was promoted, too, and under a higher term.
+        let superseded = watch.heard_term > watch.acting_term;
+        if superseded
+            || watch.faulted
+            || watch.stopping
+            || self.scenario.demoted(node)
+            || self.is_moving(node)
+        {
             return Ok(());
         }
         broken("contract", format!("{asked:?} failed without a fault: {error}"))
