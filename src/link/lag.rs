@@ -135,5 +135,9 @@ mod tests {
             assert!(time <= (lsn + 1) * 10, "{lsn} {time}");
         }
         assert!(line.samples.len() <= SAMPLES);
+        // What was given up does not lag.
+        line.cut(Lsn(49_990));
+        assert_eq!(line.newest().map(|s| s.lsn), Some(Lsn(49_990)));
+        assert_eq!((line.behind(Lsn(49_990)), line.behind(Lsn(49_989)).map(|b| b.0)), (None, Some(1)));
     }
 }

@@ -356,8 +356,26 @@ impl Plan {
             ]);
             // Whom the primary does not see can't be waited for.
             plan.sync &= 0b010;
+            plan.draw_cascade(rng);
         }
         plan
+    }
+
+    /// What makes a shadow's image lag behind what it passes on, and comparisons with it meanwhile.
+    fn draw_cascade(&mut self, rng: &mut Prng) {
+        if rng.permille(400) && self.before[0].is_empty() {
+            self.before = [draw_extents(&self.volumes, rng), draw_extents(&self.volumes, rng)];
+            self.blank = rng.next() as u8 & 0xfe;
+        }
+        if rng.permille(600) {
+            let kinds = [Fault::Refresh, Fault::Quick, Fault::Verify, Fault::SlowDisk, Fault::View];
+            let requests = self.mix.requests;
+            let count = rng.within(4, 16);
+            self.faults.extend((0..count).map(|_| (rng.within(1, requests), rng.pick(&kinds))));
+            let closed = rng.within(0, 2);
+            self.faults.extend((0..closed).map(|_| (rng.within(1, requests), Fault::ViewClose)));
+            self.faults.sort_unstable();
+        }
     }
 
     /// An old primary that comes back finds the promoted one in time.
