@@ -72,7 +72,8 @@ fn equal(a: &Node, b: &Node) {
 fn chain() -> (Pair, Node) {
     let setup = Setup {
         volumes: vec![("data", SIZE)],
-        journal: "64M",
+        // More than all that is written: nobody falls behind.
+        journal: "256M",
         filled: 8 * MIB,
         back: true,
         ..Setup::default()
