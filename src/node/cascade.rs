@@ -212,7 +212,8 @@ impl Run {
         let Part::Shadow(s) = &self.part else { return false };
         let starved = s.next_held().is_some_and(|len| !self.journal.fits(len));
         let (used, size) = self.journal.usage();
-        if !starved && !(self.is_viewed() && used > size / 4 * 3) {
+        let viewed = self.is_viewed() && used > size / 4 * 3;
+        if !starved && !viewed {
             return false;
         }
         let checkpoint = self.links.checkpoint;
