@@ -71,6 +71,8 @@ pub struct Image {
     pub(super) finish: Finish,
     /// What the batch under way puts into the stage.
     staging: Vec<Extent>,
+    /// What it puts into the backings, on a shadow.
+    pub(super) under_way: Vec<Extent>,
     /// The shell has not answered the last [`OpenStage`](super::event::Action::OpenStage).
     pub(super) making: bool,
 }
@@ -102,6 +104,7 @@ impl Image {
             staged: Staged::default(),
             finish: Finish::default(),
             staging: Vec::new(),
+            under_way: Vec::new(),
             making: false,
         }
     }
@@ -139,12 +142,13 @@ impl Image {
         self.rotated_at = 0;
         (self.upto, self.repaired) = (None, false);
         self.staging.clear();
+        self.under_way.clear();
     }
 }
 
 impl Run {
     /// The newest record that may go from the journal into the backing now.
-    fn apply_limit(&self) -> Lsn {
+    pub(super) fn apply_limit(&self) -> Lsn {
         match &self.part {
             // Until it is durable that this is the primary, a restart finds a shadow whose image may hold nothing of
             // records that it holds back, or that its primary may not have.
@@ -223,6 +227,7 @@ impl Run {
     /// busy. `upto`: it is the records up to there; `None`: the image stays at its record.
     pub(super) fn begin_batch(&mut self, batch: Vec<(Extent, Source)>, upto: Option<Tail>) {
         self.image.upto = upto;
+        self.touch_image(batch.iter().map(|(e, _)| *e));
         if self.is_staging() {
             self.image.staging = batch.iter().map(|(e, _)| *e).collect();
         } else {
@@ -245,6 +250,7 @@ impl Run {
         if let Staged::Open { stage, .. } = &mut self.image.staged {
             self.image.staging.drain(..).for_each(|e| stage.mark(e));
         }
+        self.image.under_way.clear();
         if self.merged() {
             return;
         }

@@ -6,7 +6,7 @@
 use super::compare::Side;
 use super::event::{AdminId, Level, LinkId, Refresh, Refusal};
 use super::job::Job;
-use super::links::{Link, LinkState};
+use super::links::{Link, LinkState, PeerView};
 use super::run::{Part, Run};
 use super::status::RefreshStatus;
 use crate::format::compare::Compare;
@@ -23,6 +23,7 @@ impl Run {
     pub(super) fn refresh(&mut self, id: AdminId, wish: Refresh) {
         match self.part {
             Part::Primary(_) => self.refresh_there(id, &wish),
+            Part::Shadow(_) if wish.peer.is_some() => self.refresh_there(id, &wish),
             Part::Shadow(_) => {
                 let begun = self.begin_refresh(&wish);
                 self.answer(id, begun);
@@ -64,7 +65,9 @@ impl Run {
 
     /// An administrator wants the job to end.
     pub(super) fn refresh_stop(&mut self, id: AdminId) {
-        if let Part::Primary(_) = self.part {
+        let here = self.running_job().is_some();
+        let told_of = self.compare.told.is_some();
+        if matches!(self.part, Part::Primary(_)) || (!here && told_of) {
             let running = |s: &RefreshStatus| matches!(s.state.as_str(), "Running" | "Waiting");
             let named = self.compare.told.as_ref().filter(|s| running(s)).map(|s| s.shadow.clone());
             let link = named.and_then(|name| {
@@ -79,7 +82,7 @@ impl Run {
                 None => self.answer(id, Err((Refusal::Busy, "no comparison is under way".into()))),
             };
         }
-        if self.running_job().is_none() {
+        if !here {
             return self.answer(id, Err((Refusal::Busy, "no comparison is under way".into())));
         }
         self.end_job("Stopped", Some("an administrator stopped it".into()));
@@ -89,7 +92,9 @@ impl Run {
     /// The histories have parted, so a comparison would say nothing: whose, and what to do.
     fn apart(&self, peer: Option<&str>) -> Option<(Refusal, String)> {
         let meant = |name: &str| peer.is_none_or(|p| p == name);
-        let diverged = self.links.peers.iter().find(|v| v.state == "Diverged" && meant(&v.name));
+        let asked = |v: &&PeerView| peer.is_some() || !v.follows;
+        let views = self.links.peers.iter().filter(asked);
+        let diverged = views.into_iter().find(|v| v.state == "Diverged" && meant(&v.name));
         let what = match diverged {
             Some(v) => format!("the histories of {} and this node have parted", v.name),
             None if self.is_retired() => self.promoted_since(),
@@ -125,6 +130,10 @@ impl Run {
         if self.cfg.apply_delay > 0 && !wish.suspend_delay {
             let text = "the shadow holds its image back (apply_delay), and a comparison needs it near the primary's: its \
                         window would be empty afterwards. If that is acceptable, pass --suspend-delay";
+            return Err((Refusal::Busy, text.into()));
+        }
+        if self.is_compared_with() {
+            let text = "a shadow that follows this one is being compared with it: wait for its end";
             return Err((Refusal::Busy, text.into()));
         }
         let cause = if wish.verify { "verify" } else { "refresh" };

@@ -377,6 +377,7 @@ impl Run {
                 self.marks.cut(lsn);
                 self.feed.clear();
                 self.image.journal_cut();
+                self.restart_timeline(&Tail { time: self.links.timeline.time_of(lsn), ..r.tail });
                 self.update_keep();
                 // It is durable that this is the primary: nothing more is waited for.
                 let ticket = self.meta.save(false);

@@ -37,6 +37,9 @@ impl World {
     /// Flips bits on the disk of a shadow, behind everybody's back.
     pub fn spoil(&mut self, node: usize) {
         let viewed = self.hosts[node].view.is_some();
+        if !self.plan.topology.may_rot(node) {
+            return;
+        }
         if self.plan.promotion.is_some() || self.plan.ambush > 0 || self.plan.moves || viewed {
             return; // who is promoted has to live with it, and so has who looks at it
         }

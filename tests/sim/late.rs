@@ -45,7 +45,7 @@ impl World {
         }
         let incarnation = self.hosts[from].incarnation;
         let watch = &mut self.hosts[node].watch;
-        if let Message::Heartbeat { tail, .. } = message {
+        if let Message::Heartbeat { tail: Some(tail), .. } = message {
             watch.heard_tail = Some(Heard { incarnation, from, tail: tail.0 });
         }
     }

@@ -3,6 +3,7 @@
 //! Owns: the swarm: each seed has its own mix, most features off in most seeds, so that their
 //! combinations are met. Invariant: a plan depends on its seed alone.
 
+use crate::cascade::Topology;
 use crate::prng::Prng;
 use volrep::node::config::{FullPolicy, Timing};
 use volrep::units::{MICROS, MILLIS, SECONDS};
@@ -216,6 +217,8 @@ pub struct Plan {
     pub double: bool,
     /// After so many requests the primary is copied, and after so many put back to the copy.
     pub rollback: Option<(u64, u64)>,
+    /// Who follows whom.
+    pub topology: Topology,
     /// Slowest disk write, ns.
     pub disk_write: u64,
     /// Slowest sync, ns.
@@ -355,6 +358,7 @@ impl Plan {
             rejoin: rng.permille(700),
             double: rng.permille(700),
             rollback: None,
+            topology: Topology::Star,
             disk_write: rng.log(50 * MICROS, 20 * MILLIS),
             disk_sync: rng.log(100 * MICROS, 50 * MILLIS),
         };
@@ -381,7 +385,39 @@ impl Plan {
             (plan.role_ambush, plan.mix.think) = (rng.pick(&[100, 400, 1000]), 100 * MICROS);
             plan.mix.requests += 200;
         }
+        // From a stream of its own: seeds that draw nothing here run as they did before.
+        let rng = &mut rng.clone();
+        if plan.rollback.is_none() && rng.permille(250) {
+            plan.nodes = 3;
+            plan.topology = rng.pick(&[
+                Topology::Chain,
+                Topology::Chain,
+                Topology::Chain,
+                Topology::Either,
+                Topology::Ring,
+            ]);
+            // Whom the primary does not see can't be waited for.
+            plan.sync &= 0b010;
+            plan.draw_cascade(rng);
+        }
         plan
+    }
+
+    /// What makes a shadow's image lag behind what it passes on, and comparisons with it meanwhile.
+    fn draw_cascade(&mut self, rng: &mut Prng) {
+        if rng.permille(400) && self.before[0].is_empty() {
+            self.before = [draw_extents(&self.volumes, rng), draw_extents(&self.volumes, rng)];
+            self.blank = rng.next() as u8 & 0xfe;
+        }
+        if rng.permille(600) {
+            let kinds = [Fault::Refresh, Fault::Quick, Fault::Verify, Fault::SlowDisk, Fault::View];
+            let requests = self.mix.requests;
+            let count = rng.within(4, 16);
+            self.faults.extend((0..count).map(|_| (rng.within(1, requests), rng.pick(&kinds))));
+            let closed = rng.within(0, 2);
+            self.faults.extend((0..closed).map(|_| (rng.within(1, requests), Fault::ViewClose)));
+            self.faults.sort_unstable();
+        }
     }
 
     /// An old primary that comes back finds the promoted one in time.

@@ -538,7 +538,7 @@ impl World {
             let Some(s) = &self.hosts[n].status else {
                 return false;
             };
-            let known = p.peers.iter().any(|q| q.name == self.hosts[n].config.name && q.state == "UpToDate");
+            let known = self.is_fed(n);
             let current = s.state == "UpToDate" && s.applied_lsn == p.tail_lsn && known;
             current || (!joining && self.excused(s))
         })

@@ -7,6 +7,7 @@
 //! `--sweep` runs an even sample of all cases, `--sweep-all` every one, `--sweep-one NAME:NODE:KIND:N:MODE` a
 //! single one in every detail.
 
+use crate::cascade::Topology;
 use crate::disk::Fault as DiskFault;
 use crate::plan::{Fault, Loss, Mix, Plan};
 use crate::prng::Prng;
@@ -160,6 +161,7 @@ fn plan(scenario: &Scenario) -> Plan {
         rejoin: false,
         double: false,
         rollback: None,
+        topology: Topology::Star,
         disk_write: 200 * MICROS,
         disk_sync: MILLIS,
     };

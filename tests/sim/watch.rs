@@ -154,9 +154,23 @@ impl Watch {
             self.heard_term = self.heard_term.max(identity.term.counter);
         }
     }
+    /// What its superblock says that it is.
+    pub fn role(&self) -> Option<Role> {
+        self.place.map(|(role, ..)| role)
+    }
     /// The chain hash of an LSN in its journal.
     pub fn at(&self, lsn: u64, origin: Hash) -> Option<Hash> {
         if lsn == 0 { Some(origin) } else { self.journal.get(&lsn).copied() }
+    }
+}
+
+impl crate::world::Host {
+    /// Whether that record of its journal would outlive a power cut; `None`: it was overwritten since.
+    pub fn is_durable(&self, lsn: u64) -> Option<bool> {
+        let (at, len) = self.watch.places.get(&lsn)?;
+        let (live, durable) = (self.disk.content(File::Journal), self.disk.durable(File::Journal));
+        let (head, end) = (*at..*at + 192, at + len - 512..at + len);
+        Some(live[head.clone()] == durable[head] && live[end.clone()] == durable[end])
     }
 }
 
@@ -376,7 +390,10 @@ impl World {
     /// A message is sent.
     pub fn watch_sent(&mut self, node: usize, message: &Message) -> Outcome {
         match message {
-            Message::Record(record) => self.watch_record(node, record),
+            Message::Record(record) => {
+                self.watch_record(node, record)?;
+                self.watch_passed_on(node, record)
+            }
             Message::Durable { lsn } => self.watch_claim(node, lsn.0),
             Message::Positions { received, durable, applied } => {
                 if applied > durable || durable > received {

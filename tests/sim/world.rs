@@ -611,8 +611,9 @@ fn config(
     };
     let peer = |p: usize| PeerConfig {
         name: NAMES[p].to_owned(),
-        dial: true,
+        dial: plan.topology.dials(n, p),
         sync: n == 0 && plan.sync & (1 << p) != 0,
+        cascade: plan.topology.cascades(n, p),
     };
     NodeConfig {
         group_name: "sim".to_owned(),
