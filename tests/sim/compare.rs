@@ -3,9 +3,10 @@
 //! Owns: the checks on what a comparison tells and on the hash index. Invariants: what is called different or
 //! rotten was spoilt; what the index calls known is so (I9).
 
+use crate::content::{SECTOR, WriteId, parse};
 use crate::scenario::Phase;
 use crate::world::{Outcome, Purpose, World, broken};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use volrep::disk::File;
 use volrep::format::compare::{EXTENT, LEAF};
 use volrep::format::mapped::Owner;
@@ -19,8 +20,14 @@ use volrep::units::{Address, Lsn};
 /// What befell a host's disk, and whether it is mended.
 #[derive(Default)]
 pub struct Rot {
-    /// Leaves that were ever spoilt: volume, number of the leaf.
-    leaves: BTreeSet<(u8, u64)>,
+    /// Leaves that were ever spoilt, and when last: volume, number of the leaf.
+    leaves: BTreeMap<(u8, u64), u64>,
+    /// The last job that was told of, and when it was not there yet.
+    job: Option<(u64, u64)>,
+    /// When the last look was.
+    looked: u64,
+    /// What it claimed has been held against the disk.
+    checked: bool,
     /// The job that was known before the one that mends.
     before: Option<Option<u64>>,
     mended: bool,
@@ -31,6 +38,11 @@ impl Rot {
     pub fn is_clean(&self) -> bool {
         self.leaves.is_empty()
     }
+}
+
+/// An administrator asked for it.
+fn told(job: &&RefreshStatus) -> bool {
+    matches!(job.cause.as_str(), "refresh" | "verify")
 }
 
 impl World {
@@ -50,7 +62,7 @@ impl World {
             let byte = self.hosts[node].disk.content(File::Backing(number))[at as usize];
             let bit = 1 << rng.below(8);
             self.hosts[node].disk.install(File::Backing(number), at as usize, &[byte ^ bit]);
-            self.hosts[node].rot.leaves.insert((number, at / LEAF));
+            self.hosts[node].rot.leaves.insert((number, at / LEAF), self.now);
         }
         self.hosts[node].rot.mended = false;
         self.hosts[node].rot.before = None;
@@ -101,12 +113,57 @@ impl World {
         Ok(all)
     }
 
+    /// A shadow says that it was identical at some record: so says its disk, but for what later records
+    /// have written.
+    fn check_identical(&mut self, node: usize, s: &Status) -> Outcome {
+        let (now, rot) = (self.now, &mut self.hosts[node].rot);
+        let looked = std::mem::replace(&mut rot.looked, now);
+        // What a resync makes may lie beside the image still.
+        let own = |j: &&RefreshStatus| j.shadow == self.hosts[node].config.name && told(j);
+        let Some(job) = s.refresh.as_ref().filter(own) else { return Ok(()) };
+        let rot = &mut self.hosts[node].rot;
+        if rot.job.is_none_or(|(number, _)| number != job.job) {
+            (rot.job, rot.checked) = (Some((job.job, looked)), false);
+        }
+        let Some(lsn) = job.lsn.filter(|_| job.state == "Done" && !rot.checked) else { return Ok(()) };
+        rot.checked = true;
+        let since = rot.job.map_or(0, |(_, since)| since);
+        let host = &self.hosts[node];
+        let Some(hash) = host.watch.at(lsn, self.history.origin) else {
+            return broken("I9", format!("{node} says identical at {lsn}, which its journal never held"));
+        };
+        self.counts.check("I9");
+        let mut image: Vec<Vec<Option<WriteId>>> =
+            self.history.image(hash).into_iter().map(|v| v.into_iter().map(Some).collect()).collect();
+        let later = host.watch.journal.range(lsn + 1..).filter_map(|(_, hash)| self.history.get(*hash));
+        for (volume, first, ids) in later.flat_map(|e| e.runs.iter()) {
+            image[*volume][*first as usize..*first as usize + ids.len()].fill(None);
+        }
+        for (volume, ids) in image.iter().enumerate() {
+            let number = self.model.volumes[volume].number;
+            let content = host.disk.content(File::Backing(number));
+            for (sector, id) in ids.iter().enumerate() {
+                let leaf = (number, sector as u64 * SECTOR as u64 / LEAF);
+                // Found by the index alone, or spoilt behind the job's back.
+                let excused = host.rot.leaves.get(&leaf).is_some_and(|at| job.quick || *at >= since);
+                let bytes = &content[sector * SECTOR..(sector + 1) * SECTOR];
+                let is = parse(bytes, number, sector as u64);
+                if let Some(id) = id.filter(|id| !excused && is.as_ref() != Ok(id)) {
+                    let text = format!(
+                        "{} of {node}: identical at {lsn}, but {is:?} is there, not {id}: {leaf:?}",
+                        job.cause
+                    );
+                    return broken("I9", text);
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// What a job says to differ, or to be rotten, was spoilt.
     pub fn check_told(&mut self, node: usize, s: &Status) -> Outcome {
-        let Some(job) = s.refresh.as_ref().filter(|j| matches!(j.cause.as_str(), "refresh" | "verify"))
-        else {
-            return Ok(());
-        };
+        self.check_identical(node, s)?;
+        let Some(job) = s.refresh.as_ref().filter(told) else { return Ok(()) };
         let host = self.hosts.iter().position(|h| h.config.name == job.shadow).unwrap_or(node);
         let rot = &self.hosts[host].rot;
         let number = |name: &str| {
