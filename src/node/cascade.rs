@@ -296,7 +296,8 @@ impl Run {
         self.note_sample(end.point.lsn, end.time);
     }
 
-    /// How far a shadow that follows this one is behind the primary: records, journal bytes, nanoseconds.
+    /// How far a shadow that follows this one is behind what is known of the primary here, once it has everything up to
+    /// `applied`: records, journal bytes, nanoseconds.
     pub(super) fn lag_of_follower(&self, applied: Lsn) -> (u64, u64, u64) {
         let own = self.journal.tail().point.lsn;
         let heard = self.links.heard_of_primary.filter(|h| h.tail > own);
@@ -307,7 +308,7 @@ impl Run {
         }
         let (_, bytes, since) = self.links.timeline.behind(applied).unwrap_or((0, 0, time));
         let late = self.links.primary_clock().map_or(0, |c| c.since(since, self.now.wall));
-        (records, bytes + more, late.max(self.silence().unwrap_or(0)))
+        (records, bytes + more, late)
     }
 
     /// The records come from this peer.
@@ -317,7 +318,8 @@ impl Run {
 
     /// Nothing moves the image here to `lsn` for now: a view holds it, or it is held back on purpose.
     fn is_held_back(&self, lsn: Lsn) -> bool {
-        self.view_holds() || self.apply_limit() < lsn
+        let meant = matches!(&self.part, Part::Shadow(s) if s.wanted().min(s.delay.meant()) < lsn);
+        self.view_holds() || meant
     }
 
     fn may_open_window(&self, link: LinkId) -> Window {
@@ -335,9 +337,15 @@ impl Run {
             return Window::Now;
         }
         if self.is_held_back(sent) {
+            let who = self.links.by_id.get(&link).and_then(|l| l.peer()).map(|n| self.name_of(n));
+            let how = match who.filter(|_| self.cfg.apply_delay > 0) {
+                Some(who) => {
+                    format!("a view or its apply_delay: ask on {name}, with --peer {who} --suspend-delay")
+                }
+                None => "a view: run it again after that".to_owned(),
+            };
             return Window::Never(format!(
-                "the image of {name}, which feeds this node, is held back by a view or a delay: run it again \
-                 after that, or connected to the primary"
+                "the image of {name}, which feeds this node, is held back by {how}, or connected to the primary"
             ));
         }
         Window::Later

@@ -58,6 +58,8 @@ pub struct Comparing {
     pub(super) job: Option<CompareJob>,
     /// On a primary: who asked for one, and of which link.
     pub(super) asked: Option<(AdminId, LinkId)>,
+    /// On a shadow that holds its image back: over which link it does not, for a comparison there.
+    pub(super) lent: Option<LinkId>,
     /// Bytes of words sent and received for the job.
     pub(super) wire: u64,
     /// What shadows said of their jobs, on a primary: the newest.
@@ -77,6 +79,7 @@ impl Comparing {
             closed: VecDeque::new(),
             job: None,
             asked: None,
+            lent: None,
             wire: 0,
             told: None,
         }

@@ -9,7 +9,7 @@ use super::links::{LinkState, PeerView};
 use super::run::{Part, Run};
 use crate::format::message::Message;
 use crate::link::lag::ClockEstimate;
-use crate::units::{Lsn, NodeId};
+use crate::units::{Lsn, NodeId, Term};
 
 /// What was last said of the primary, by itself or by the shadow that feeds this one.
 #[derive(Clone, Copy)]
@@ -22,12 +22,12 @@ pub struct Heard {
     pub(super) bytes: u64,
 }
 
-/// How those between know the primary, as they last said.
+/// How the primary is known through those between.
 #[derive(Clone, Copy, Default)]
 pub struct Between {
-    /// How long it had not been heard there, ns.
-    silent: u64,
-    /// The connection to it is lost there.
+    /// The newest that was said, whoever said it, and when it was heard there, on the own monotonic clock.
+    known: Option<(u64, Term, Heard)>,
+    /// The connection to the primary is lost there.
     lost: bool,
 }
 
@@ -58,8 +58,10 @@ impl Run {
         };
         match self.links.by_id.get(&link).map(|l| &l.state) {
             Some(LinkState::Receiving) => {
-                self.links.heard_of_primary = tail.map(|tail| Heard { tail, time, bytes });
-                self.links.between = Between { silent, lost: !live };
+                self.links.between.lost = !live;
+                if let Some(tail) = tail {
+                    self.heard_of(Heard { tail, time, bytes }, silent);
+                }
             }
             Some(LinkState::Sending(_)) => self.fed_by(link, feeds),
             _ => {}
@@ -72,6 +74,22 @@ impl Run {
         if let Some(p) = self.links.peer_of(link).filter(|_| wall > 0) {
             p.clock.answered(echo, wall, now);
         }
+    }
+
+    /// Somebody who heard of the primary so long ago says this of it.
+    fn heard_of(&mut self, mut heard: Heard, silent: u64) {
+        let (mut at, term) = (self.now.mono.saturating_sub(silent), self.meta.sb.term);
+        // What was known here may be newer than what the next one in the chain knows.
+        if let Some((later, _, known)) =
+            self.links.between.known.filter(|(then, of, _)| *then > at && *of == term)
+        {
+            at = later;
+            if known.tail > heard.tail {
+                heard = known;
+            }
+        }
+        self.links.between.known = Some((at, term, heard));
+        self.links.heard_of_primary = Some(heard);
     }
 
     /// Sends one; `echo`: it answers one.
@@ -119,9 +137,11 @@ impl Run {
 
     /// Nanoseconds since the primary was heard, by this shadow or by those between; since the start if never.
     pub(super) fn unheard(&self) -> u64 {
-        let heard = self.links.primary().and_then(|n| self.links.view(n)).and_then(|v| v.heard);
-        let silent = self.now.mono.saturating_sub(heard.unwrap_or(self.links.chain.since));
-        silent.saturating_add(self.links.between.silent)
+        let heard = match self.is_cascaded() {
+            true => self.links.between.known.filter(|(_, of, _)| *of == self.meta.sb.term).map(|(at, ..)| at),
+            false => self.links.primary().and_then(|n| self.links.view(n)).and_then(|v| v.heard),
+        };
+        self.now.mono.saturating_sub(heard.unwrap_or(self.links.chain.since))
     }
 
     /// The primary is connected, or as far as those between say.

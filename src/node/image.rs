@@ -148,7 +148,7 @@ impl Image {
 
 impl Run {
     /// The newest record that may go from the journal into the backing now.
-    pub(super) fn apply_limit(&self) -> Lsn {
+    fn apply_limit(&self) -> Lsn {
         match &self.part {
             // Until it is durable that this is the primary, a restart finds a shadow whose image may hold nothing of
             // records that it holds back, or that its primary may not have.

@@ -157,7 +157,7 @@ pub struct Links {
     primary: Option<NodeId>,
     /// Nothing until it has spoken over the newest link.
     pub(super) heard_of_primary: Option<Heard>,
-    /// How those between know the primary.
+    /// How it is known through those between.
     pub(super) between: Between,
     /// Through whom they come.
     pub(super) chain: Chain,

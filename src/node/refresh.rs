@@ -18,6 +18,10 @@ fn is_fed(l: &Link) -> bool {
     matches!(l.state, LinkState::Sending(_))
 }
 
+/// What a comparison does to a delay.
+const EMPTIES: &str = "the shadow holds its image back (apply_delay), and a comparison needs it near the primary's: its \
+                       window would be empty afterwards. If that is acceptable, pass --suspend-delay";
+
 impl Run {
     /// An administrator asks for a comparison.
     pub(super) fn refresh(&mut self, id: AdminId, wish: Refresh) {
@@ -57,6 +61,12 @@ impl Run {
         };
         if self.compare.asked.is_some() {
             return self.answer(id, Err((Refusal::Busy, "it is being asked for already".into())));
+        }
+        if matches!(self.part, Part::Shadow(_)) && self.cfg.apply_delay > 0 {
+            if !wish.suspend_delay {
+                return self.answer(id, Err((Refusal::Busy, EMPTIES.into())));
+            }
+            self.compare.lent = Some(link);
         }
         self.compare.asked = Some((id, link));
         let Refresh { quick, verify, rate, in_place, suspend_delay, .. } = *wish;
@@ -128,9 +138,7 @@ impl Run {
             return Err((Refusal::Busy, text));
         }
         if self.cfg.apply_delay > 0 && !wish.suspend_delay {
-            let text = "the shadow holds its image back (apply_delay), and a comparison needs it near the primary's: its \
-                        window would be empty afterwards. If that is acceptable, pass --suspend-delay";
-            return Err((Refusal::Busy, text.into()));
+            return Err((Refusal::Busy, EMPTIES.into()));
         }
         if self.is_compared_with() {
             let text = "a shadow that follows this one is being compared with it: wait for its end";
@@ -203,6 +211,9 @@ impl Run {
             let text = format!("{}: identical at LSN {lsn}, {} bytes differed", status.shadow, status.differ);
             self.log(Level::Info, text);
         }
+        if !matches!(status.state.as_str(), "Running" | "Waiting") {
+            self.compare.lent.take_if(|lent| *lent == link);
+        }
         self.compare.told = Some(status);
     }
 
@@ -217,6 +228,7 @@ impl Run {
 
     /// The shadow can't do what it was asked for.
     pub(super) fn job_refused(&mut self, link: LinkId, text: String) {
+        self.compare.lent.take_if(|lent| *lent == link);
         if let Some((id, _)) = self.compare.asked.take_if(|(_, asked)| *asked == link) {
             self.answer(id, Err((Refusal::Busy, text)));
         }
@@ -224,6 +236,7 @@ impl Run {
 
     /// Answers whoever asked for a comparison when the link to its shadow is gone. Whether anything moved.
     pub(super) fn pump_refresh(&mut self) -> bool {
+        self.compare.lent.take_if(|lent| !self.links.by_id.get(lent).is_some_and(is_fed));
         if let Some((id, link)) = self.compare.asked
             && !self.links.by_id.get(&link).is_some_and(is_fed)
         {

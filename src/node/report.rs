@@ -126,6 +126,8 @@ impl Run {
         let seconds = |ns: u64| ns as f64 / SECONDS as f64;
         // What is not even durable there is not held back on purpose.
         let lag = unapplied.saturating_sub(p.apply_delay).max(late(p.durable).2);
+        // What a silent primary has sealed since is unknown, here and there.
+        let lag = lag.max(self.silence().filter(|_| p.follows).unwrap_or(0));
         PeerStatus {
             name: p.name.clone(),
             state: if through.is_some() { "Disconnected" } else { p.state }.into(),

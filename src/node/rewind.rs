@@ -353,6 +353,12 @@ impl Run {
     fn name_cut(&mut self, at: &Tail) -> Ticket {
         self.tell_given_up(at.point.lsn, "promoted as of this record");
         self.become_primary();
+        // Whoever was fed beyond holds what is no history any more.
+        for fed in &mut self.links.peers {
+            for position in [&mut fed.received, &mut fed.durable, &mut fed.applied] {
+                *position = (*position).min(at.point.lsn);
+            }
+        }
         let sb = &mut self.meta.sb;
         sb.cut = Some(at.point);
         sb.generation = at.generation;

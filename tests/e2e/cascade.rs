@@ -23,14 +23,14 @@ fn join(at: &Node, name: &str) -> (Node, String) {
     (node, listen)
 }
 
-fn peer<'a>(status: &'a Value, name: &str) -> &'a Value {
+pub fn peer<'a>(status: &'a Value, name: &str) -> &'a Value {
     let peers = status["peers"].as_array().unwrap();
     peers.iter().find(|p| p["name"] == name).unwrap_or(&Value::Null)
 }
 
 /// Waits until a shadow has everything that the primary has.
 #[track_caller]
-fn wait_current(shadow: &Node, primary: &Node) -> Value {
+pub fn wait_current(shadow: &Node, primary: &Node) -> Value {
     until("the shadow has everything", || {
         let (s, p) = (shadow.status(), primary.status());
         let current = s["applied_lsn"] == p["tail_lsn"] && p["applied_lsn"] == p["tail_lsn"];
@@ -38,7 +38,7 @@ fn wait_current(shadow: &Node, primary: &Node) -> Value {
     })
 }
 
-fn load(node: &Node, pieces: std::ops::Range<u64>) {
+pub fn load(node: &Node, pieces: std::ops::Range<u64>) {
     pour(&mut Client::connect(&node.socket(), "data").unwrap(), SIZE, pieces, &AtomicU64::new(0));
 }
 
@@ -47,7 +47,7 @@ fn resyncs(node: &mut Node) -> usize {
 }
 
 #[track_caller]
-fn promote(node: &Node) {
+pub fn promote(node: &Node) {
     until("it may be promoted", || {
         let ended = node.place.run(&["promote", "g", "--i-fenced-the-old-primary", "--yes"]);
         // A connection outlives its killed process by a moment.
@@ -57,19 +57,26 @@ fn promote(node: &Node) {
 }
 
 #[track_caller]
-fn rejoin(node: &mut Node, primary: &Node) {
+pub fn rejoin(node: &mut Node, primary: &Node) {
     until("it has learned of the other", || (node.status()["state"] == "Retired").then_some(()));
     node.place.run(&["rejoin", "g", "--yes"]).expect(0, &[]);
     wait_current(node, primary);
 }
 
 #[track_caller]
-fn equal(a: &Node, b: &Node) {
+pub fn equal(a: &Node, b: &Node) {
     assert_eq!(first_difference(&a.backing("data"), &b.backing("data")), None);
 }
 
-/// A group of three, the far shadow fed by the near one; the volume held something before.
 fn chain() -> (Pair, Node) {
+    delayed_chain("0s", "0s")
+}
+
+/// A group of three, the far shadow fed by the near one; the volume held something before. Each of the shadows holds
+/// its image back.
+pub fn delayed_chain(near_delay: &str, far_delay: &str) -> (Pair, Node) {
+    let delay =
+        |text: String, delay| text.replacen("apply_delay = \"0s\"", &format!("apply_delay = \"{delay}\""), 1);
     let setup = Setup {
         volumes: vec![("data", SIZE)],
         // More than all that is written: nobody falls behind.
@@ -78,7 +85,11 @@ fn chain() -> (Pair, Node) {
         back: true,
         ..Setup::default()
     };
-    let pair = Pair::start(&setup);
+    let mut pair = Pair::prepare(&setup);
+    pair.shadow.configure(|text| delay(text, near_delay));
+    pair.primary.start();
+    pair.shadow.start();
+    pair.wait_following();
     let told = pair.shadow.place.run(&["token", "g", "--peer", "db3", "--json"]);
     assert_eq!(told.expect(0, &["db2 is a shadow"]).json()["cascade"], true);
     let (mut far, address) = join(&pair.shadow, "db3");
@@ -86,6 +97,7 @@ fn chain() -> (Pair, Node) {
     assert!(config.contains("cascade = true") && config.contains("name = \"db1\""), "{config}");
     pair.shadow.knows("db3", &address);
     pair.primary.knows("db3", &address);
+    far.configure(|text| delay(text, far_delay));
     far.start();
     (pair, far)
 }

@@ -4,6 +4,7 @@
 //! nothing is left. VOLREP_LONG=1 runs the long forms.
 
 mod cascade;
+mod cascade_delay;
 mod crash;
 mod delay;
 #[path = "../descriptors/mod.rs"]

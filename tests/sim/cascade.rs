@@ -3,9 +3,11 @@
 //! Owns: who dials whom then. Invariant: what a shadow passes on is durable in its own journal and in that of the
 //! primary that sealed it, so neither ever takes it back (I7).
 
-use crate::world::{Outcome, World, broken};
+use crate::scenario::Phase;
+use crate::world::{Outcome, Purpose, World, broken};
 use volrep::format::message::Role;
 use volrep::format::record::Record;
+use volrep::node::event::{AdminOp, Refresh};
 
 /// Who follows whom, of three nodes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -52,6 +54,9 @@ impl World {
         self.counts.check("I7");
         self.counts.met("a record passed on by a shadow");
         let lsn = record.stamp.lsn.0;
+        if self.plan.delay_of(node) > 0 && self.hosts[node].watch.applied.is_none_or(|at| at.lsn.0 < lsn) {
+            self.counts.met("a record passed on that is held back here");
+        }
         self.watch_claim(node, lsn)?;
         let sealer = record.stamp.generation.term.node;
         let Some(sealer) = self.hosts.iter().position(|h| h.id == sealer) else {
@@ -70,6 +75,22 @@ impl World {
             }
             _ => Ok(()),
         }
+    }
+
+    /// An administrator asks for a comparison of a node, there or at the shadow that feeds it: only that one can let its
+    /// own image go.
+    pub fn ask_refresh(&mut self, node: usize, wish: Refresh) -> Outcome {
+        let through = self.hosts[node].status.as_ref().and_then(|s| s.primary.as_ref()?.through.clone());
+        let near = self.hosts.iter().position(|h| Some(&h.config.name) == through.as_ref());
+        let near = near.filter(|n| self.hosts[*n].node.is_some() && self.plan.delay_of(*n) > 0);
+        let Some(near) =
+            near.filter(|_| self.scenario.phase() == Phase::Settle || self.scenario.rng.permille(700))
+        else {
+            return self.ask(node, AdminOp::Refresh(wish), Purpose::Refresh);
+        };
+        self.counts.met("a comparison is asked for at the delayed shadow that feeds");
+        let wish = Refresh { peer: Some(self.hosts[node].config.name.clone()), ..wish };
+        self.ask(near, AdminOp::Refresh(wish), Purpose::Refresh)
     }
 
     /// Somebody who feeds it says that this node is current.

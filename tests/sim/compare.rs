@@ -77,7 +77,7 @@ impl World {
         let rate = if rng.permille(200) { rng.log(1 << 20, 1 << 30) } else { 0 };
         let suspend_delay = rng.permille(800);
         let wish = Refresh { quick, verify, rate, suspend_delay, ..Refresh::default() };
-        self.ask(node, AdminOp::Refresh(wish), Purpose::Refresh)
+        self.ask_refresh(node, wish)
     }
 
     /// Once everything is quiet, whoever was spoilt is refreshed; whether all are.
@@ -107,7 +107,7 @@ impl World {
             if !running {
                 self.hosts[node].rot.before = Some(known);
                 let wish = Refresh { suspend_delay: true, ..Refresh::default() };
-                self.ask(node, AdminOp::Refresh(wish), Purpose::Refresh)?;
+                self.ask_refresh(node, wish)?;
             }
         }
         Ok(all)

@@ -207,6 +207,8 @@ pub struct Plan {
     pub moves: bool,
     /// How long shadows hold their images back, ns.
     pub apply_delay: u64,
+    /// The third node's, if it has one of its own.
+    pub far_delay: Option<u64>,
     /// The promotion is as of an earlier record, mostly.
     pub rewind: bool,
     /// How many of the steps of such a promotion are followed by a death, in thousandths.
@@ -353,6 +355,7 @@ impl Plan {
             promotion,
             moves,
             apply_delay,
+            far_delay: None,
             rewind,
             ambush_promotion: rng.pick(&[0, 50, 200, 500]),
             rejoin: rng.permille(700),
@@ -399,6 +402,7 @@ impl Plan {
             // Whom the primary does not see can't be waited for.
             plan.sync &= 0b010;
             plan.draw_cascade(rng);
+            plan.draw_delays(rng);
         }
         plan
     }
@@ -417,6 +421,38 @@ impl Plan {
             let closed = rng.within(0, 2);
             self.faults.extend((0..closed).map(|_| (rng.within(1, requests), Fault::ViewClose)));
             self.faults.sort_unstable();
+        }
+    }
+
+    /// A near shadow that holds its image back, or a far one, each for a time of its own.
+    fn draw_delays(&mut self, rng: &mut Prng) {
+        let drawn = |rng: &mut Prng, rewind| match rewind {
+            true => rng.log(300 * MILLIS, 10 * SECONDS),
+            false => rng.log(10 * MILLIS, 5 * SECONDS),
+        };
+        let other = rng.permille(400) && self.promotion.is_some();
+        self.rewind |= other;
+        if rng.permille(if other { 1000 } else { 350 }) {
+            self.apply_delay = drawn(rng, self.rewind);
+        }
+        self.far_delay = match rng.below(4) {
+            0 | 1 => Some(0),
+            2 => Some(drawn(rng, self.rewind)),
+            _ => None,
+        };
+        if other {
+            let count = rng.within(1, 8);
+            self.faults.extend((0..count).map(|_| (rng.within(1, self.mix.requests), Fault::Mark)));
+            self.faults.sort_unstable();
+        }
+    }
+
+    /// How long a node holds its image back.
+    pub fn delay_of(&self, node: usize) -> u64 {
+        match node {
+            0 => 0,
+            2 => self.far_delay.unwrap_or(self.apply_delay),
+            _ => self.apply_delay,
         }
     }
 

@@ -79,7 +79,7 @@ impl Sweep {
 type Scenario = (&'static str, fn(&mut Plan));
 
 /// Each begins with the start of the nodes, their joining, and ends with everything at rest.
-const SCENARIOS: [Scenario; 13] = [
+const SCENARIOS: [Scenario; 15] = [
     ("write", |_| {}),
     ("checkpoint", |p| (p.timing.checkpoint_after, p.timing.write_back_after) = (MILLIS, 200 * MICROS)),
     ("recycling", |p| {
@@ -108,6 +108,15 @@ const SCENARIOS: [Scenario; 13] = [
     }),
     ("restart", |p| {
         p.faults = vec![(6, Fault::RestartPrimary), (14, Fault::RestartShadow), (18, Fault::Mark)]
+    }),
+    ("cascade", |p| {
+        (p.nodes, p.topology, p.faults) = (3, Topology::Chain, vec![(10, Fault::Refresh)]);
+        (p.blank, p.before) = (3, [vec![(0, 100, 300)], vec![(0, 200, 900)]]);
+    }),
+    ("delayed", |p| {
+        (p.nodes, p.topology, p.far_delay) = (3, Topology::Chain, Some(0));
+        (p.apply_delay, p.rewind, p.rejoin) = (500 * MILLIS, true, true);
+        p.promotion = Some((12, Loss::Power, 1));
     }),
 ];
 
@@ -149,6 +158,7 @@ fn plan(scenario: &Scenario) -> Plan {
         faults: Vec::new(),
         before: Default::default(),
         apply_delay: 0,
+        far_delay: None,
         rewind: false,
         ambush_promotion: 0,
         blank: 0xff,

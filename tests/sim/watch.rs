@@ -58,8 +58,12 @@ pub struct Watch {
     pub heard_tail: Option<crate::late::Heard>,
     /// When it last heard anything of it.
     pub heard_at: u64,
+    /// What it knew of it when it first told so of the primary's journal.
+    pub passed_on: BTreeMap<u64, crate::late::Heard>,
     /// Its last state.
     pub state: Option<String>,
+    /// It was promoted after it had heard of another promoted node, and may have given up what that one does not hold.
+    pub second: bool,
     /// As of which record it was promoted.
     pub cut: Option<HistoryPoint>,
     /// Its process was to die while this superblock was written, by number of the process: the next one loses power.
@@ -100,7 +104,9 @@ impl Default for Watch {
             must_fail: false,
             heard_tail: None,
             heard_at: 0,
+            passed_on: BTreeMap::new(),
             state: None,
+            second: false,
             cut: None,
             slot_ambushed: None,
             received: BTreeMap::new(),
@@ -117,6 +123,7 @@ impl Watch {
         self.booted_at = now;
         (self.faulted, self.latched, self.stopping, self.must_fail) = (false, false, false, false);
         (self.said_applied, self.heard_tail) = (0, None);
+        self.passed_on.clear();
     }
     /// What it claimed after `lsn` is given up.
     pub fn unclaim(&mut self, lsn: u64) {
@@ -268,6 +275,9 @@ impl World {
         let raised = before.is_some_and(|(role, term, ..)| {
             (role, s.role) == (Role::Primary, Role::Primary) && term != s.term && s.term.node == host.id
         });
+        if before.is_some_and(|(role, ..)| role == Role::Shadow) && s.role == Role::Primary {
+            watch.second = s.term.counter > 2 && self.plan.promotion.is_some();
+        }
         if before.is_some_and(|(role, ..)| role == Role::Primary) && s.role == Role::Shadow {
             // What it wrote itself may be in its image.
             let newest = watch.journal.last_key_value().map_or(0, |(lsn, _)| *lsn);
@@ -395,6 +405,10 @@ impl World {
                 self.watch_passed_on(node, record)
             }
             Message::Durable { lsn } => self.watch_claim(node, lsn.0),
+            Message::Heartbeat { tail: Some(tail), .. } => {
+                self.told_tail(node, tail.0);
+                Ok(())
+            }
             Message::Positions { received, durable, applied } => {
                 if applied > durable || durable > received {
                     return broken("I5", format!("positions out of order: {message:?}"));

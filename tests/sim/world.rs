@@ -626,7 +626,7 @@ fn config(
         boot: rng.bytes16(),
         full: plan.full,
         accept_lost_cache: false,
-        apply_delay: if n == 0 { 0 } else { plan.apply_delay },
+        apply_delay: plan.delay_of(n),
         level: plan.level,
         feed_bytes: plan.feed,
         window_bytes: plan.window,
