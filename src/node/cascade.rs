@@ -300,8 +300,8 @@ impl Run {
     /// `applied`: records, journal bytes, nanoseconds.
     pub(super) fn lag_of_follower(&self, applied: Lsn) -> (u64, u64, u64) {
         let own = self.journal.tail().point.lsn;
-        let heard = self.links.heard_of_primary.filter(|h| h.tail > own);
-        let (tail, more, time) = heard.map_or((own, 0, 0), |h| (h.tail, h.bytes, h.time));
+        let tail = self.links.heard_of_primary.map_or(own, |h| own.max(h.tail));
+        let (more, time) = self.still_to_come().unwrap_or_default();
         let records = tail.0.saturating_sub(applied.0);
         if records == 0 {
             return (0, 0, 0);

@@ -9,7 +9,7 @@ use super::links::{LinkState, PeerView};
 use super::run::{Part, Run};
 use crate::format::message::Message;
 use crate::link::lag::ClockEstimate;
-use crate::units::{Lsn, NodeId, Term};
+use crate::units::{BLOCK, Lsn, NodeId, Term};
 
 /// What was last said of the primary, by itself or by the shadow that feeds this one.
 #[derive(Clone, Copy)]
@@ -119,13 +119,27 @@ impl Run {
         let heard = self.links.heard_of_primary;
         // What has not come here yet lags there, too.
         beat.tail = heard.map(|h| own.max(h.tail));
-        if let Some(h) = heard.filter(|h| h.tail > own) {
-            beat.bytes += h.bytes;
-            if beat.time == 0 && h.tail > applied {
-                beat.time = h.time;
+        if let Some((bytes, time)) = self.still_to_come() {
+            beat.bytes += bytes;
+            if beat.time == 0 && heard.is_some_and(|h| h.tail > applied) {
+                beat.time = time;
             }
         }
         (beat.silent, beat.live) = (self.unheard(), self.hears_primary());
+    }
+
+    /// Journal bytes of what the primary has and this shadow has not received, about, and a time not after the seal time of
+    /// its first record. What the primary tells is of what was not applied here, which may be held back on purpose.
+    pub(super) fn still_to_come(&self) -> Option<(u64, u64)> {
+        let tail = self.journal.tail();
+        let heard = self.links.heard_of_primary.filter(|h| h.tail > tail.point.lsn)?;
+        if self.cfg.apply_delay == 0 {
+            return Some((heard.bytes, heard.time));
+        }
+        let unapplied =
+            self.links.timeline.behind(self.image.applied.point.lsn).map_or(0, |(_, bytes, _)| bytes);
+        let least = (heard.tail.0 - tail.point.lsn.0).saturating_mul(BLOCK);
+        Some((heard.bytes.saturating_sub(unapplied).max(least), heard.time.max(tail.time)))
     }
 
     /// The primary's wall clock now, as far as it is known here.
