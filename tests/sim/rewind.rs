@@ -63,7 +63,7 @@ impl World {
     pub fn promotion_step(&mut self, node: usize) {
         let target = self.plan.promotion.map(|(.., target)| target);
         let due = self.scenario.phase() == Phase::Promote && self.scenario.is_asked();
-        if !due || target != Some(node) || self.plan.apply_delay == 0 {
+        if !due || target != Some(node) || self.plan.delay_of(node) == 0 {
             return;
         }
         if self.scenario.rng.permille(self.plan.ambush_promotion) && self.scenario.strikes() {
@@ -73,7 +73,7 @@ impl World {
 
     /// A superblock is about to say that this node is the primary: perhaps it never does.
     pub fn promotion_named(&mut self, node: usize) {
-        let due = self.scenario.phase() == Phase::Promote && self.plan.apply_delay > 0;
+        let due = self.scenario.phase() == Phase::Promote && self.plan.delay_of(node) > 0;
         if due && self.scenario.rng.permille(2 * self.plan.ambush_promotion) && self.scenario.strikes() {
             self.fall_within(node, 30 * MICROS);
         }
