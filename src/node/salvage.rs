@@ -21,7 +21,7 @@ pub struct Saving {
     /// The fork.
     pub since: Option<HistoryPoint>,
     next: Lsn,
-    /// The oldest segment can be read up to here.
+    /// What may have been written over can be read up to here.
     probed: Lsn,
     last: Lsn,
     records: u64,
@@ -84,19 +84,21 @@ impl Run {
         }
     }
 
-    /// The oldest segment may have been on its way to be written anew when power failed. So what is wanted of it is
-    /// read once before anything is saved, and if a record is gone the file begins with the next segment. Whether
-    /// that is known now.
+    /// Segments that nobody needed any more may have been on their way to be written anew when power failed. So what is
+    /// wanted of them, which is what was in the image for good, is read once before anything is saved, and where a
+    /// record is gone the file begins with the next segment. Whether that is known now.
     fn probe_oldest(&mut self, saving: &mut Saving) -> bool {
-        let Some(end) = self.journal.segments().nth(1).map(|s| s.before.lsn) else { return true };
+        let end = self.links.checkpoint.min(saving.last);
         while saving.probed <= end {
             match fetch!(self, self.image.reader, saving.probed) {
                 Fetched::Ready(_) => saving.probed = saving.probed.next(),
                 Fetched::Pending => return false,
                 Fetched::Lost => {
+                    let next = self.journal.segments().find(|s| s.before.lsn >= saving.probed);
                     // Nobody can tell any more what all of these have written.
-                    (saving.next, saving.touched) = (end.next(), None);
-                    break;
+                    saving.touched = None;
+                    saving.next = next.map_or(end, |s| s.before.lsn).next();
+                    saving.probed = saving.next;
                 }
             }
         }

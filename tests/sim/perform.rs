@@ -501,7 +501,11 @@ impl World {
             Purpose::Refresh | Purpose::Rejoin | Purpose::ViewClose | Purpose::Mark | Purpose::Detach => {
                 return Ok(());
             }
-            Purpose::Shutdown if self.hosts[node].watch.faulted => {
+            // Told to give its place up meanwhile.
+            Purpose::Shutdown
+                if self.hosts[node].watch.faulted
+                    || self.scenario.is_promoted() && text.contains("no longer the primary") =>
+            {
                 let incarnation = self.hosts[node].incarnation;
                 self.after(0, Coming::Granted { node, incarnation, purpose });
                 return Ok(());
