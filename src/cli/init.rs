@@ -34,7 +34,7 @@ fn parse_sync(text: &str) -> Result<Peer, String> {
         Some((name, address)) => (name, Some(check_address(address)?)),
         None => (text, None),
     };
-    Ok(Peer { name: check_name(name)?, address, dial: None, sync: true })
+    Ok(Peer { name: check_name(name)?, address, dial: None, sync: true, cascade: false })
 }
 
 impl Init {

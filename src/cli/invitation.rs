@@ -14,7 +14,7 @@ use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 
 const MAGIC: &[u8; 4] = b"VTOK";
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 const CHECK: usize = 16;
 /// Longest token, characters.
 pub const MAX_TOKEN: usize = 64 << 10;
@@ -28,7 +28,7 @@ pub struct Invitation {
     pub id: GroupId,
     /// Its volumes in the order of their numbers.
     pub volumes: Vec<Volume>,
-    /// The primary's name.
+    /// The name of the node that printed it: the primary, or the shadow that is to be followed.
     pub primary: String,
     /// Where it listens.
     pub address: String,
@@ -36,6 +36,8 @@ pub struct Invitation {
     pub peer: String,
     /// The group's key.
     pub key: [u8; KEY],
+    /// Of a shadow: the name of its primary, if it is known, or nothing.
+    pub shadow_of: Option<String>,
 }
 
 /// A volume as the token has it.
@@ -58,6 +60,9 @@ impl Invitation {
             w.name(&v.name).u64(v.size).bytes(&v.file);
         });
         w.name(&self.primary).name(&self.address).name(&self.peer).bytes(&self.key);
+        w.option(self.shadow_of.as_ref(), |w, name| {
+            w.name(name);
+        });
         let sum = blake3::hash(&w.0);
         w.bytes(&sum.as_bytes()[..CHECK]);
         URL_SAFE_NO_PAD.encode(&w.0)
@@ -100,6 +105,7 @@ impl Invitation {
             address: r.name(255, "address")?,
             peer: r.name(MAX_NAME, "peer's name")?,
             key: r.array()?,
+            shadow_of: r.option("shadow", |r| r.name(MAX_NAME, "primary's name"))?,
         })
     }
 
@@ -109,6 +115,9 @@ impl Invitation {
         name(&self.primary, "primary's name")?;
         if !self.peer.is_empty() {
             name(&self.peer, "peer's name")?;
+        }
+        if let Some(primary) = self.shadow_of.as_ref().filter(|n| !n.is_empty()) {
+            name(primary, "primary's name")?;
         }
         check_address(&self.address).map_err(|_| FormatError::Field("address"))?;
         self.volumes.iter().try_for_each(|v| name(&v.name, "volume name"))
@@ -129,6 +138,7 @@ mod tests {
             address: "db1:7654".into(),
             peer: String::new(),
             key: [3; KEY],
+            shadow_of: None,
         }
     }
 
@@ -136,7 +146,7 @@ mod tests {
     fn golden() {
         let token = sample().encode();
         assert_eq!(Invitation::decode(&format!(" {token}\n")).unwrap(), sample());
-        assert!(token.starts_with("VlRPSwEEZXBpYwEBAQEBAQEBAQEBAQEBAQEBAARkYXRhABAAAAAAAAAC"), "{token}");
+        assert!(token.starts_with("VlRPSwIEZXBpYwEBAQEBAQEBAQEBAQEBAQEBAARkYXRhABAAAAAAAAAC"), "{token}");
     }
 
     proptest! {

@@ -17,16 +17,19 @@ use crate::format::message::Role;
 use std::io::Read;
 
 /// Set up a shadow from a token
+///
+/// The token of a primary makes a shadow of that primary. The token of a shadow makes a shadow of that shadow: it gets
+/// its first copy and all records through it.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Join {
-    /// What `volrep token` printed on the primary; `-` reads it from stdin
+    /// What `volrep token` printed on the node that is to be followed; `-` reads it from stdin
     #[arg(value_name = "TOKEN")]
     token: String,
     /// A volume of the same name and size as the primary's: an existing file or block device (it will
     /// be overwritten), or a path at which a sparse file is created
     #[arg(long = "volume", value_name = "NAME=PATH[:SIZE]", required = true)]
     volumes: Vec<Spec>,
-    /// Where the primary is reached [default: as the token says]
+    /// Where the node that is to be followed is reached [default: as the token says]
     #[arg(long, value_name = "HOST:PORT", value_parser = check_address)]
     from: Option<String>,
     /// Name of the group on this machine [default: as on the primary]
@@ -94,9 +97,19 @@ impl Join {
             return Err(Failure::usage(what, "give it another name with --node"));
         }
         let address = self.from.clone().unwrap_or_else(|| token.address.clone());
-        let primary =
-            Peer { name: token.primary.clone(), address: Some(address), dial: Some(true), sync: false };
-        setup::new_config(&self.node, places, (group, token.id), node, vec![primary], backings)
+        let cascade = token.shadow_of.is_some();
+        let mut peers = vec![Peer {
+            name: token.primary.clone(),
+            address: Some(address),
+            dial: Some(true),
+            sync: false,
+            cascade,
+        }];
+        if let Some(name) = token.shadow_of.clone().filter(|n| !n.is_empty() && *n != node) {
+            // It is not dialled from here; but a fence hook has to be told whom it is to fence.
+            peers.push(Peer { name, address: None, dial: None, sync: false, cascade: false });
+        }
+        setup::new_config(&self.node, places, (group, token.id), node, peers, backings)
     }
 
     fn confirm_overwrite(&self, group: &str, backings: &[Backing]) -> Result<(), Failure> {

@@ -98,7 +98,8 @@ impl Promote {
 
     fn document(&self, before: &Status, after: Option<&Status>, text: &str) -> Value {
         let (old, term) = old_primary(before);
-        let peer = before.peers.first();
+        let heard = before.primary.as_ref().map(|p| p.heard_seconds_ago);
+        let heard = heard.unwrap_or_else(|| source(before).and_then(|p| p.heard_seconds_ago));
         json!({
             "schema_version": SCHEMA_VERSION,
             "group": self.group,
@@ -110,7 +111,7 @@ impl Promote {
             "term": after.map(|s| s.term),
             "tail_lsn": before.tail_lsn,
             "at_last_heartbeat": {
-                "seconds_ago": peer.and_then(|p| p.heard_seconds_ago),
+                "seconds_ago": heard,
                 "lag_records": lag(before).1,
                 "lag_bytes": lag(before).2,
             },
@@ -119,14 +120,27 @@ impl Promote {
     }
 }
 
+/// The peer that the records come from, or one that may be the primary: never one that follows this node.
+fn source(s: &Status) -> Option<&PeerStatus> {
+    let above = || s.peers.iter().filter(|p| !p.follower);
+    above().find(|p| p.source.is_some()).or_else(|| above().next())
+}
+
+/// The primary's name, and its term. A shadow through which it is followed is not meant.
 fn old_primary(s: &Status) -> (&str, u64) {
-    (s.peers.first().map_or("unknown", |p| p.name.as_str()), s.term)
+    let told = s.primary.as_ref();
+    let through = told.and_then(|p| p.through.as_deref());
+    let other = || s.peers.iter().find(|p| !p.follower && Some(p.name.as_str()) != through);
+    let direct = || source(s).filter(|p| p.source.is_some() && through.is_none());
+    let name = told.and_then(|p| p.name.as_deref());
+    let name = name.or_else(|| direct().or_else(other).map(|p| p.name.as_str()));
+    (name.unwrap_or("unknown"), s.term)
 }
 
 /// Seconds, records and bytes that the shadow lacked when it last heard of its primary.
 fn lag(s: &Status) -> (f64, u64, u64) {
     let of_peer = |p: &PeerStatus| (p.lag_seconds, p.lag_records, p.lag_bytes);
-    match (&s.lag, s.peers.first()) {
+    match (&s.lag, source(s)) {
         (Some(lag), _) => (lag.seconds, lag.records, lag.bytes),
         (None, Some(p)) => of_peer(p),
         (None, None) => (0.0, 0, 0),
@@ -139,30 +153,42 @@ pub fn at_stake(s: &Status) -> String {
         return format!("{} is the primary of `{}` already.", s.node, s.group);
     }
     let end = format!("The shadow ends at LSN {}", grouped(s.tail_lsn));
-    let Some(p) = s.peers.first() else {
+    let Some(p) = source(s) else {
         return format!("{end}; no primary is known here, so what it has beyond that is unknown.");
     };
-    let Some(heard) = p.heard_seconds_ago else {
+    let through = s.primary.as_ref().and_then(|t| t.through.as_deref());
+    let name = match (old_primary(s).0, through) {
+        ("unknown", Some(_)) => "the primary",
+        (name, _) => name,
+    };
+    let heard = match &s.primary {
+        Some(told) => told.heard_seconds_ago,
+        None => p.heard_seconds_ago,
+    };
+    let Some(heard) = heard else {
         return format!(
-            "{} was not heard since this daemon started. {end}; what {0} wrote later is unknown.",
-            p.name
+            "{name} was not heard since this daemon started. {end}; what {name} wrote later is unknown."
         );
     };
     let (_, records, bytes) = lag(s);
     let missing = match (records, bytes) {
-        (0, _) => format!("nothing acknowledged on {} was missing here", p.name),
+        (0, _) => format!("nothing acknowledged on {name} was missing here"),
         (n, bytes) => format!(
-            "{} in {} records of {} was not applied here (what the journal here holds of it is kept)",
+            "{} in {} records of {name} was not applied here (what the journal here holds of it is kept)",
             human(bytes),
-            grouped(n),
-            p.name
+            grouped(n)
         ),
     };
     let ago = span(heard);
-    let connection = if p.state == "Disconnected" {
-        format!("{} is unreachable and not known to be fenced. ", p.name)
+    let connected = match &s.primary {
+        Some(told) => told.connected,
+        None => p.state != "Disconnected",
+    };
+    let by = through.map_or_else(String::new, |shadow| format!(" through {shadow}"));
+    let connection = if connected {
+        format!("{name} is connected{by} and may be writing: a switch without loss is better. ")
     } else {
-        format!("{} is connected and may be writing: a switch without loss is better. ", p.name)
+        format!("{name} is unreachable{by} and not known to be fenced. ")
     };
     format!("{connection}{end};\nat the last heartbeat, {ago} ago, {missing}; later writes are unknown.")
 }

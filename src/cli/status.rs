@@ -163,6 +163,7 @@ fn stopped(group: &str, config: &config::Config, s: &Superblock) -> Status {
         peers: s.peers.iter().map(|p| stopped_peer(p, in_set(p.node))).collect(),
         lag: None,
         apply_delay: None,
+        primary: None,
         verified: s.verified.as_ref().map(Verified::from),
         unrepaired_bytes: s.unrepaired,
         refresh: None,
@@ -192,6 +193,8 @@ fn stopped_peer(p: &Peer, sync: bool) -> PeerStatus {
         round_trip_seconds: None,
         sent_bytes: 0,
         fork_lsn: None,
+        source: None,
+        follower: false,
         verified: p.verified.as_ref().map(Verified::from),
     }
 }

@@ -133,14 +133,19 @@ fn journal(s: &Status) -> String {
 }
 
 fn peer(s: &Status, p: &PeerStatus, (name, state): (usize, usize), speeds: Option<&Speeds>) -> String {
-    let other = if s.role == "primary" { "shadow" } else { "primary" };
+    let source = s.role != "primary" && !p.follower;
+    let other = match (s.role.as_str(), p.follower, p.source.as_deref()) {
+        ("primary", ..) | (_, true, _) => "shadow",
+        (_, _, Some("shadow")) => "through",
+        _ => "primary",
+    };
     let mut line = format!(" {other} {:name$}  {:state$}", p.name, p.state);
     if s.state == "Stopped" {
         line += &format!("  durable there to LSN {}", grouped(p.durable_lsn));
     } else {
         let (seconds, records, bytes) = match &s.lag {
-            Some(lag) => (lag.seconds, lag.records, lag.bytes),
-            None => (p.lag_seconds, p.lag_records, p.lag_bytes),
+            Some(lag) if source => (lag.seconds, lag.records, lag.bytes),
+            _ => (p.lag_seconds, p.lag_records, p.lag_bytes),
         };
         line += &format!("  lag {}, {} records", span(seconds), grouped(records));
         let delay = s.apply_delay.as_ref().map_or(p.apply_delay_seconds, |d| d.seconds);
@@ -151,7 +156,7 @@ fn peer(s: &Status, p: &PeerStatus, (name, state): (usize, usize), speeds: Optio
             line += &format!(", {}", human(bytes));
         }
     }
-    if s.role == "primary" && s.state != "Stopped" {
+    if !source && s.state != "Stopped" {
         line += &format!("  {}", sent(s, p, speeds));
     }
     line += &format!("  {}", journal(s));

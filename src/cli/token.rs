@@ -8,13 +8,16 @@ use super::failure::{Exit, Failure};
 use super::invitation::{Invitation, Volume};
 use super::output::Output;
 use super::places::{Places, check_name};
-use super::state;
+use super::{state, status};
 use crate::format::message::Role;
 use crate::node::status::SCHEMA_VERSION;
 use serde_json::json;
 use std::net::SocketAddr;
 
-/// Print a token with which a shadow joins; it holds the group's key
+/// Print a token with which a shadow joins this node; it holds the group's key
+///
+/// On the primary: for a shadow of the primary. On a shadow: for a shadow of that shadow, which passes on what it gets
+/// (one that is far away is fed by a near one, and the primary sends everything once).
 #[derive(clap::Args, Clone, Debug)]
 pub struct Token {
     /// The group's name
@@ -34,10 +37,10 @@ impl Token {
         let config = config::load(places, &self.group)?;
         let superblock = state::read(&places.superblock(&self.group))?;
         state::check(&superblock, &config, &places.superblock(&self.group))?;
-        if superblock.role == Role::Shadow {
-            let what = format!("`{}` is a shadow here: shadows join at the primary", self.group);
-            return Err(Failure::new(Exit::Busy, what, "run it on the primary"));
-        }
+        let shadow_of = (superblock.role == Role::Shadow).then(|| {
+            let told = status::obtain(places, &self.group).ok().and_then(|s| s.primary);
+            told.and_then(|p| p.name).unwrap_or_default()
+        });
         let address = self.address.clone().map_or_else(|| address(&config), Ok)?;
         let boot = config::boot_id()?;
         let volume = |v: &config::Volume| {
@@ -53,13 +56,21 @@ impl Token {
             address: address.clone(),
             peer: self.peer.clone().unwrap_or_default(),
             key: config::load_key(places, &config)?,
+            shadow_of: shadow_of.clone(),
         };
         let token = invitation.encode();
         eprintln!("volrep: the token holds the group's key: treat it like a password");
+        if shadow_of.is_some() {
+            eprintln!(
+                "volrep: {} is a shadow: the node that joins gets its records and its first copy through it",
+                config.node
+            );
+        }
         let document = json!({
             "schema_version": SCHEMA_VERSION,
             "group": self.group,
             "primary": config.node,
+            "cascade": shadow_of.is_some(),
             "address": address,
             "token": token,
         });

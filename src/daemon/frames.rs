@@ -87,7 +87,16 @@ mod tests {
             Message::Challenge { nonce: [7; 32] },
             refuse("not today"),
             Message::Durable { lsn: Lsn(9) },
-            Message::Heartbeat { wall: 1, echo: 2, tail: Lsn(3), time: 4, bytes: 5 },
+            Message::Heartbeat {
+                wall: 1,
+                echo: 2,
+                tail: None,
+                time: 4,
+                bytes: 5,
+                silent: 6,
+                live: true,
+                feeds: vec![],
+            },
         ];
         let mut wire = VecDeque::new();
         for m in &messages {

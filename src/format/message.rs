@@ -20,7 +20,7 @@ use crate::units::{Address, Extent, Generation, GroupId, HistoryPoint, Lsn, Node
 use bytes::Bytes;
 
 /// The link protocol's version; both ends must speak the same one.
-pub const VERSION: u8 = 4;
+pub const VERSION: u8 = 5;
 /// Bytes of a frame's header.
 pub const FRAME: usize = 16;
 /// Most bytes of a body.
@@ -89,7 +89,16 @@ pub struct Identity {
     pub rewinds: bool,
     /// On a shadow: how long it holds its image back, ns.
     pub apply_delay: u64,
+    /// On a shadow that dials: it follows this peer even while that is a shadow itself.
+    pub cascades: bool,
+    /// On a shadow: those through whom it gets its records, or last did, the nearest first.
+    pub sources: Vec<NodeId>,
+    /// The name of the primary of that term, as far as it is known.
+    pub primary: String,
 }
+
+/// Most sources told.
+pub const MAX_CHAIN: usize = 16;
 
 /// Why a shadow can't go on from where it is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -189,17 +198,25 @@ pub enum Message {
     },
     /// Either, at intervals and as an answer: the clocks, and that it lives.
     Heartbeat {
-        /// The sender's wall clock, ns since 1970.
+        /// The sender's wall clock, ns since 1970. In the answer of a shadow to one that it feeds: the primary's, as
+        /// far as known, or 0.
         wall: u64,
         /// The other's `wall` of the heartbeat that this answers, or 0.
         echo: u64,
-        /// On a primary: its newest record, durable or not; on a shadow: its last received.
-        tail: Lsn,
+        /// To a shadow that is fed: the primary's newest record, durable or not; of a shadow that has not been told of
+        /// it yet nothing. To whom feeds: the last received.
+        tail: Option<Lsn>,
         /// On a primary: seal time (ns since 1970) of the oldest record that the receiver has not told
         /// to be applied; 0 when there is none, and on a shadow.
         time: u64,
         /// On a primary: journal bytes that the receiver has not told to be applied; 0 on a shadow.
         bytes: u64,
+        /// Of a shadow to one that it feeds: nanoseconds since it heard of the primary; of a primary 0.
+        silent: u64,
+        /// The sender is the primary, or is connected to it (through others, perhaps).
+        live: bool,
+        /// Of a shadow: those that get their records through it now.
+        feeds: Vec<NodeId>,
     },
     /// The shadow, after [`Verdict::Resync`]: I take up your history at your journal's end.
     Resync {
@@ -357,8 +374,15 @@ impl Message {
                 w.lsn(*received).lsn(*durable).lsn(*applied);
                 8
             }
-            Message::Heartbeat { wall, echo, tail, time, bytes } => {
-                w.u64(*wall).u64(*echo).lsn(*tail).u64(*time).u64(*bytes);
+            Message::Heartbeat { wall, echo, tail, time, bytes, silent, live, feeds } => {
+                w.u64(*wall).u64(*echo);
+                w.option(tail.as_ref(), |w, lsn| {
+                    w.lsn(*lsn);
+                });
+                w.u64(*time).u64(*bytes).u64(*silent).flag(*live);
+                w.list(feeds, |w, n| {
+                    w.node(*n);
+                });
                 9
             }
             Message::Resync { since } => {
@@ -432,9 +456,12 @@ impl Message {
             9 => Message::Heartbeat {
                 wall: r.u64()?,
                 echo: r.u64()?,
-                tail: r.lsn()?,
+                tail: r.option("tail", Reader::lsn)?,
                 time: r.u64()?,
                 bytes: r.u64()?,
+                silent: r.u64()?,
+                live: r.flag("live")?,
+                feeds: r.list(MAX_PEERS, "feeds", Reader::node)?,
             },
             10 => Message::Resync { since: r.option("since", Reader::point)? },
             11 => Message::Candidates {
@@ -547,7 +574,11 @@ impl Identity {
         w.flag(self.blank);
         w.point(self.tail).generation(self.tail_generation).point(self.oldest).lsn(self.applied);
         w.list(&self.openings, |w, o| o.write(w));
-        w.flag(self.resyncing).flag(self.rewinds).u64(self.apply_delay);
+        w.flag(self.resyncing).flag(self.rewinds).u64(self.apply_delay).flag(self.cascades);
+        w.list(&self.sources, |w, n| {
+            w.node(*n);
+        });
+        w.name(&self.primary);
     }
     fn read(r: &mut Reader) -> Result<Identity, FormatError> {
         Ok(Identity {
@@ -566,6 +597,9 @@ impl Identity {
             resyncing: r.flag("resyncing")?,
             rewinds: r.flag("rewinds")?,
             apply_delay: r.u64()?,
+            cascades: r.flag("cascades")?,
+            sources: r.list(MAX_CHAIN, "sources", Reader::node)?,
+            primary: r.name(MAX_NAME, "primary's name")?,
         })
     }
 }

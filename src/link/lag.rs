@@ -76,6 +76,22 @@ impl Timeline {
         self.samples.push_back(sample);
     }
 
+    /// The records after `lsn` were given up.
+    pub fn cut(&mut self, lsn: Lsn) {
+        while self.samples.pop_back_if(|s| s.lsn > lsn).is_some() {}
+    }
+
+    /// A time not after the seal time of that record, on the clock of the others; 0 if it is older than all samples.
+    pub fn time_of(&self, lsn: Lsn) -> u64 {
+        let after = self.samples.partition_point(|s| s.lsn <= lsn);
+        after.checked_sub(1).map_or(0, |i| self.samples[i].time)
+    }
+
+    /// From now on times are told by a clock of which the one so far is `offset` ahead.
+    pub fn shift(&mut self, offset: i64) {
+        self.samples.iter_mut().for_each(|s| s.time = s.time.saturating_add_signed(offset.saturating_neg()));
+    }
+
     /// Newest record.
     pub fn newest(&self) -> Option<Sample> {
         self.samples.back().copied()
@@ -130,5 +146,12 @@ mod tests {
             assert!(time <= (lsn + 1) * 10, "{lsn} {time}");
         }
         assert!(line.samples.len() <= SAMPLES);
+        line.shift(-5);
+        assert_eq!(line.newest().map(|s| s.time), Some(50_000 * 10 + 5));
+        line.shift(5);
+        // What was given up does not lag.
+        line.cut(Lsn(49_990));
+        assert_eq!(line.newest().map(|s| s.lsn), Some(Lsn(49_990)));
+        assert_eq!((line.behind(Lsn(49_990)), line.behind(Lsn(49_989)).map(|b| b.0)), (None, Some(1)));
     }
 }

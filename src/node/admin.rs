@@ -290,7 +290,7 @@ impl Run {
         let facts = role::Facts {
             role: self.meta.sb.role,
             consistent: self.meta.sb.consistent,
-            primary_heard: self.links.receiving().is_some(),
+            primary_heard: self.hears_primary(),
             fenced,
         };
         let plan = self.promotion_plan();
@@ -338,11 +338,12 @@ impl Run {
         let tail = self.journal.tail();
         let heard = self.links.primary().and_then(|n| self.links.view(n)).and_then(|v| v.heard);
         let known = match heard.zip(self.links.heard_of_primary) {
-            Some((at, primary)) => {
+            Some((_, primary)) => {
                 let missing = primary.tail.0.saturating_sub(tail.point.lsn.0);
-                let ago = self.now.mono.saturating_sub(at) / SECONDS;
+                let ago = self.unheard() / SECONDS;
+                let by = self.cascade_source().map_or_else(String::new, |name| format!(" that {name} had"));
                 format!(
-                    "at the last heartbeat, {ago} s ago, {missing} records of the primary were not here; later writes are unknown"
+                    "at the last heartbeat{by}, {ago} s ago, {missing} records of the primary were not here; later writes are unknown"
                 )
             }
             None => {
@@ -421,6 +422,9 @@ impl Run {
 
     /// What the superblock says of a node that is the primary under the next term.
     pub(super) fn become_primary(&mut self) {
+        // Lag is measured by the own clock from here on.
+        let ahead = self.links.primary_clock().map_or(0, |c| c.offset());
+        self.links.timeline.shift(ahead);
         let sb = &mut self.meta.sb;
         sb.term = role::next_term(sb.term, sb.node);
         sb.role = Role::Primary;

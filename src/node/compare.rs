@@ -17,7 +17,7 @@ use crate::resync::hash::{HashKey, Job, Product, UNKNOWN};
 use crate::resync::source::{Purpose, Source, Task};
 use crate::resync::target::Target;
 use crate::resync::{MAX_OPEN, extent_of};
-use crate::units::Extent;
+use crate::units::{Extent, Lsn};
 use bytes::Bytes;
 use slab::Slab;
 use std::collections::{BTreeMap, VecDeque};
@@ -58,6 +58,8 @@ pub struct Comparing {
     pub(super) job: Option<CompareJob>,
     /// On a primary: who asked for one, and of which link.
     pub(super) asked: Option<(AdminId, LinkId)>,
+    /// On a shadow that holds its image back: over which link it does not, for a comparison there.
+    pub(super) lent: Option<LinkId>,
     /// Bytes of words sent and received for the job.
     pub(super) wire: u64,
     /// What shadows said of their jobs, on a primary: the newest.
@@ -77,6 +79,7 @@ impl Comparing {
             closed: VecDeque::new(),
             job: None,
             asked: None,
+            lent: None,
             wire: 0,
             told: None,
         }
@@ -105,6 +108,28 @@ impl Comparing {
         self.sources.values_mut().for_each(|(_, s)| s.touch(extent));
     }
 
+    /// That link waits for a window.
+    pub(super) fn waits_for_window(&self, link: LinkId) -> bool {
+        self.early.iter().any(|(l, _)| *l == link)
+    }
+
+    /// Links that wait for windows, each once.
+    pub(super) fn waiting_links(&self) -> Vec<LinkId> {
+        let mut links: Vec<_> = self.early.iter().map(|(l, _)| *l).collect();
+        links.dedup();
+        links
+    }
+
+    /// The windows that it waits for.
+    pub(super) fn take_waiting(&mut self, link: LinkId) -> Vec<Compare> {
+        self.early.extract_if(.., |(l, _)| *l == link).map(|(_, open)| open).collect()
+    }
+
+    /// Somebody has a window open here, or waits for one.
+    pub(super) fn has_windows(&self) -> bool {
+        !self.early.is_empty() || self.sources.values().any(|(_, s)| !s.is_idle())
+    }
+
     /// A window that waits to be opened is not wanted any more; whether it waited.
     fn close_early(&mut self, link: LinkId, window: u32) -> bool {
         let before = self.early.len();
@@ -129,6 +154,9 @@ impl Run {
         match word {
             Compare::Report { json } => self.job_reported(link, &json),
             Compare::Fail { text } => self.job_refused(link, text),
+            open @ Compare::Open { .. } if matches!(self.part, Part::Shadow(_)) => {
+                self.open_from_shadow(link, open);
+            }
             Compare::Open { window, extent, wanted, quick } => {
                 if !matches!(&self.part, Part::Primary(p) if p.is_serving()) {
                     return self.open_later(link, Compare::Open { window, extent, wanted, quick });
@@ -151,7 +179,7 @@ impl Run {
     }
 
     /// A window for which this primary is not ready: it is opened once it serves.
-    fn open_later(&mut self, link: LinkId, open: Compare) {
+    pub(super) fn open_later(&mut self, link: LinkId, open: Compare) {
         if self.compare.early.iter().filter(|(l, _)| *l == link).count() >= MAX_OPEN {
             return self.drop_link(link, "it asked for more windows than it may open");
         }
@@ -160,6 +188,9 @@ impl Run {
 
     /// Opens the windows that waited for it; whether there were any.
     pub(super) fn open_early(&mut self) -> bool {
+        if matches!(self.part, Part::Shadow(_)) {
+            return self.open_waiting_windows();
+        }
         if self.compare.early.is_empty() || !matches!(&self.part, Part::Primary(p) if p.is_serving()) {
             return false;
         }
@@ -183,20 +214,12 @@ impl Run {
     }
 
     fn open_window(&mut self, link: LinkId, number: u32, extent: Extent, wanted: &[u8], quick: bool) {
-        let volume = self.meta.sb.volumes.iter().find(|v| v.number == extent.address().volume());
-        if volume.is_none_or(|v| extent.address().offset() + extent.len() > v.size) {
-            return self.drop_link(link, "it asked for a window outside of the volumes");
+        if !self.lies_within(link, extent) {
+            return;
         }
         let Part::Primary(Primary { cache: Some(cache), .. }) = &self.part else { return };
-        if !self.compare.sources.contains_key(&link) {
-            let fresh = (self.compare.serial(), Source::new(self.compare.key));
-            self.compare.sources.insert(link, fresh);
-        }
         let tail = self.journal.tail();
-        let newer = cache.newer_than(tail.last_write, extent);
-        let Some((serial, source)) = self.compare.sources.get_mut(&link) else { return };
-        let serial = *serial;
-        let mut out = Vec::new();
+        let newer: Vec<Extent> = cache.newer_than(tail.last_write, extent).collect();
         // What the backing lacks, its index does not speak of.
         let mut indexed = self.index.roots(extent);
         let held = self.backlog.parts(extent).map(|(e, _)| e);
@@ -204,7 +227,37 @@ impl Run {
             let at = e.start() - extent.start();
             indexed[(at / EXTENT) as usize..=((at + e.len() - 1) / EXTENT) as usize].fill(UNKNOWN);
         }
-        let opened = source.open(number, extent, wanted, quick, tail.point.lsn, newer, indexed, &mut out);
+        let at = tail.point.lsn;
+        self.begin_window(link, (number, extent, wanted, quick), at, newer.into_iter(), indexed);
+    }
+
+    /// Whether it lies within the volumes; the link of whoever asks for anything else is given up.
+    pub(super) fn lies_within(&mut self, link: LinkId, extent: Extent) -> bool {
+        let volume = self.meta.sb.volumes.iter().find(|v| v.number == extent.address().volume());
+        let within = volume.is_some_and(|v| extent.address().offset() + extent.len() <= v.size);
+        if !within {
+            self.drop_link(link, "it asked for a window outside of the volumes");
+        }
+        within
+    }
+
+    /// Opens a window as of a record: `newer` is what the image holds, or may hold, of later ones.
+    pub(super) fn begin_window(
+        &mut self,
+        link: LinkId,
+        (number, extent, wanted, quick): (u32, Extent, &[u8], bool),
+        at: Lsn,
+        newer: impl Iterator<Item = Extent>,
+        indexed: Vec<Root>,
+    ) {
+        if !self.compare.sources.contains_key(&link) {
+            let fresh = (self.compare.serial(), Source::new(self.compare.key));
+            self.compare.sources.insert(link, fresh);
+        }
+        let Some((serial, source)) = self.compare.sources.get_mut(&link) else { return };
+        let serial = *serial;
+        let mut out = Vec::new();
+        let opened = source.open(number, extent, wanted, quick, at, newer, indexed, &mut out);
         match opened {
             Ok(()) => self.do_tasks(Side::Source(link), serial, out),
             Err(why) => self.drop_link(link, &format!("it asked for {why}")),
@@ -232,19 +285,21 @@ impl Run {
                 }
                 Task::Work(window, purpose, job) => self.do_work(side, serial, window, purpose, job),
                 Task::Learn(window, roots) => self.learn(window, roots),
-                Task::Cover(window) => {
-                    if let (Side::Source(link), Part::Primary(p)) = (side, &self.part) {
+                Task::Cover(window) => match (side, &self.part) {
+                    (Side::Source(link), Part::Primary(p)) => {
                         let last = p.cache.as_ref().map_or(0, |c| c.last_seq());
                         self.compare.closed.push_back((link, window, last));
                     }
-                }
+                    (Side::Source(link), Part::Shadow(_)) => self.cover_window(link, window),
+                    (Side::Target, _) => {}
+                },
                 Task::Read(window, purpose, extent) => {
                     let call =
                         Call { side, serial, window, purpose, extent: Some(extent), pieces: Vec::new() };
                     let id = self.compare.calls.insert(call);
-                    match side {
-                        Side::Source(_) => self.read_served(id, extent),
-                        Side::Target => self.read_image(id, extent),
+                    match (side, &self.part) {
+                        (Side::Source(_), Part::Primary(_)) => self.read_served(id, extent),
+                        _ => self.read_image(id, extent),
                     }
                 }
             }

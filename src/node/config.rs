@@ -26,6 +26,8 @@ pub struct PeerConfig {
     pub dial: bool,
     /// A FLUSH waits for it (once it is in the sync set).
     pub sync: bool,
+    /// This node follows it even while it is a shadow.
+    pub cascade: bool,
 }
 
 /// What a full journal does.

@@ -147,7 +147,7 @@ impl Run {
             return Some("a resync needs the image near the primary's");
         }
         let compares = self.compare.job.as_ref().is_some_and(super::job::Job::is_running);
-        compares.then_some("a comparison needs the image near the primary's")
+        (compares || self.compare.lent.is_some()).then_some("a comparison needs the image near the primary's")
     }
 
     /// Moves the limit on.

@@ -1,4 +1,5 @@
-//! What a primary owes its followers: records kept for them, and a place in the sync set.
+//! What a primary (or a shadow that feeds others) owes its followers: records kept for them, and a place in the sync
+//! set.
 //!
 //! Owns: how far the journal is held and for whom, and who enters the sync set. Invariants: a record
 //! that a shadow still needs is overwritten only after that shadow was openly given up; entry to the
@@ -10,7 +11,7 @@ use super::event::{Level, LinkId};
 use super::feed::Fetched;
 use super::links::{LinkState, PeerView};
 use super::run::{Part, Run, fetch};
-use crate::format::message::{Message, Role};
+use crate::format::message::Message;
 use crate::format::record::{Kind, flags};
 use crate::format::superblock::{MAX_PEERS, Peer};
 use crate::link::sender::Sender;
@@ -27,8 +28,8 @@ impl Run {
         (p.received, p.durable, p.applied) = (from.prev(), from.prev(), Lsn(0));
         let (Some(node), name, resyncing) = (p.node, p.name.clone(), p.resyncing) else { return };
         // What it still has to read must not be overwritten from here on.
-        let Part::Primary(primary) = &self.part else { return };
-        if !self.journal.hold_after(from.prev(), primary.reserved()) {
+        let room = self.room_to_hold();
+        if !self.journal.hold_after(from.prev(), room) {
             self.set_peer(link, "Resync", Some("the journal has no room to hold what it lacks".into()));
             return self.drop_link(link, "the journal is too full for it to catch up");
         }
@@ -50,7 +51,7 @@ impl Run {
 
     /// Sends what the window and the journal have.
     pub(super) fn feed_shadow(&mut self, id: LinkId) -> bool {
-        let (tail, durable) = (self.journal.tail().point.lsn, self.journal.durable());
+        let (tail, durable) = self.feedable_to(id);
         let mut moved = false;
         let mut lost = None;
         let Some(link) = self.links.by_id.get_mut(&id) else { return false };
@@ -127,10 +128,8 @@ impl Run {
     /// Records that the checkpoint or a shadow still needs are kept.
     pub(super) fn update_keep(&mut self) {
         let mut keep = self.links.checkpoint;
-        if self.meta.sb.role == Role::Primary {
-            for peer in self.meta.sb.peers.iter().filter(|p| !p.behind) {
-                keep = keep.min(peer.durable);
-            }
+        for peer in self.meta.sb.peers.iter().filter(|p| !p.behind) {
+            keep = keep.min(peer.durable);
         }
         let held = self.links.by_id.values().filter_map(|l| l.held).chain(self.scrub_holds());
         keep = held.fold(keep, Lsn::min);
@@ -151,30 +150,26 @@ impl Run {
         }
         // Only when all that this node can do itself is done are the shadows the cause.
         let done = applied == self.journal.tail().point.lsn && self.checkpoint_idle();
-        if !journal_full || !done || self.cfg.full != FullPolicy::Behind {
+        if !journal_full || !done {
             return false;
         }
-        if let Some((id, _)) = self.links.by_id.iter().find(|(_, l)| l.held.is_some()) {
+        let blocks = self.cfg.full != FullPolicy::Behind;
+        let held = self.links.by_id.iter().find(|(_, l)| l.held.is_some() && !blocks);
+        if let Some((id, _)) = held {
             // It was about to begin, and takes too long for that.
             self.drop_link(*id, "the journal is full, and it does not begin");
             self.update_keep();
             return true;
         }
-        let set = self.meta.sb.sync_set.clone();
-        let slow = |p: &&mut Peer| !p.behind && p.durable < checkpoint && !set.contains(&p.node);
-        let Some(peer) = self.meta.sb.peers.iter_mut().filter(slow).min_by_key(|p| p.durable) else {
+        // Who is fed by another shadow by now is not waited for.
+        let may = |p: &&Peer| !blocks || (self.fed_through(p.node).is_some() && !self.links.is_live(p.node));
+        let set = &self.meta.sb.sync_set;
+        let slow = |p: &&Peer| !p.behind && p.durable < checkpoint && !set.contains(&p.node) && may(p);
+        let Some(peer) = self.meta.sb.peers.iter().filter(slow).min_by_key(|p| p.durable) else {
             return false;
         };
-        peer.behind = true;
-        let (node, name) = (peer.node, peer.name.clone());
-        self.meta.save(false);
-        let reason = "the journal was full: it fell back to the dirty map and needs a resync";
-        if let Some(p) = self.links.view_mut(node) {
-            p.state = "Resync";
-            p.reason = Some(reason.into());
-        }
-        self.log(Level::Warn, format!("{name}: {reason}"));
-        self.update_keep();
+        let node = peer.node;
+        self.fall_behind(node);
         true
     }
 

@@ -11,7 +11,7 @@ use super::links::LinkState;
 use super::run::{Part, Run, fetch};
 use crate::format::message::{Cause, Identity, Message, Role, Verdict, proof, refuse};
 use crate::link::handshake::{Decision, Facts, TermOrder, candidate, decide, fork, is_earlier_run, order};
-use crate::units::{Lsn, Term};
+use crate::units::{HistoryPoint, Lsn, Term};
 
 impl LinkState {
     /// This node follows, or is about to follow, whoever is at the other end.
@@ -44,6 +44,12 @@ impl Run {
             resyncing: self.is_remaking(),
             rewinds: sb.retired.is_some_and(|r| r.rewinds),
             apply_delay: if sb.role == Role::Shadow { self.cfg.apply_delay } else { 0 },
+            cascades: false,
+            sources: match sb.role {
+                Role::Shadow => self.links.chain.sources().to_vec(),
+                Role::Primary => Vec::new(),
+            },
+            primary: self.primary_name_known().unwrap_or_default(),
         }
     }
 
@@ -73,6 +79,7 @@ impl Run {
             peer.resyncing = hello.resyncing;
             peer.blank = hello.blank;
             peer.apply_delay = hello.apply_delay;
+            peer.follows = self.meta.sb.role == Role::Shadow && hello.role == Role::Shadow && hello.cascades;
         }
         let own = self.identity();
         let found = candidate(&own.openings, own.tail, hello);
@@ -97,6 +104,10 @@ impl Run {
             held: own.oldest.lsn <= at && self.can_hold(at),
             common_start: at > Lsn(0) || (own.blank && hello.blank),
             rewinds: hello.rewinds && gives_way,
+            cascades: hello.cascades,
+            loops: self.closes_ring(hello.node),
+            settled: self.is_settled(),
+            lacks: self.may_lack(&own, hello),
         };
         let ours = facts.same_group && facts.same_volumes;
         match decide(facts) {
@@ -162,10 +173,15 @@ impl Run {
 
     /// The journal has room to keep the records after `at` for somebody who reads them.
     fn can_hold(&self, at: Lsn) -> bool {
-        match &self.part {
-            Part::Primary(p) => self.journal.can_hold(at, p.reserved()),
-            Part::Shadow(_) => true,
-        }
+        self.journal.can_hold(at, self.room_to_hold())
+    }
+
+    /// The candidate's hash is known, or being read.
+    pub(super) fn point_at(&self, lsn: Lsn) -> Option<HistoryPoint> {
+        let tail = self.journal.tail().point;
+        let oldest = self.journal.oldest();
+        let known = [tail, oldest].into_iter().chain(self.meta.sb.openings.iter().map(|o| o.at));
+        known.into_iter().find(|p| p.lsn == lsn)
     }
 
     /// Records which node a link leads to; an older link to the same node is given up.
@@ -249,7 +265,8 @@ impl Run {
             Part::Primary(_) => return self.met_other(link, primary),
         }
         let own = self.identity();
-        if primary.role != Role::Primary || primary.group != own.group || primary.volumes != own.volumes {
+        let followed = primary.role == Role::Primary || self.may_follow_shadow(link, primary);
+        if !followed || primary.group != own.group || primary.volumes != own.volumes {
             return self.drop_link(link, "it is not a primary of this group with these volumes");
         }
         let rank = order(own.term, primary.term);
@@ -260,21 +277,34 @@ impl Run {
             return self.drop_link(link, "it is a primary of a term that has ended");
         }
         self.meet(link, primary);
+        // Of two that were dialled at once, the other has answered first.
+        let stale = self.links.by_id.get(&link).is_some_and(|l| l.told != (own.tail, own.applied));
+        if rank == TermOrder::Equal && (stale || self.hears_primary()) {
+            return self.drop_link(link, "another one is followed by now");
+        }
         if let Some(peer) = self.links.peer_of(link) {
             peer.fork = fork(&own, primary);
+            peer.tells_time_of(primary.term.node);
+            peer.follows = false;
         }
         if rank == TermOrder::Conflicting {
             return self.histories_differ(link, own.tail.lsn.min(primary.tail.lsn));
         }
         if rank == TermOrder::Higher {
             self.meta.sb.term = primary.term;
-            self.taken_over(primary.node, &primary.name);
+            let told = Some(primary.primary.clone()).filter(|name| !name.is_empty());
+            let name = told.unwrap_or_else(|| self.name_of(primary.term.node));
+            self.taken_over(primary.term.node, &name);
             self.meta.save(true);
-            self.tell(Happening::Term { primary: primary.name.clone() });
+            self.tell(Happening::Term { primary: name });
         }
         if rank == TermOrder::Higher || matches!(verdict, Verdict::Compare(_)) {
-            self.links.follow(primary.node);
+            self.links.follow(primary);
+            self.held_no_longer(primary.node);
             self.leave_others(link);
+        }
+        if stale {
+            return self.drop_link(link, "more has come since it was told what there is");
         }
         match verdict {
             Verdict::Compare(at) if at.lsn > own.tail.lsn => {
@@ -381,7 +411,8 @@ impl Run {
             // It may have become so since it said hello.
             self.send(link, Message::Resynced);
         }
-        self.log(Level::Info, format!("following the primary from LSN {from}"));
+        let whom = if self.is_cascaded() { "another shadow" } else { "the primary" };
+        self.log(Level::Info, format!("following {whom} from LSN {from}"));
         true
     }
 }

@@ -254,7 +254,9 @@ impl Run {
         if node == self.cfg.node {
             return self.cfg.name.clone();
         }
-        self.links.view(node).map_or_else(|| format!("{node:?}"), |v| v.name.clone())
+        let known = self.primary_name_known().filter(|_| node == self.meta.sb.term.node);
+        let met = self.links.view(node).map(|v| v.name.clone());
+        met.or(known).unwrap_or_else(|| format!("{node:?}"))
     }
 }
 

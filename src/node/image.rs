@@ -69,6 +69,8 @@ pub struct Image {
     pub(super) finish: Finish,
     /// What the batch under way puts into the stage.
     staging: Vec<Extent>,
+    /// What it puts into the backings, on a shadow.
+    pub(super) under_way: Vec<Extent>,
     /// The shell has not answered the last [`OpenStage`](super::event::Action::OpenStage).
     pub(super) making: bool,
 }
@@ -100,6 +102,7 @@ impl Image {
             staged: Staged::default(),
             finish: Finish::default(),
             staging: Vec::new(),
+            under_way: Vec::new(),
             making: false,
         }
     }
@@ -137,6 +140,7 @@ impl Image {
         self.rotated_at = 0;
         (self.upto, self.repaired) = (None, false);
         self.staging.clear();
+        self.under_way.clear();
     }
 }
 
@@ -224,6 +228,7 @@ impl Run {
     /// busy. `upto`: it is the records up to there; `None`: the image stays at its record.
     pub(super) fn begin_batch(&mut self, batch: Vec<(Extent, Source)>, upto: Option<Tail>) {
         self.image.upto = upto;
+        self.touch_image(batch.iter().map(|(e, _)| *e));
         if self.is_staging() {
             self.image.staging = batch.iter().map(|(e, _)| *e).collect();
         } else {
@@ -246,6 +251,7 @@ impl Run {
         if let Staged::Open { stage, .. } = &mut self.image.staged {
             self.image.staging.drain(..).for_each(|e| stage.mark(e));
         }
+        self.image.under_way.clear();
         if self.merged() {
             return;
         }

@@ -4,13 +4,15 @@
 //! is believed before the peer has proved the group's key; one link a peer; a peer's durable position
 //! counts only for records of the history that is current here.
 
+use super::cascade::Chain;
 use super::config::NodeConfig;
 use super::event::{Action, Level, LinkId};
 use super::feed::Reader;
+use super::heartbeat::{Between, Heard};
 use super::history::Happening;
 use super::meta::Ticket;
 use super::run::{Part, Run};
-use crate::format::message::{Message, proof, refuse};
+use crate::format::message::{Identity, Message, Role, proof, refuse};
 use crate::format::superblock::{Peer, Superblock};
 use crate::journal::Tail;
 use crate::link::lag::{ClockEstimate, Timeline};
@@ -57,9 +59,12 @@ pub struct Link {
     /// For records that a shadow asks for once more.
     pub(super) copies: Reader,
     pub(super) copy: Option<Lsn>,
+    /// The peer's place in the configuration, if it was dialled from here.
     pub(super) dialed: Option<usize>,
     nonce: [u8; 32],
     peer: Option<NodeId>,
+    /// Where the journal here ended, and what of it was applied, as told to whom was dialled.
+    pub(super) told: (HistoryPoint, Lsn),
     begun: u64,
     heard: u64,
     beat: u64,
@@ -93,6 +98,12 @@ pub struct PeerView {
     rival: bool,
     /// As it says, it holds its image back by so many ns.
     pub(super) apply_delay: u64,
+    /// It asked this shadow to feed it: what became of it says nothing of the state here.
+    pub(super) follows: bool,
+    /// Who gets his records through it, as it last said.
+    pub(super) feeds: Vec<NodeId>,
+    /// Whose clock is measured.
+    pub(super) clock_of: Option<NodeId>,
 }
 
 impl PeerView {
@@ -114,6 +125,9 @@ impl PeerView {
             fork: None,
             rival: false,
             apply_delay: 0,
+            follows: false,
+            feeds: Vec::new(),
+            clock_of: None,
         }
     }
 
@@ -130,14 +144,6 @@ impl Link {
     }
 }
 
-/// What the primary last said of itself.
-#[derive(Clone, Copy)]
-pub struct Heard {
-    pub(super) tail: Lsn,
-    pub(super) time: u64,
-    pub(super) bytes: u64,
-}
-
 struct Dial {
     at: u64,
     busy: bool,
@@ -151,7 +157,11 @@ pub struct Links {
     primary: Option<NodeId>,
     /// Nothing until it has spoken over the newest link.
     pub(super) heard_of_primary: Option<Heard>,
-    /// The records sealed here, to measure shadows against.
+    /// How it is known through those between.
+    pub(super) between: Between,
+    /// Through whom they come.
+    pub(super) chain: Chain,
+    /// The records sealed here, or received, to measure shadows against.
     pub(super) timeline: Timeline,
     /// Journal bytes on the timeline from before the start.
     pub(super) bytes_before: u64,
@@ -177,12 +187,17 @@ impl Links {
                 peers.push(view(&p.name, Some(p)));
             }
         }
+        // A shadow knows positions of those alone that it feeds.
+        let fed = |v: &PeerView| v.node.is_some() && sb.role == Role::Shadow;
+        peers.iter_mut().for_each(|v| v.follows = fed(v));
         Links {
             by_id: BTreeMap::new(),
             peers,
             dials: cfg.peers.iter().map(|_| Dial { at: 0, busy: false }).collect(),
             primary: None,
             heard_of_primary: None,
+            between: Between::default(),
+            chain: Chain::default(),
             timeline: Timeline::default(),
             bytes_before: 0,
             record_bytes: 0,
@@ -252,9 +267,16 @@ impl Links {
         }
     }
 
-    /// This node follows that primary: what another one made of it means nothing any more.
-    pub fn follow(&mut self, node: NodeId) {
-        for view in self.peers.iter_mut().filter(|v| v.node != Some(node)) {
+    /// Those whose word on this shadow counts: not those that follow it.
+    pub(super) fn above(&self) -> impl Iterator<Item = &PeerView> {
+        self.peers.iter().filter(|p| !p.follows)
+    }
+
+    /// This node follows that primary, or shadow: what another one made of it means nothing any more.
+    pub fn follow(&mut self, source: &Identity) {
+        let node = source.node;
+        self.chain.follow(source);
+        for view in self.peers.iter_mut().filter(|v| v.node != Some(node) && !v.follows) {
             if matches!(view.state, "Resync" | "Diverged") {
                 (view.state, view.reason) = ("Disconnected", None);
             }
@@ -313,6 +335,7 @@ impl Run {
             dialed,
             nonce,
             peer: None,
+            told: Default::default(),
             begun,
             heard,
             beat,
@@ -465,10 +488,12 @@ impl Run {
                 }
             }
             (LinkState::Dialled, Message::Challenge { nonce }) => {
-                let identity = Box::new(self.identity());
+                let cascades = self.cascades(link);
+                let identity = Box::new(Identity { cascades, ..self.identity() });
                 let proof = proof(&self.cfg.key, &nonce, &identity, None);
                 let Some(l) = self.links.by_id.get_mut(&link) else { return };
                 l.state = LinkState::Greeted;
+                l.told = (identity.tail, identity.applied);
                 let nonce = l.nonce;
                 self.send(link, Message::Hello { identity, nonce, proof });
             }
@@ -512,38 +537,13 @@ impl Run {
             (LinkState::Receiving, Message::Durable { lsn }) => self.announced(lsn),
             (LinkState::Receiving, Message::Compare(word)) => self.heard_as_shadow(link, *word),
             (LinkState::Sending(_), Message::Compare(word)) => self.heard_as_primary(link, *word),
-            (_, Message::Heartbeat { wall, echo, tail, time, bytes }) if l.peer.is_some() => {
-                if matches!(l.state, LinkState::Receiving) {
-                    self.links.heard_of_primary = Some(Heard { tail, time, bytes });
-                }
-                self.beat(link, wall, echo);
-            }
+            (_, beat @ Message::Heartbeat { .. }) if l.peer.is_some() => self.heartbeat(link, beat),
             (state, message) => {
                 let why = format!("unexpected message while {}", name_of(state));
                 debug_assert!(!matches!(message, Message::Refuse { .. }));
                 self.drop_link(link, &why);
             }
         }
-    }
-
-    fn beat(&mut self, link: LinkId, wall: u64, echo: u64) {
-        if echo == 0 {
-            return self.send_heartbeat(link, wall);
-        }
-        let now = self.now.wall;
-        if let Some(p) = self.links.peer_of(link) {
-            p.clock.answered(echo, wall, now);
-        }
-    }
-
-    pub(super) fn send_heartbeat(&mut self, link: LinkId, echo: u64) {
-        let tail = self.journal.tail().point.lsn;
-        let behind = match self.links.by_id.get(&link).map(|l| &l.state) {
-            Some(LinkState::Sending(s)) => self.links.timeline.behind(s.positions().2),
-            _ => None,
-        };
-        let (_, bytes, time) = behind.unwrap_or((0, 0, 0));
-        self.send(link, Message::Heartbeat { wall: self.now.wall, echo, tail, time, bytes });
     }
 
     /// A shadow's positions, believed.
@@ -628,7 +628,7 @@ impl Run {
             return;
         }
         let patience = match &self.part {
-            Part::Shadow(s) if s.closing || s.is_turning() || self.links.receiving().is_some() => return,
+            Part::Shadow(s) if s.closing || s.is_turning() || self.hears_primary() => return,
             // Who holds records of his own waits for an administrator's word.
             Part::Shadow(_) if self.meta.sb.retired.is_some_and(|r| !r.rewinds) => return,
             Part::Shadow(_) if !self.journal.is_quiet() => {
@@ -659,14 +659,6 @@ impl Run {
                 self.wake_at(at);
             }
         }
-    }
-
-    /// The candidate's hash is known, or being read.
-    pub(super) fn point_at(&self, lsn: Lsn) -> Option<HistoryPoint> {
-        let tail = self.journal.tail().point;
-        let oldest = self.journal.oldest();
-        let known = [tail, oldest].into_iter().chain(self.meta.sb.openings.iter().map(|o| o.at));
-        known.into_iter().find(|p| p.lsn == lsn)
     }
 }
 

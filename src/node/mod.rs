@@ -10,11 +10,13 @@
 //! that its primary's journal can't feed, `view` what others see of a shadow, `retire` and `salvage` the end of a primary,
 //! `drain` a primary that serves before its image has caught up, `reading` how such an image is read, `delay` the image that is held back, `rewind` a promotion as of an earlier record,
 //! `marks` the named places in the write order, `history` what is kept of all that for people,
-//! `followers` what a primary owes its shadows, `admin` what administrators ask, `report` what they are told.
+//! `followers` what a primary owes its shadows, `cascade` what a shadow passes on to others, `heartbeat` what is told of
+//! clocks and of the primary, `admin` what administrators ask, `report` what they are told.
 
 mod admin;
 mod asking;
 mod boot;
+mod cascade;
 mod compare;
 pub mod config;
 mod delay;
@@ -23,6 +25,7 @@ pub mod event;
 mod feed;
 mod followers;
 mod greeting;
+mod heartbeat;
 pub mod history;
 mod image;
 mod job;

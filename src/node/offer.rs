@@ -1,12 +1,12 @@
-//! What a primary offers to a shadow whose journal does not lead to its own.
+//! What a primary, or the shadow that feeds it, offers to a shadow whose journal does not lead to its own.
 //!
-//! Owns: the primary's half of the beginning of a resync. Invariants: the records after the point that is
+//! Owns: that half of the beginning of a resync. Invariants: the records after the point that is
 //! offered are kept until the shadow begins with them or its link is gone; what is told to have changed
 //! since a point of this history is a superset of what has (I9).
 
 use super::event::LinkId;
 use super::links::LinkState;
-use super::run::{Part, Run};
+use super::run::Run;
 use crate::format::message::{Cause, MAX_CANDIDATES, Message, Verdict};
 use crate::format::superblock::Anchor;
 use crate::journal::Tail;
@@ -57,14 +57,14 @@ impl Run {
 
     /// Answers a shadow that takes up the history here; whether anything moved.
     pub(super) fn offer(&mut self, id: LinkId) -> bool {
-        let serving = matches!(&self.part, Part::Primary(p) if p.is_serving() && !p.closing);
-        if !serving || self.fault.is_some() {
-            return false;
-        }
-        let tail = *self.journal.tail();
+        let wanted = match self.links.by_id.get(&id).map(|l| &l.state) {
+            Some(LinkState::Offering { since, .. }) => since.map(|p| p.lsn),
+            _ => return false,
+        };
+        let Some(base) = self.resync_base(wanted).filter(|_| self.fault.is_none()) else { return false };
         let Some(link) = self.links.by_id.get_mut(&id) else { return false };
         let LinkState::Offering { since, at } = &mut link.state else { return false };
-        let at = *at.get_or_insert(tail);
+        let at = *at.get_or_insert(base);
         link.held = Some(at.point.lsn);
         let (since, fork) = (*since, link.fork);
         if self.journal.durable() < at.point.lsn {

@@ -114,7 +114,8 @@ impl Run {
         if let Part::Shadow(s) = &mut self.part {
             s.rebase = Some(rebase);
         }
-        self.links.follow(primary.node);
+        self.links.follow(primary);
+        self.held_no_longer(primary.node);
         self.leave_others(link);
         self.set_state(link, LinkState::Rebasing);
         self.log(Level::Info, format!("resync: {}", cause.text()));
@@ -370,6 +371,7 @@ impl Run {
         self.image.journal_cut();
         self.image.applied = tail;
         self.links.checkpoint = point.lsn;
+        self.restart_timeline(&tail);
         self.maps.settled();
         self.forget_held();
         self.marks.cut(point.lsn);

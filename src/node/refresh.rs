@@ -6,7 +6,7 @@
 use super::compare::Side;
 use super::event::{AdminId, Level, LinkId, Refresh, Refusal};
 use super::job::Job;
-use super::links::{Link, LinkState};
+use super::links::{Link, LinkState, PeerView};
 use super::run::{Part, Run};
 use super::status::RefreshStatus;
 use crate::format::compare::Compare;
@@ -18,11 +18,16 @@ fn is_fed(l: &Link) -> bool {
     matches!(l.state, LinkState::Sending(_))
 }
 
+/// What a comparison does to a delay.
+const EMPTIES: &str = "the shadow holds its image back (apply_delay), and a comparison needs it near the primary's: its \
+                       window would be empty afterwards. If that is acceptable, pass --suspend-delay";
+
 impl Run {
     /// An administrator asks for a comparison.
     pub(super) fn refresh(&mut self, id: AdminId, wish: Refresh) {
         match self.part {
             Part::Primary(_) => self.refresh_there(id, &wish),
+            Part::Shadow(_) if wish.peer.is_some() => self.refresh_there(id, &wish),
             Part::Shadow(_) => {
                 let begun = self.begin_refresh(&wish);
                 self.answer(id, begun);
@@ -57,6 +62,12 @@ impl Run {
         if self.compare.asked.is_some() {
             return self.answer(id, Err((Refusal::Busy, "it is being asked for already".into())));
         }
+        if matches!(self.part, Part::Shadow(_)) && self.cfg.apply_delay > 0 {
+            if !wish.suspend_delay {
+                return self.answer(id, Err((Refusal::Busy, EMPTIES.into())));
+            }
+            self.compare.lent = Some(link);
+        }
         self.compare.asked = Some((id, link));
         let Refresh { quick, verify, rate, in_place, suspend_delay, .. } = *wish;
         self.say(link, Compare::Begin { quick, verify, rate, in_place, suspend_delay });
@@ -64,7 +75,9 @@ impl Run {
 
     /// An administrator wants the job to end.
     pub(super) fn refresh_stop(&mut self, id: AdminId) {
-        if let Part::Primary(_) = self.part {
+        let here = self.running_job().is_some();
+        let told_of = self.compare.told.is_some();
+        if matches!(self.part, Part::Primary(_)) || (!here && told_of) {
             let running = |s: &RefreshStatus| matches!(s.state.as_str(), "Running" | "Waiting");
             let named = self.compare.told.as_ref().filter(|s| running(s)).map(|s| s.shadow.clone());
             let link = named.and_then(|name| {
@@ -79,7 +92,7 @@ impl Run {
                 None => self.answer(id, Err((Refusal::Busy, "no comparison is under way".into()))),
             };
         }
-        if self.running_job().is_none() {
+        if !here {
             return self.answer(id, Err((Refusal::Busy, "no comparison is under way".into())));
         }
         self.end_job("Stopped", Some("an administrator stopped it".into()));
@@ -89,7 +102,9 @@ impl Run {
     /// The histories have parted, so a comparison would say nothing: whose, and what to do.
     fn apart(&self, peer: Option<&str>) -> Option<(Refusal, String)> {
         let meant = |name: &str| peer.is_none_or(|p| p == name);
-        let diverged = self.links.peers.iter().find(|v| v.state == "Diverged" && meant(&v.name));
+        let asked = |v: &&PeerView| peer.is_some() || !v.follows;
+        let views = self.links.peers.iter().filter(asked);
+        let diverged = views.into_iter().find(|v| v.state == "Diverged" && meant(&v.name));
         let what = match diverged {
             Some(v) => format!("the histories of {} and this node have parted", v.name),
             None if self.is_retired() => self.promoted_since(),
@@ -123,8 +138,10 @@ impl Run {
             return Err((Refusal::Busy, text));
         }
         if self.cfg.apply_delay > 0 && !wish.suspend_delay {
-            let text = "the shadow holds its image back (apply_delay), and a comparison needs it near the primary's: its \
-                        window would be empty afterwards. If that is acceptable, pass --suspend-delay";
+            return Err((Refusal::Busy, EMPTIES.into()));
+        }
+        if self.is_compared_with() {
+            let text = "a shadow that follows this one is being compared with it: wait for its end";
             return Err((Refusal::Busy, text.into()));
         }
         let cause = if wish.verify { "verify" } else { "refresh" };
@@ -194,6 +211,9 @@ impl Run {
             let text = format!("{}: identical at LSN {lsn}, {} bytes differed", status.shadow, status.differ);
             self.log(Level::Info, text);
         }
+        if !matches!(status.state.as_str(), "Running" | "Waiting") {
+            self.compare.lent.take_if(|lent| *lent == link);
+        }
         self.compare.told = Some(status);
     }
 
@@ -208,6 +228,7 @@ impl Run {
 
     /// The shadow can't do what it was asked for.
     pub(super) fn job_refused(&mut self, link: LinkId, text: String) {
+        self.compare.lent.take_if(|lent| *lent == link);
         if let Some((id, _)) = self.compare.asked.take_if(|(_, asked)| *asked == link) {
             self.answer(id, Err((Refusal::Busy, text)));
         }
@@ -215,6 +236,7 @@ impl Run {
 
     /// Answers whoever asked for a comparison when the link to its shadow is gone. Whether anything moved.
     pub(super) fn pump_refresh(&mut self) -> bool {
+        self.compare.lent.take_if(|lent| !self.links.by_id.get(lent).is_some_and(is_fed));
         if let Some((id, link)) = self.compare.asked
             && !self.links.by_id.get(&link).is_some_and(is_fed)
         {

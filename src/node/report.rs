@@ -6,7 +6,7 @@
 use super::config::NodeConfig;
 use super::links::PeerView;
 use super::run::{Part, Run};
-use super::status::{PeerStatus, SCHEMA_VERSION, Status, Verified, VolumeStatus, rfc3339};
+use super::status::{PeerStatus, RefreshStatus, SCHEMA_VERSION, Status, Verified, VolumeStatus, rfc3339};
 use crate::format::message::Role;
 use crate::format::superblock::Peer;
 use crate::units::SECONDS;
@@ -50,6 +50,7 @@ pub fn bare(cfg: &NodeConfig, state: &str, reason: Option<String>) -> Status {
         peers: vec![],
         lag: None,
         apply_delay: None,
+        primary: None,
         verified: None,
         unrepaired_bytes: 0,
         refresh: None,
@@ -97,29 +98,44 @@ impl Run {
             peers: self.links.peers.iter().map(|p| self.peer(p)).collect(),
             lag: self.lag(),
             apply_delay: self.delay_status(),
+            primary: self.primary_status(),
             verified: sb.verified.as_ref().filter(|_| sb.role == Role::Shadow).map(Verified::from),
             unrepaired_bytes: sb.unrepaired,
             view: self.view_status(),
-            refresh: self.compare.job.as_ref().map(|j| &j.status).or(self.compare.told.as_ref()).cloned(),
+            refresh: self.last_comparison().cloned(),
             ..bare(&self.cfg, "", None)
         }
     }
 
+    /// The newest comparison, of this node or of one that it feeds.
+    fn last_comparison(&self) -> Option<&RefreshStatus> {
+        let own = self.compare.job.as_ref().map(|j| &j.status);
+        own.into_iter().chain(self.compare.told.as_ref()).max_by_key(|s| s.job)
+    }
+
     fn peer(&self, p: &PeerView) -> PeerStatus {
-        let behind = |lsn| match &self.part {
-            Part::Primary(_) => self.links.timeline.behind(lsn),
-            Part::Shadow(_) => None,
+        let late = |lsn| match &self.part {
+            Part::Primary(_) => {
+                self.links.timeline.behind(lsn).map_or((0, 0, 0), |(records, bytes, since)| {
+                    (records, bytes, self.now.wall.saturating_sub(since))
+                })
+            }
+            Part::Shadow(_) if p.follows => self.lag_of_follower(lsn),
+            Part::Shadow(_) => (0, 0, 0),
         };
-        let late = |lsn| behind(lsn).map_or(0, |(.., since)| self.now.wall.saturating_sub(since));
-        let (lag_records, lag_bytes, _) = behind(p.applied).unwrap_or((0, 0, 0));
+        let (lag_records, lag_bytes, unapplied) = late(p.applied);
+        let away = p.node.filter(|n| matches!(p.state, "Disconnected" | "Resync") && !self.links.is_live(*n));
+        let through = away.and_then(|n| self.fed_through(n));
         let known = self.meta.sb.peers.iter().find(|k| Some(k.node) == p.node);
         let seconds = |ns: u64| ns as f64 / SECONDS as f64;
         // What is not even durable there is not held back on purpose.
-        let lag = late(p.applied).saturating_sub(p.apply_delay).max(late(p.durable));
+        let lag = unapplied.saturating_sub(p.apply_delay).max(late(p.durable).2);
+        // What a silent primary has sealed since is unknown, here and there.
+        let lag = lag.max(self.silence().filter(|_| p.follows).unwrap_or(0));
         PeerStatus {
             name: p.name.clone(),
-            state: p.state.into(),
-            reason: p.reason.clone(),
+            state: if through.is_some() { "Disconnected" } else { p.state }.into(),
+            reason: through.map(|name| format!("it is fed through {name}")).or_else(|| p.reason.clone()),
             rival: p.is_rival(),
             sync: p.node.is_some_and(|n| self.meta.sb.sync_set.contains(&n)),
             received_lsn: p.received.0,
@@ -133,6 +149,8 @@ impl Run {
             round_trip_seconds: p.clock.round_trip().map(seconds),
             sent_bytes: p.sent_bytes,
             fork_lsn: p.fork.filter(|_| p.state == "Diverged" || self.is_retired()).map(|lsn| lsn.0),
+            source: self.is_source(p).then(|| if self.is_cascaded() { "shadow" } else { "primary" }.into()),
+            follower: matches!(self.part, Part::Shadow(_)) && p.follows,
             verified: known.and_then(|k| k.verified.as_ref()).map(Verified::from),
         }
     }
@@ -193,7 +211,9 @@ impl Run {
                     );
                     return ("Diverged", Some(why), action);
                 }
-                let resync = self.links.peers.iter().find(|v| matches!(v.state, "Resync" | "Diverged"));
+                let through = |v: &PeerView| v.node.is_some_and(|n| self.fed_through(n).is_some());
+                let needs = |v: &&PeerView| v.state == "Diverged" || (v.state == "Resync" && !through(v));
+                let resync = self.links.peers.iter().find(needs);
                 let action = match resync {
                     Some(v) if v.state == "Resync" => format!("{} needs a resync", v.name),
                     Some(v) => format!(
@@ -238,7 +258,10 @@ impl Run {
     /// The shadow that is away and without which a write finds no room in the journal.
     fn waits_for_room(&self) -> Option<String> {
         let Part::Primary(p) = &self.part else { return None };
-        let away = |k: &&Peer| !k.behind && k.durable < self.links.checkpoint && !self.links.is_live(k.node);
+        let away = |k: &&Peer| {
+            let behind = !k.behind && k.durable < self.links.checkpoint;
+            behind && !self.links.is_live(k.node) && self.fed_through(k.node).is_none()
+        };
         let slowest = self.meta.sb.peers.iter().filter(away).min_by_key(|k| k.durable)?;
         (p.starved && self.journal.room() < ROOM).then(|| slowest.name.clone())
     }
@@ -288,18 +311,22 @@ impl Run {
             let action = format!("mend that, then: volrep refresh {}", self.cfg.group_name);
             return ("Outdated", Some(format!("the resync stopped: {why}")), action);
         }
-        if let Some(v) = self.links.peers.iter().find(|v| v.state == "Diverged") {
+        if let Some(v) = self.links.above().find(|v| v.state == "Diverged") {
             let why = format!("{}: {}", v.name, v.reason.as_deref().unwrap_or("the histories differ"));
             return ("Diverged", Some(why), self.to_rejoin());
         }
-        if let Some(v) = self.links.peers.iter().find(|v| v.state == "Resync") {
+        if let Some(v) = self.links.above().find(|v| v.state == "Resync") {
             let action = "a resync is needed: join this node anew".to_owned();
             return ("Outdated", v.reason.clone(), action);
         }
         if self.links.receiving().is_none() {
-            let why = self.links.peers.iter().find_map(|v| v.reason.clone());
+            let why = self.links.above().find_map(|v| v.reason.clone());
             let why = why.unwrap_or_else(|| "no link to the primary".into());
             return ("Outdated", Some(why), "check the primary and the link to it".into());
+        }
+        if let Some(name) = self.cascade_source().filter(|_| !self.hears_primary()) {
+            let why = format!("{name}, which feeds this node, has no link to the primary");
+            return ("Outdated", Some(why), format!("check the primary and the link of {name} to it"));
         }
         let Some(heard) = self.links.heard_of_primary else {
             let why = "the primary has not said yet where it is".to_owned();

@@ -154,7 +154,7 @@ impl Run {
         }
         let retired = self.meta.sb.retired.is_some() || self.is_retiring();
         let shadow = self.meta.sb.role == Role::Shadow;
-        let apart = |v: &&PeerView| if shadow { v.state == "Diverged" } else { v.is_rival() };
+        let apart = |v: &&PeerView| if shadow { v.state == "Diverged" && !v.follows } else { v.is_rival() };
         let others: Vec<&str> = self.links.peers.iter().filter(apart).map(|v| v.name.as_str()).collect();
         if let Some(keep) = keep {
             self.check_kept(keep, &others)?;
@@ -260,7 +260,7 @@ impl Run {
 
     /// Whose history a shadow's differs from: the only one that it can mean without an administrator's word.
     fn followed(&self, shadow: bool) -> Option<&PeerView> {
-        let mut diverged = self.links.peers.iter().filter(|v| shadow && v.state == "Diverged");
+        let mut diverged = self.links.above().filter(|v| shadow && v.state == "Diverged");
         diverged.next().filter(|_| diverged.next().is_none())
     }
 

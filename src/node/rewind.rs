@@ -353,6 +353,12 @@ impl Run {
     fn name_cut(&mut self, at: &Tail) -> Ticket {
         self.tell_given_up(at.point.lsn, "promoted as of this record");
         self.become_primary();
+        // Whoever was fed beyond holds what is no history any more.
+        for fed in &mut self.links.peers {
+            for position in [&mut fed.received, &mut fed.durable, &mut fed.applied] {
+                *position = (*position).min(at.point.lsn);
+            }
+        }
         let sb = &mut self.meta.sb;
         sb.cut = Some(at.point);
         sb.generation = at.generation;
@@ -378,6 +384,7 @@ impl Run {
                 self.feed.clear();
                 self.backlog.cut(lsn);
                 self.image.journal_cut();
+                self.restart_timeline(&Tail { time: self.links.timeline.time_of(lsn), ..r.tail });
                 self.update_keep();
                 // It is durable that this is the primary: nothing more is waited for.
                 let ticket = self.meta.save(false);

@@ -128,6 +128,7 @@ impl Run {
         run.begin_timeline();
         run.find_stage();
         run.take_up_comparison();
+        run.links.chain.since = now.mono;
         let role = if run.meta.sb.role == Role::Primary { "primary" } else { "shadow" };
         run.tell(Happening::Started { role: role.into() });
         if let Some(cut) = run.meta.sb.cut {
@@ -205,6 +206,7 @@ impl Run {
             self.wake_at(at);
         }
         self.pump_marks();
+        moved |= self.pump_cascade();
         moved |= self.pump_links();
         moved |= self.pump_asking();
         moved |= self.pump_refresh();

@@ -12,7 +12,6 @@ use crate::disk::Memory;
 use crate::format::message::{Role, refuse};
 use crate::format::record::{Encoded, Kind, Stamp, encode_note, flags, seal};
 use crate::journal::{Tail, tail_of};
-use crate::link::lag::Sample;
 use crate::role;
 use crate::units::{BootId, Lsn, MILLIS, Term};
 use std::collections::VecDeque;
@@ -238,9 +237,8 @@ impl Run {
         }
         self.marks.appended(&record, Some(s.job));
         p.appended(tail_of(&record), self.now.mono);
-        let bytes = self.links.bytes_before + self.journal.bytes();
         // By the own clock: the record's own time may be that of an earlier primary, whose clock was ahead.
-        self.links.timeline.push(Sample { lsn: record.stamp.lsn, time: self.now.wall, bytes });
+        self.note_sample(record.stamp.lsn, self.now.wall);
         self.links.record_bytes += record.wire_len();
         self.feed.push(record, self.journal.written());
     }

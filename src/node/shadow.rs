@@ -155,6 +155,11 @@ impl Shadow {
         !self.held.is_empty()
     }
 
+    /// Bytes that the next record takes which is here and not in the journal.
+    pub(super) fn next_held(&self) -> Option<u64> {
+        self.held.front().map(Record::padded_len)
+    }
+
     /// The journal is about to be cut back: nothing goes from it into the image.
     pub fn is_cutting(&self) -> bool {
         self.cut.is_some()
@@ -251,6 +256,7 @@ impl Run {
                 self.tell_generation(record.stamp.generation, lsn.prev());
             }
             self.links.record_bytes += record.wire_len();
+            self.note_sample(lsn, time);
             self.feed.push(record, self.journal.written());
             moved = true;
         }
@@ -393,6 +399,7 @@ impl Run {
                 self.feed.clear();
                 self.backlog.cut(at.lsn);
                 self.image.journal_cut();
+                self.restart_timeline(&r.tail);
                 self.update_keep();
                 self.log(
                     Level::Info,
@@ -406,13 +413,6 @@ impl Run {
             }
             Outcome::Stopped(text) => self.fail(text),
         }
-    }
-
-    /// For how long the primary has missed its heartbeats, ns; none while they arrive.
-    pub(super) fn silence(&self) -> Option<u64> {
-        let heard = self.links.view(self.links.primary()?)?.heard?;
-        let silent = self.now.mono.saturating_sub(heard);
-        (silent > 2 * self.cfg.timing.heartbeat).then_some(silent)
     }
 
     /// Since when the oldest record that is not durable here is sealed, ns: that is not held back on purpose.

@@ -63,13 +63,16 @@ pub struct Status {
     pub written_bytes: u64,
     /// Bytes of records since the start, as they go over each link.
     pub record_bytes: u64,
-    /// One per peer. On a primary: its shadows; on a shadow: its primary.
+    /// One per peer. On a primary: its shadows; on a shadow: its primary, and the shadows that follow it.
     pub peers: Vec<PeerStatus>,
     /// On a shadow: its lag behind its primary, measured here.
     pub lag: Option<Lag>,
     /// On a shadow that holds its image back: that.
     #[serde(default)]
     pub apply_delay: Option<DelayStatus>,
+    /// On a shadow: what is known of the primary, which it may follow through other shadows.
+    #[serde(default)]
+    pub primary: Option<PrimaryStatus>,
     /// On a shadow: when it was last proved identical, RFC 3339, and at which LSN; not yet: null.
     pub verified: Option<Verified>,
     /// On a shadow: bytes that the last comparison found to differ, and that nobody has repaired.
@@ -80,6 +83,19 @@ pub struct Status {
     pub view: Option<ViewStatus>,
     /// What the administrator should do now; "none" most of the time.
     pub action: String,
+}
+
+/// The primary, as a shadow knows it.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+pub struct PrimaryStatus {
+    /// Its name, if that was told since the start.
+    pub name: Option<String>,
+    /// It is connected here, or to the shadow through which it is followed.
+    pub connected: bool,
+    /// Seconds since it was heard, here or by that shadow; null if never since the start.
+    pub heard_seconds_ago: Option<f64>,
+    /// The shadow through which it is followed.
+    pub through: Option<String>,
 }
 
 /// A view of a shadow.
@@ -278,7 +294,13 @@ pub struct PeerStatus {
     /// The histories have parted: the last LSN that both have; null when they have not, or nobody can tell.
     #[serde(default)]
     pub fork_lsn: Option<u64>,
-    /// On a primary: when that shadow was last proved identical, as it told; not yet: null.
+    /// On a shadow: its records come from this peer, or came last, and it was then the "primary" or a "shadow".
+    #[serde(default)]
+    pub source: Option<String>,
+    /// On a shadow: that shadow follows this one.
+    #[serde(default)]
+    pub follower: bool,
+    /// On the node that it follows: when that shadow was last proved identical, as it told; not yet: null.
     pub verified: Option<Verified>,
 }
 

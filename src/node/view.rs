@@ -550,6 +550,9 @@ impl Run {
         if !self.view_holds() || !due || used <= size / 4 * 3 || self.links.checkpoint < applied {
             return false;
         }
+        if self.leave_behind() {
+            return true; // those who follow this shadow have held them, too
+        }
         self.fail_view("the journal here is full of records that wait for it".into());
         true
     }

@@ -149,8 +149,31 @@ fn join_creates_a_shadow() {
     let read = |place: &Place, name: &str| std::fs::read_to_string(place.config().join(name)).unwrap();
     assert_eq!(read(&primary, "g.key"), read(&shadow, "g.key"));
     assert!(read(&shadow, "g.toml").contains("address = \"127.0.0.1:7654\""));
-    shadow.run(&["token", "g"]).expect(11, &["shadow here", "on the primary"]);
     shadow.run(&["serve", "g", "--dry-run"]).expect(0, &[]);
+    // A shadow of the shadow; this one has to be reached for that.
+    shadow.run(&["token", "g"]).expect(1, &["listens nowhere"]);
+    let near = shadow.run(&["token", "g", "--address", "db2:7655", "--json"]);
+    let near = near.expect(0, &["db2 is a shadow", "through it"]).json();
+    assert_eq!((near["cascade"].as_bool(), near["primary"].as_str()), (Some(true), Some("db2")));
+    let far = Place::new();
+    let words = [
+        "--node",
+        "db3",
+        "--listen",
+        "none",
+        "--journal-size",
+        "8M",
+        "--volume",
+        "wal=w",
+        "--volume",
+        "data=d",
+    ];
+    far.run(&[&["join", near["token"].as_str().unwrap()], &words[..]].concat()).expect(0, &[]);
+    let config = read(&far, "g.toml");
+    assert!(
+        config.contains("name = \"db2\"\naddress = \"db2:7655\"") && config.contains("\ncascade = true\n")
+    );
+    assert!(!read(&shadow, "g.toml").contains("\ncascade = true\n"));
 }
 
 #[test]

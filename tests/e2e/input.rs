@@ -286,7 +286,16 @@ fn strangers_on_the_sockets_do_no_harm() {
     load(300);
     let before = pair.primary.daemon().resident();
     let frame = |m: Message| m.encode().head.to_vec();
-    let good = frame(Message::Heartbeat { wall: 1, echo: 0, tail: volrep::units::Lsn(1), time: 1, bytes: 1 });
+    let good = frame(Message::Heartbeat {
+        wall: 1,
+        echo: 0,
+        tail: Some(volrep::units::Lsn(1)),
+        time: 1,
+        bytes: 1,
+        silent: 0,
+        live: true,
+        feeds: vec![],
+    });
     let mut huge = good[..FRAME].to_vec();
     huge[..4].fill(0xFF);
     let mut noise = vec![0; 1 << 20];

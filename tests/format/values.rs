@@ -201,6 +201,9 @@ pub fn identity() -> Identity {
         resyncing: true,
         rewinds: true,
         apply_delay: 0x0b0c,
+        cascades: false,
+        sources: vec![NodeId(0x0d01), NodeId(0x0d02)],
+        primary: "db0".into(),
     }
 }
 
@@ -230,7 +233,16 @@ pub fn messages() -> Vec<(&'static str, Message)> {
         ),
         (
             "heartbeat",
-            Message::Heartbeat { wall: 0x0b01, echo: 0x0b02, tail: Lsn(0x0b03), time: 0x0b04, bytes: 0x0b05 },
+            Message::Heartbeat {
+                wall: 0x0b01,
+                echo: 0x0b02,
+                tail: Some(Lsn(0x0b03)),
+                time: 0x0b04,
+                bytes: 0x0b05,
+                silent: 0x0b06,
+                live: true,
+                feeds: vec![NodeId(0x0b07)],
+            },
         ),
         ("resync", Message::Resync { since: Some(point(18)) }),
         ("candidates", Message::Candidates { extents: vec![extent(0, 128, 256), extent(3, 0, 1)] }),

@@ -49,6 +49,9 @@ impl World {
     /// Flips bits on the disk of a shadow, behind everybody's back.
     pub fn spoil(&mut self, node: usize) {
         let viewed = self.hosts[node].view.is_some();
+        if !self.plan.topology.may_rot(node) {
+            return;
+        }
         if self.plan.promotion.is_some() || self.plan.ambush > 0 || self.plan.moves || viewed {
             return; // who is promoted has to live with it, and so has who looks at it
         }
@@ -77,7 +80,7 @@ impl World {
         let rate = if rng.permille(200) { rng.log(1 << 20, 1 << 30) } else { 0 };
         let suspend_delay = rng.permille(800);
         let wish = Refresh { quick, verify, rate, suspend_delay, ..Refresh::default() };
-        self.ask(node, AdminOp::Refresh(wish), Purpose::Refresh)
+        self.ask_refresh(node, wish)
     }
 
     /// Once everything is quiet, whoever was spoilt is refreshed; whether all are.
@@ -107,7 +110,7 @@ impl World {
             if !running {
                 self.hosts[node].rot.before = Some(known);
                 let wish = Refresh { suspend_delay: true, ..Refresh::default() };
-                self.ask(node, AdminOp::Refresh(wish), Purpose::Refresh)?;
+                self.ask_refresh(node, wish)?;
             }
         }
         Ok(all)

@@ -36,17 +36,42 @@ pub struct Heard {
 impl World {
     /// A message of the primary to a shadow is read there.
     pub fn heard_tail(&mut self, node: usize, from: usize, message: &Message) {
+        let tail = if let Message::Heartbeat { tail, .. } = message { tail.map(|lsn| lsn.0) } else { None };
         // One that was replaced is still the primary of those who have not heard of it.
         if self.hosts[from].watch.is_primary() {
             self.hosts[node].watch.heard_at = self.now;
+        } else if let Some(tail) = tail {
+            return self.heard_through(node, from, tail);
         }
         if from != self.scenario.primary {
             return;
         }
         let incarnation = self.hosts[from].incarnation;
+        if let Some(tail) = tail {
+            self.hosts[node].watch.heard_tail = Some(Heard { incarnation, from, tail });
+        }
+    }
+
+    /// A shadow tells another one what it knows of the primary.
+    fn heard_through(&mut self, node: usize, from: usize, tail: u64) {
+        let fed = |s: &Status| s.peers.iter().any(|p| p.name == self.hosts[node].config.name && p.follower);
+        if !self.hosts[from].status.as_ref().is_some_and(|s| fed(s)) {
+            return; // it tells where itself is
+        }
+        let told = &self.hosts[from].watch;
+        let (at, heard) = (told.heard_at, told.passed_on.get(&tail).copied());
         let watch = &mut self.hosts[node].watch;
-        if let Message::Heartbeat { tail, .. } = message {
-            watch.heard_tail = Some(Heard { incarnation, from, tail: tail.0 });
+        watch.heard_at = watch.heard_at.max(at);
+        if let Some(heard) = heard {
+            watch.heard_tail = Some(Heard { tail, ..heard });
+        }
+    }
+
+    /// A node says where it is, or where its primary is.
+    pub fn told_tail(&mut self, node: usize, tail: u64) {
+        let watch = &mut self.hosts[node].watch;
+        if let Some(heard) = watch.heard_tail {
+            watch.passed_on.entry(tail).or_insert(heard);
         }
     }
 
@@ -93,6 +118,7 @@ impl World {
             let told = p.peers.iter().find(|q| q.name == host.config.name);
             let told = told.filter(|q| matches!(q.state.as_str(), "UpToDate" | "CatchingUp"));
             self.check_lag_here(primary, node, &s, late)?;
+            self.check_followers(node, &s)?;
             if let Some(told) = told {
                 // Of what another process has sealed it knows the segments' times alone, and they are of another clock.
                 let own = own
@@ -104,6 +130,24 @@ impl World {
                 let undurable = self.true_lag(primary, &p, node, s.durable_lsn).map_or(0, |(late, ..)| late);
                 let late = late.saturating_sub(meant).max(undurable);
                 self.check_lag_there(node, &s, told, (late, lacks), jumps || !own)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What a shadow tells of those that it feeds, who have what they have told and no less.
+    fn check_followers(&mut self, node: usize, s: &Status) -> Outcome {
+        for told in s.peers.iter().filter(|p| p.follower && p.state == "UpToDate") {
+            let Some(host) = self.hosts.iter().find(|h| h.config.name == told.name) else { continue };
+            let Some(f) = host.status.clone().filter(|f| follows(f) && host.node.is_some()) else { continue };
+            self.counts.check("I5 lag");
+            let lacks = s.tail_lsn.saturating_sub(f.applied_lsn);
+            if told.applied_lsn > f.applied_lsn || told.lag_records < lacks {
+                let text = format!(
+                    "{node} tells that {} has applied {} and lags {} records; it has applied {} and lags {lacks}",
+                    told.name, told.applied_lsn, told.lag_records, f.applied_lsn
+                );
+                return broken("I5", text);
             }
         }
         Ok(())
@@ -151,7 +195,9 @@ impl World {
         let silent = self.now - self.hosts[node].watch.heard_at;
         let ns = (lag.seconds * SECONDS as f64) as u64;
         let slack = 100 * MILLIS;
-        if silent > 2 * self.plan.timing.heartbeat + slack && late >= silent && ns + slack < silent {
+        // Who is between tells it with a beat of his own.
+        let hops = if s.primary.as_ref().is_some_and(|p| p.through.is_some()) { 2 } else { 1 };
+        if silent > 2 * hops * self.plan.timing.heartbeat + slack && late >= silent && ns + slack < silent {
             let text = format!("{node} tells a lag of {ns} ns, and has heard nothing for {silent}");
             return broken("I5", text);
         }

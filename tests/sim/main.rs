@@ -10,6 +10,7 @@
 //! and the command that repeats it.
 
 mod bare_journal;
+mod cascade;
 mod compare;
 mod content;
 mod coverage;

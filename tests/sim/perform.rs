@@ -48,7 +48,7 @@ fn digest(message: &Message) -> (u64, u64) {
         Message::Positions { received, durable, applied } => {
             (8, received.0 << 40 ^ durable.0 << 20 ^ applied.0)
         }
-        Message::Heartbeat { tail, .. } => (9, tail.0),
+        Message::Heartbeat { tail, .. } => (9, tail.map_or(0, |t| t.0)),
         Message::Resync { since } => (10, since.map_or(0, |p| p.lsn.0)),
         Message::Candidates { extents } => (11, extents.len() as u64),
         Message::Rebase { at, .. } => (12, at.point.lsn.0),
@@ -501,7 +501,11 @@ impl World {
             Purpose::Refresh | Purpose::Rejoin | Purpose::ViewClose | Purpose::Mark | Purpose::Detach => {
                 return Ok(());
             }
-            Purpose::Shutdown if self.hosts[node].watch.faulted => {
+            // Told to give its place up meanwhile.
+            Purpose::Shutdown
+                if self.hosts[node].watch.faulted
+                    || self.scenario.is_promoted() && text.contains("no longer the primary") =>
+            {
                 let incarnation = self.hosts[node].incarnation;
                 self.after(0, Coming::Granted { node, incarnation, purpose });
                 return Ok(());

@@ -3,6 +3,7 @@
 //! Owns: the swarm: each seed has its own mix, most features off in most seeds, so that their
 //! combinations are met. Invariant: a plan depends on its seed alone.
 
+use crate::cascade::Topology;
 use crate::prng::Prng;
 use volrep::node::config::{FullPolicy, Timing};
 use volrep::units::{MICROS, MILLIS, SECONDS};
@@ -208,6 +209,8 @@ pub struct Plan {
     pub moves: bool,
     /// How long shadows hold their images back, ns.
     pub apply_delay: u64,
+    /// The third node's, if it has one of its own.
+    pub far_delay: Option<u64>,
     /// The promotion is as of an earlier record, mostly.
     pub rewind: bool,
     /// How many of the steps of such a promotion are followed by a death, in thousandths.
@@ -221,6 +224,8 @@ pub struct Plan {
     pub double: bool,
     /// After so many requests the primary is copied, and after so many put back to the copy.
     pub rollback: Option<(u64, u64)>,
+    /// Who follows whom.
+    pub topology: Topology,
     /// Slowest disk write, ns.
     pub disk_write: u64,
     /// Slowest sync, ns.
@@ -357,11 +362,13 @@ impl Plan {
             promotion,
             moves,
             apply_delay,
+            far_delay: None,
             rewind,
             ambush_promotion: rng.pick(&[0, 50, 200, 500]),
             rejoin: rng.permille(700),
             double: rng.permille(700),
             rollback: None,
+            topology: Topology::Star,
             disk_write: rng.log(50 * MICROS, 20 * MILLIS),
             disk_sync: rng.log(100 * MICROS, 50 * MILLIS),
         };
@@ -404,7 +411,72 @@ impl Plan {
             }
             plan.faults.sort_unstable();
         }
+        // From a stream of its own: seeds that draw nothing here run as they did before.
+        let rng = &mut rng.clone();
+        if plan.rollback.is_none() && rng.permille(250) {
+            plan.nodes = 3;
+            plan.topology = rng.pick(&[
+                Topology::Chain,
+                Topology::Chain,
+                Topology::Chain,
+                Topology::Either,
+                Topology::Ring,
+            ]);
+            // Whom the primary does not see can't be waited for.
+            plan.sync &= 0b010;
+            plan.draw_cascade(rng);
+            plan.draw_delays(rng);
+        }
         plan
+    }
+
+    /// What makes a shadow's image lag behind what it passes on, and comparisons with it meanwhile.
+    fn draw_cascade(&mut self, rng: &mut Prng) {
+        if rng.permille(400) && self.before[0].is_empty() {
+            self.before = [draw_extents(&self.volumes, rng), draw_extents(&self.volumes, rng)];
+            self.blank = rng.next() as u8 & 0xfe;
+        }
+        if rng.permille(600) {
+            let kinds = [Fault::Refresh, Fault::Quick, Fault::Verify, Fault::SlowDisk, Fault::View];
+            let requests = self.mix.requests;
+            let count = rng.within(4, 16);
+            self.faults.extend((0..count).map(|_| (rng.within(1, requests), rng.pick(&kinds))));
+            let closed = rng.within(0, 2);
+            self.faults.extend((0..closed).map(|_| (rng.within(1, requests), Fault::ViewClose)));
+            self.faults.sort_unstable();
+        }
+    }
+
+    /// A near shadow that holds its image back, or a far one, each for a time of its own.
+    fn draw_delays(&mut self, rng: &mut Prng) {
+        let drawn = |rng: &mut Prng, rewind| match rewind {
+            true => rng.log(300 * MILLIS, 10 * SECONDS),
+            false => rng.log(10 * MILLIS, 5 * SECONDS),
+        };
+        let other = rng.permille(400) && self.promotion.is_some();
+        self.rewind |= other;
+        if rng.permille(if other { 1000 } else { 350 }) {
+            self.apply_delay = drawn(rng, self.rewind);
+        }
+        self.far_delay = match rng.below(4) {
+            0 | 1 => Some(0),
+            2 => Some(drawn(rng, self.rewind)),
+            _ => None,
+        };
+        if other {
+            let count = rng.within(1, 8);
+            self.faults.extend((0..count).map(|_| (rng.within(1, self.mix.requests), Fault::Mark)));
+            self.faults.sort_unstable();
+        }
+    }
+
+    /// How long a node holds its image back.
+    pub fn delay_of(&self, node: usize) -> u64 {
+        match node {
+            0 => 0,
+            2 => self.far_delay.unwrap_or(self.apply_delay),
+            _ => self.apply_delay,
+        }
     }
 
     /// An old primary that comes back finds the promoted one in time.

@@ -13,6 +13,7 @@ pub fn splitmix(state: &mut u64) -> u64 {
 }
 
 /// A stream of random numbers.
+#[derive(Clone)]
 pub struct Prng([u64; 4]);
 
 impl Prng {

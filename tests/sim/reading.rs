@@ -121,7 +121,7 @@ impl World {
             return broken("I5", format!("promoted without {applied:?}, which it had reported as applied"));
         }
         self.check_rewound(node, tail)?;
-        if self.hosts[node].watch.cut.is_some() {
+        if self.hosts[node].watch.cut.is_some() || self.hosts[node].watch.second {
             return Ok(()); // that was promised, and is given up
         }
         self.counts.check("I4");

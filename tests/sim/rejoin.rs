@@ -74,7 +74,10 @@ impl World {
     /// The other node was promoted over this one, which has heard of it.
     pub fn is_outranked(&self, node: usize) -> bool {
         let watch = &self.hosts[node].watch;
-        self.scenario.other.is_some_and(|other| other != node) && watch.heard_term > watch.acting_term
+        // It may have lost the conflict already.
+        let lost = self.scenario.is_promoted() && node != self.scenario.primary;
+        let rival = self.scenario.other.is_some_and(|other| other != node);
+        (rival || lost) && watch.heard_term > watch.acting_term
     }
 
     /// Somebody else promotes the other shadow at the same time.

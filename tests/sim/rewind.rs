@@ -26,11 +26,12 @@ impl World {
         self.name_record(node, (from, to), how)
     }
 
-    /// Whether `point` is what `at` means in this node's journal, of what was there at time `asked`.
-    pub fn is_meant(&self, node: usize, at: &At, point: HistoryPoint, asked: u64) -> bool {
+    /// Whether `point` is what `at` means in this node's journal, of what was there at time `asked`, up to `tail`.
+    pub fn is_meant(&self, node: usize, at: &At, point: HistoryPoint, (asked, tail): (u64, u64)) -> bool {
         let watch = &self.hosts[node].watch;
         let time = self.history.get(point.hash).map_or(0, |e| e.time);
         let next = watch.at(point.lsn.0 + 1, self.history.origin);
+        let next = next.filter(|_| point.lsn.0 < tail);
         let next = next.filter(|_| watch.received.get(&(point.lsn.0 + 1)).is_some_and(|at| *at < asked));
         let next = next.and_then(|h| self.history.get(h)).filter(|e| e.prev == point.hash);
         match at {
@@ -63,7 +64,7 @@ impl World {
     pub fn promotion_step(&mut self, node: usize) {
         let target = self.plan.promotion.map(|(.., target)| target);
         let due = self.scenario.phase() == Phase::Promote && self.scenario.is_asked();
-        if !due || target != Some(node) || self.plan.apply_delay == 0 {
+        if !due || target != Some(node) || self.plan.delay_of(node) == 0 {
             return;
         }
         if self.scenario.rng.permille(self.plan.ambush_promotion) && self.scenario.strikes() {
@@ -73,7 +74,7 @@ impl World {
 
     /// A superblock is about to say that this node is the primary: perhaps it never does.
     pub fn promotion_named(&mut self, node: usize) {
-        let due = self.scenario.phase() == Phase::Promote && self.plan.apply_delay > 0;
+        let due = self.scenario.phase() == Phase::Promote && self.plan.delay_of(node) > 0;
         if due && self.scenario.rng.permille(2 * self.plan.ambush_promotion) && self.scenario.strikes() {
             self.fall_within(node, 30 * MICROS);
         }
@@ -101,7 +102,7 @@ impl World {
             return broken("I5", format!("is cut back to {cut:?}, before {applied:?}, which it had applied"));
         }
         let wanted = self.scenario.wanted.as_ref();
-        if !wanted.is_some_and(|at| self.is_meant(node, at, cut, u64::MAX)) {
+        if !wanted.is_some_and(|at| self.is_meant(node, at, cut, (u64::MAX, u64::MAX))) {
             return broken(
                 "cut",
                 format!("{:?} was asked for, it is cut back to {cut:?}", self.scenario.wanted),

@@ -310,7 +310,9 @@ impl World {
     /// A process is gone.
     pub fn process_gone(&mut self, node: usize, power: bool) {
         self.work.forget(node);
-        if self.scenario.phase == Phase::Promote {
+        if self.scenario.phase == Phase::Promote
+            && self.plan.promotion.is_some_and(|(.., target)| target == node)
+        {
             self.scenario.asked = false;
         }
         if node == self.scenario.primary {
@@ -539,7 +541,7 @@ impl World {
             let Some(s) = &self.hosts[n].status else {
                 return false;
             };
-            let known = p.peers.iter().any(|q| q.name == self.hosts[n].config.name && q.state == "UpToDate");
+            let known = self.is_fed(n);
             let current = s.state == "UpToDate" && s.applied_lsn == p.tail_lsn && known;
             current || (!joining && self.excused(s))
         })

@@ -7,6 +7,7 @@
 //! `--sweep` runs an even sample of all cases, `--sweep-all` every one, `--sweep-one NAME:NODE:KIND:N:MODE` a
 //! single one in every detail.
 
+use crate::cascade::Topology;
 use crate::disk::Fault as DiskFault;
 use crate::plan::{Fault, Loss, Mix, Plan};
 use crate::prng::Prng;
@@ -79,7 +80,7 @@ impl Sweep {
 type Scenario = (&'static str, fn(&mut Plan));
 
 /// Each begins with the start of the nodes, their joining, and ends with everything at rest.
-const SCENARIOS: [Scenario; 13] = [
+const SCENARIOS: [Scenario; 15] = [
     ("write", |_| {}),
     ("checkpoint", |p| (p.timing.checkpoint_after, p.timing.write_back_after) = (MILLIS, 200 * MICROS)),
     ("recycling", |p| {
@@ -108,6 +109,15 @@ const SCENARIOS: [Scenario; 13] = [
     }),
     ("restart", |p| {
         p.faults = vec![(6, Fault::RestartPrimary), (14, Fault::RestartShadow), (18, Fault::Mark)]
+    }),
+    ("cascade", |p| {
+        (p.nodes, p.topology, p.faults) = (3, Topology::Chain, vec![(10, Fault::Refresh)]);
+        (p.blank, p.before) = (3, [vec![(0, 100, 300)], vec![(0, 200, 900)]]);
+    }),
+    ("delayed", |p| {
+        (p.nodes, p.topology, p.far_delay) = (3, Topology::Chain, Some(0));
+        (p.apply_delay, p.rewind, p.rejoin) = (500 * MILLIS, true, true);
+        p.promotion = Some((12, Loss::Power, 1));
     }),
 ];
 
@@ -151,6 +161,7 @@ fn plan(scenario: &Scenario) -> Plan {
         ambush_drain: 0,
         batch: 64 << 10,
         apply_delay: 0,
+        far_delay: None,
         rewind: false,
         ambush_promotion: 0,
         blank: 0xff,
@@ -163,6 +174,7 @@ fn plan(scenario: &Scenario) -> Plan {
         rejoin: false,
         double: false,
         rollback: None,
+        topology: Topology::Star,
         disk_write: 200 * MICROS,
         disk_sync: MILLIS,
     };

@@ -140,7 +140,7 @@ impl World {
         };
         let point = HistoryPoint { lsn: Lsn(lsn), hash };
         if let Some(at) = &seen.at {
-            if !self.is_meant(node, at, point, seen.asked) {
+            if !self.is_meant(node, at, point, (seen.asked, status.tail_lsn)) {
                 return broken("contract", format!("a view at {at:?} is open at {lsn}"));
             }
             let how = match at {

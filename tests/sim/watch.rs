@@ -58,8 +58,12 @@ pub struct Watch {
     pub heard_tail: Option<crate::late::Heard>,
     /// When it last heard anything of it.
     pub heard_at: u64,
+    /// What it knew of it when it first told so of the primary's journal.
+    pub passed_on: BTreeMap<u64, crate::late::Heard>,
     /// Its last state.
     pub state: Option<String>,
+    /// It was promoted after it had heard of another promoted node, and may have given up what that one does not hold.
+    pub second: bool,
     /// As of which record it was promoted.
     pub cut: Option<HistoryPoint>,
     /// Its process was to die while this superblock was written, by number of the process: the next one loses power.
@@ -102,7 +106,9 @@ impl Default for Watch {
             must_fail: false,
             heard_tail: None,
             heard_at: 0,
+            passed_on: BTreeMap::new(),
             state: None,
+            second: false,
             cut: None,
             slot_ambushed: None,
             detaching: None,
@@ -120,6 +126,7 @@ impl Watch {
         self.booted_at = now;
         (self.faulted, self.latched, self.stopping, self.must_fail) = (false, false, false, false);
         (self.said_applied, self.heard_tail) = (0, None);
+        self.passed_on.clear();
     }
     /// What it claimed after `lsn` is given up.
     pub fn unclaim(&mut self, lsn: u64) {
@@ -157,9 +164,23 @@ impl Watch {
             self.heard_term = self.heard_term.max(identity.term.counter);
         }
     }
+    /// What its superblock says that it is.
+    pub fn role(&self) -> Option<Role> {
+        self.place.map(|(role, ..)| role)
+    }
     /// The chain hash of an LSN in its journal.
     pub fn at(&self, lsn: u64, origin: Hash) -> Option<Hash> {
         if lsn == 0 { Some(origin) } else { self.journal.get(&lsn).copied() }
+    }
+}
+
+impl crate::world::Host {
+    /// Whether that record of its journal would outlive a power cut; `None`: it was overwritten since.
+    pub fn is_durable(&self, lsn: u64) -> Option<bool> {
+        let (at, len) = self.watch.places.get(&lsn)?;
+        let (live, durable) = (self.disk.content(File::Journal), self.disk.durable(File::Journal));
+        let (head, end) = (*at..*at + 192, at + len - 512..at + len);
+        Some(live[head.clone()] == durable[head] && live[end.clone()] == durable[end])
     }
 }
 
@@ -257,6 +278,9 @@ impl World {
         let raised = before.is_some_and(|(role, term, ..)| {
             (role, s.role) == (Role::Primary, Role::Primary) && term != s.term && s.term.node == host.id
         });
+        if before.is_some_and(|(role, ..)| role == Role::Shadow) && s.role == Role::Primary {
+            watch.second = s.term.counter > 2 && self.plan.promotion.is_some();
+        }
         if before.is_some_and(|(role, ..)| role == Role::Primary) && s.role == Role::Shadow {
             // What it wrote itself may be in its image.
             let newest = watch.journal.last_key_value().map_or(0, |(lsn, _)| *lsn);
@@ -379,8 +403,15 @@ impl World {
     /// A message is sent.
     pub fn watch_sent(&mut self, node: usize, message: &Message) -> Outcome {
         match message {
-            Message::Record(record) => self.watch_record(node, record),
+            Message::Record(record) => {
+                self.watch_record(node, record)?;
+                self.watch_passed_on(node, record)
+            }
             Message::Durable { lsn } => self.watch_claim(node, lsn.0),
+            Message::Heartbeat { tail: Some(tail), .. } => {
+                self.told_tail(node, tail.0);
+                Ok(())
+            }
             Message::Positions { received, durable, applied } => {
                 if applied > durable || durable > received {
                     return broken("I5", format!("positions out of order: {message:?}"));

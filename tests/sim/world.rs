@@ -618,8 +618,9 @@ fn config(
     };
     let peer = |p: usize| PeerConfig {
         name: NAMES[p].to_owned(),
-        dial: true,
+        dial: plan.topology.dials(n, p),
         sync: n == 0 && plan.sync & (1 << p) != 0,
+        cascade: plan.topology.cascades(n, p),
     };
     NodeConfig {
         group_name: "sim".to_owned(),
@@ -633,7 +634,7 @@ fn config(
         salt: 0,
         full: plan.full,
         accept_lost_cache: false,
-        apply_delay: if n == 0 { 0 } else { plan.apply_delay },
+        apply_delay: plan.delay_of(n),
         level: plan.level,
         feed_bytes: plan.feed,
         batch_bytes: plan.batch,

@@ -213,6 +213,9 @@ pub struct Peer {
     /// A FLUSH waits for it.
     #[serde(default)]
     pub sync: bool,
+    /// Follow it even while it is a shadow.
+    #[serde(default)]
+    pub cascade: bool,
 }
 
 impl Peer {
@@ -442,6 +445,12 @@ impl Config {
             }
             if p.dials() && p.address.is_none() {
                 return Err(format!("peer `{}`: it can't be dialled without an address", p.name));
+            }
+            if p.cascade && !p.dials() {
+                return Err(format!(
+                    "peer `{}`: it can't be followed (cascade) without being dialled",
+                    p.name
+                ));
             }
             if let Some(address) = &p.address {
                 check_address(address).map_err(|e| format!("peer `{}`: {e}", p.name))?;

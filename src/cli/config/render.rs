@@ -163,6 +163,7 @@ const PEERS: &str = r#"# The other nodes, one [[peer]] table each. A primary acc
 #   address  HOST:PORT on which it listens
 #   dial     dial it while this node is a shadow, and to ask whether it was promoted (by default if it has an address)
 #   sync     a FLUSH waits until it is durable there as well
+#   cascade  follow it even while it is a shadow itself: it passes on what its primary has
 "#;
 
 fn peer(p: &Peer) -> String {
@@ -170,7 +171,9 @@ fn peer(p: &Peer) -> String {
     let dial = p.dial.map(|d| d.to_string());
     let default = p.dials().to_string();
     let address = line("address", p.address.as_deref().map(quote), &format!("\"host:{PORT}\""));
-    writeln!(out, "{address}\n{}\nsync = {}\n", line("dial", dial, &default), p.sync).expect("memory");
+    let cascade = line("cascade", p.cascade.then(|| "true".to_owned()), "false");
+    writeln!(out, "{address}\n{}\nsync = {}\n{cascade}\n", line("dial", dial, &default), p.sync)
+        .expect("memory");
     out
 }
 

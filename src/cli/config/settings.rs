@@ -25,7 +25,12 @@ impl Config {
 
     /// What a node is told.
     pub fn node_config(&self, group: &str, key: [u8; KEY]) -> Result<NodeConfig, Failure> {
-        let peer = |p: &super::Peer| PeerConfig { name: p.name.clone(), dial: p.dials(), sync: p.sync };
+        let peer = |p: &super::Peer| PeerConfig {
+            name: p.name.clone(),
+            dial: p.dials(),
+            sync: p.sync,
+            cascade: p.cascade,
+        };
         Ok(NodeConfig {
             group_name: group.to_owned(),
             group: self.group,

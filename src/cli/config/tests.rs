@@ -20,8 +20,21 @@ fn sample() -> Config {
         device: Device { dead_after: Span(Duration::from_secs(90)) },
         volumes: vec![Volume { name: "data".into(), path: "/v/a b".into(), size: Size(1536), direct: false }],
         peers: vec![
-            Peer { name: "db2".into(), address: Some("db2.lan:7654".into()), dial: Some(false), sync: true },
-            Peer { name: "db3".into(), address: None, dial: None, sync: false },
+            Peer {
+                name: "db2".into(),
+                address: Some("db2.lan:7654".into()),
+                dial: Some(false),
+                sync: true,
+                cascade: false,
+            },
+            Peer { name: "db3".into(), address: None, dial: None, sync: false, cascade: false },
+            Peer {
+                name: "db4".into(),
+                address: Some("db4:1".into()),
+                dial: None,
+                sync: false,
+                cascade: true,
+            },
         ],
         timing: TimingOverrides {
             seal_after: Some(Span(Duration::from_micros(1500))),
