@@ -149,7 +149,12 @@ impl Run {
                 self.welcome(link, nonce, Verdict::Diverged(parted.unwrap_or(at)));
             }
             Decision::Refuse(why) => {
-                self.set_peer(link, "Disconnected", Some(why.into()));
+                // A primary that asks a shadow who is the primary takes nothing back of what it is known to hold.
+                let asks =
+                    own.role == Role::Shadow && hello.role == Role::Primary && term == TermOrder::Equal;
+                if !(asks && self.links.peer_of(link).is_some_and(|p| p.state == "Diverged")) {
+                    self.set_peer(link, "Disconnected", Some(why.into()));
+                }
                 self.send(link, refuse(why));
                 self.drop_link(link, why);
             }
