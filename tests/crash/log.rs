@@ -67,6 +67,8 @@ pub enum Mark {
     GivingUp,
     /// A refresh has told that it is done.
     Repaired,
+    /// Everything was read.
+    Read,
 }
 
 /// A file or a directory, as it is.

@@ -15,7 +15,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 /// Where Debian has the server.
-pub const BIN: &str = "/usr/lib/postgresql/15/bin";
+const BIN: &str = "/usr/lib/postgresql/15/bin";
 
 const SETTINGS: &str = "\
 listen_addresses = ''
@@ -33,6 +33,11 @@ select 'log', coalesce(max(n), 0), count(*) from log;
 select 'tables', count(*) from pg_class c, lateral verify_heapam(c.oid) v where c.relkind in ('r', 't') and c.relpersistence = 'p';
 select 'indexes', count(bt_index_check(c.oid, true)::text) from pg_class c join pg_am a on a.oid = c.relam where a.amname = 'btree' and c.relkind = 'i';
 ";
+
+/// Whether it is installed.
+pub fn possible() -> bool {
+    Path::new(BIN).join("postgres").exists()
+}
 
 /// A command under the user that PostgreSQL insists on.
 fn as_postgres(program: &str) -> Command {

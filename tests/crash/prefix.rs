@@ -53,6 +53,11 @@ impl Image {
         Image { volumes, state }
     }
 
+    /// Its hash.
+    pub fn state(&self) -> State {
+        self.state
+    }
+
     /// A write; zeroes without `data`.
     pub fn write(&mut self, volume: usize, offset: u64, len: u64, data: Option<&[u8]>) {
         let (from, to) = (offset as usize, (offset + len) as usize);

@@ -4,7 +4,7 @@
 //! kernel than those who recover them later, as after a power cut; all is gone when the stage is dropped (the mounts
 //! with the name space of this process).
 
-use crate::log::{Mark, Recording};
+use crate::log::{Mark, Recording, Tree};
 use crate::recorder::{Mounted, Recorder};
 use nix::mount::{MntFlags, MsFlags, mount, umount, umount2};
 use nix::sys::signal::{Signal, kill};
@@ -105,23 +105,29 @@ fn free_port(seed: u64) -> u16 {
 impl Stage {
     /// Sets both up, and has the shadow follow.
     pub fn new(root: &Path, setup: &Setup) -> Stage {
-        fs::write(root.join("ram/boot"), "01234567-89ab-cdef-0123-456789abcdef\n").unwrap();
-        let bind = MsFlags::MS_BIND;
-        mount(Some(&root.join("ram/boot")), BOOT_ID, None::<&str>, bind, None::<&str>).unwrap();
-        let mounted = Mounted::new(&root.join("ram/below"), &root.join("disk"));
-        let recorder = mounted.recorder.clone();
-        let mut stage = Stage {
-            root: root.into(),
-            volumes: setup.volumes,
-            mounted: Some(mounted),
-            recorder,
-            daemons: [None, None],
-        };
+        let mut stage = Stage::empty(root, setup.volumes, "01234567-89ab-cdef-0123-456789abcdef\n");
         stage.set_up(setup);
         stage.start(0);
         stage.start(1);
         stage.wait_following(setup.sync);
         stage
+    }
+
+    /// The primary alone, from a crash image that `make` puts where it is told.
+    pub fn again(root: &Path, volumes: &'static [(&'static str, u64)], make: impl FnOnce(&Path)) -> Stage {
+        let stage = Stage::empty(root, volumes, "76543210-89ab-cdef-0123-456789abcdef\n");
+        fs::create_dir_all(stage.private(0)).unwrap();
+        make(&stage.place(0));
+        stage
+    }
+
+    fn empty(root: &Path, volumes: &'static [(&'static str, u64)], boot: &str) -> Stage {
+        fs::write(root.join("ram/boot"), boot).unwrap();
+        let bind = MsFlags::MS_BIND;
+        mount(Some(&root.join("ram/boot")), BOOT_ID, None::<&str>, bind, None::<&str>).unwrap();
+        let mounted = Mounted::new(&root.join("ram/below"), &root.join("disk"));
+        let recorder = mounted.recorder.clone();
+        Stage { root: root.into(), volumes, mounted: Some(mounted), recorder, daemons: [None, None] }
     }
 
     fn set_up(&self, setup: &Setup) {
@@ -270,6 +276,17 @@ impl Stage {
         self.start(0);
         self.start(1);
         self.wait_following(false);
+        self.finish(base, work)
+    }
+
+    /// Records the primary alone from its start on, and then `work`.
+    pub fn record_alone(mut self, work: impl FnOnce(&mut Stage)) -> Recording {
+        let base = self.recorder.begin();
+        self.start(0);
+        self.finish(base, work)
+    }
+
+    fn finish(mut self, base: Tree, work: impl FnOnce(&mut Stage)) -> Recording {
         work(&mut self);
         for node in 0..2 {
             if self.daemons[node].is_some() {

@@ -3,8 +3,10 @@
 //! Owns: nothing. Invariant: a trace's states are known exactly: by the records of the primary's journal, or by
 //! the writes that the test itself made, one after the other, or by both.
 
+use crate::image::{Disks, Survival};
 use crate::log::{Event, Mark, Recording};
 use crate::prefix::{Image, Prefixes, Rot, by_records, records};
+use crate::prng::Prng;
 use crate::stage::{Setup, Stage, run, until};
 use crate::writes::Account;
 use crate::{files, postgres};
@@ -35,6 +37,7 @@ pub struct Promised {
     pub promoting: bool,
     pub given_up: bool,
     pub repaired: bool,
+    pub read: bool,
 }
 
 /// States that a node's image may have, and the first of them that it must have reached, if it may have one at all.
@@ -69,6 +72,11 @@ pub struct Trace {
 }
 
 impl Trace {
+    /// The nodes of which there are images.
+    pub fn nodes(&self) -> Vec<usize> {
+        [0, 1].into_iter().filter(|n| !self.lines[*n].is_empty()).collect()
+    }
+
     /// How many images are made of it: in the long form 10,000 of file systems and 1,000 of databases at least.
     pub fn images(&self, long: bool) -> usize {
         match self.content {
@@ -98,19 +106,29 @@ impl Trace {
 }
 
 /// The names of all traces.
-pub const NAMES: [&str; 7] = ["ext4", "xfs", "postgres", "recycle", "durable", "refresh", "promote"];
+pub const NAMES: [&str; 8] = ["ext4", "xfs", "postgres", "recycle", "durable", "refresh", "promote", "again"];
+
+/// How many times a trace is recorded, each time with its part of the images.
+pub fn rounds(name: &str, long: bool) -> u64 {
+    match (name, long) {
+        ("again", false) => 2,
+        ("again", true) => 12,
+        _ => 1,
+    }
+}
 
 /// Records one.
-pub fn record(name: &str, root: &Path, long: bool) -> Trace {
+pub fn record(name: &str, root: &Path, long: bool, seed: u64) -> Trace {
     let times = if long { 4 } else { 1 };
     match name {
-        "ext4" => file_system("ext4", root, 100 * times, false),
-        "xfs" => file_system("xfs", root, 100 * times, true),
-        "postgres" => database(root, 150 * times),
-        "recycle" => bytes("recycle", root, 400 * times, false),
-        "durable" => bytes("durable", root, 150 * times, true),
-        "refresh" => refresh(root, 150 * times),
-        "promote" => promote(root, 80 * times),
+        "ext4" => ext4_images(root, 100 * times),
+        "xfs" => xfs_images(root, 100 * times),
+        "postgres" => postgres_images(root, 150 * times),
+        "recycle" => recycle_images(root, 400 * times),
+        "durable" => durable_images(root, 150 * times),
+        "refresh" => refresh_images(root, 150 * times),
+        "promote" => promote_images(root, 80 * times),
+        "again" => again_images(root, seed),
         _ => panic!("no trace {name}: there are {NAMES:?}"),
     }
 }
@@ -120,6 +138,16 @@ fn mounted(stage: &Stage, device: &str, volume: &str, kind: &str) -> PathBuf {
     std::fs::create_dir_all(&at).unwrap();
     mount(Some(device), &at, Some(kind), MsFlags::empty(), None::<&str>).unwrap();
     at
+}
+
+/// Files on ext4; the shadow is asynchronous.
+fn ext4_images(root: &Path, steps: u64) -> Trace {
+    file_system("ext4", root, steps, false)
+}
+
+/// Files on xfs; the shadow is in the sync set.
+fn xfs_images(root: &Path, steps: u64) -> Trace {
+    file_system("xfs", root, steps, true)
 }
 
 fn file_system(kind: &'static str, root: &Path, steps: u64, sync: bool) -> Trace {
@@ -147,7 +175,8 @@ fn file_system(kind: &'static str, root: &Path, steps: u64, sync: bool) -> Trace
     by_journal(kind, Content::Files(kind), names, sync, recording)
 }
 
-fn database(root: &Path, commits: u64) -> Trace {
+/// A database; the shadow is in the sync set.
+fn postgres_images(root: &Path, commits: u64) -> Trace {
     let stage = Stage::new(root, &Setup { volumes: &[("data", 72), ("wal", 20)], sync: true, both: false });
     let attached = |stage: &Stage| -> [PathBuf; 2] {
         let devices = stage.attach(0, "fuse");
@@ -178,7 +207,16 @@ fn account(stage: &Stage, sizes: Vec<u64>) -> Account {
     Account::new(begin.collect(), sizes)
 }
 
-/// Bare writes on two volumes, many times the length of the journal.
+/// Bare writes on two volumes, many times the length of the journal: checkpoints, segments used again.
+fn recycle_images(root: &Path, count: u64) -> Trace {
+    bytes("recycle", root, count, false)
+}
+
+/// The same, with the shadow in the sync set.
+fn durable_images(root: &Path, count: u64) -> Trace {
+    bytes("durable", root, count, true)
+}
+
 fn bytes(name: &'static str, root: &Path, count: u64, sync: bool) -> Trace {
     let stage = Stage::new(root, &Setup { volumes: TWO, sync, both: false });
     let mut account = account(&stage, vec![12 * MIB, 4 * MIB]);
@@ -194,7 +232,7 @@ fn bytes(name: &'static str, root: &Path, count: u64, sync: bool) -> Trace {
 }
 
 /// The same, while what has rotted on the shadow is found and put back.
-fn refresh(root: &Path, count: u64) -> Trace {
+fn refresh_images(root: &Path, count: u64) -> Trace {
     let stage = Stage::new(root, &Setup { volumes: TWO, sync: false, both: false });
     let mut account = account(&stage, vec![8 * MIB, 4 * MIB]);
     let names: Vec<_> = stage.volumes().collect();
@@ -229,7 +267,7 @@ fn refresh(root: &Path, count: u64) -> Trace {
 }
 
 /// The primary is lost with writes that only it holds, the shadow is promoted, and the old primary comes back.
-fn promote(root: &Path, count: u64) -> Trace {
+fn promote_images(root: &Path, count: u64) -> Trace {
     let stage = Stage::new(root, &Setup { volumes: TWO, sync: false, both: true });
     let mut first = account(&stage, vec![12 * MIB, 4 * MIB]);
     let names: Vec<_> = stage.volumes().collect();
@@ -270,6 +308,41 @@ fn promote(root: &Path, count: u64) -> Trace {
     let recording = Arc::new(recording);
     let content = Content::Bytes;
     Trace { name: "promote", content, volumes: names, sync: false, recording, lines, rot: None }
+}
+
+/// A primary that recovers from one crash, and has the next one meanwhile or soon after.
+fn again_images(root: &Path, seed: u64) -> Trace {
+    let before = recycle_images(root, 150);
+    let mut prng = Prng::new(seed);
+    let log = &before.recording.log;
+    let place = log.len() / 4 + prng.below(log.len() as u64 / 2) as usize;
+    let promised = promises(&before)[place];
+    let stage = Stage::again(root, TWO, |target| {
+        let mut disks = Disks::new(before.recording.clone());
+        disks.advance(place);
+        let dir = before.recording.find("db1");
+        disks.image(dir, target, Survival::Random(prng.next()), &|_, _| None).unwrap();
+    });
+    let states = before.lines[0][1][0].states.clone();
+    let names: Vec<_> = stage.volumes().collect();
+    let mut later = None;
+    let recording = stage.record_alone(|stage| {
+        stage.recorder.mark(Mark::Kept(promised.kept[0]));
+        stage.attach(0, "nbd-socket");
+        let mut account = Account::new(Account::read(&stage.nbd(0), TWO), vec![12 * MIB, 4 * MIB]);
+        let position = states.position(account.state()).expect("what is served is in the write order");
+        assert!(position >= promised.kept[0], "{position} is served, and {} was kept", promised.kept[0]);
+        stage.recorder.mark(Mark::Read);
+        account.work(&stage.nbd(0), &names, 60, &stage.recorder, Mark::KeptThere);
+        stage.kill(0);
+        later = Some(account);
+    });
+    let later = Arc::new(later.expect("it was done").states);
+    // What was read does not revert.
+    let own = Line { states, least: |p, _| (!p.read).then_some(p.kept[0]) };
+    let then = Line { states: later, least: |p, _| Some(p.kept[1]) };
+    let (recording, lines) = (Arc::new(recording), [vec![vec![own, then]], Vec::new()]);
+    Trace { name: "again", content: Content::Bytes, volumes: names, sync: false, recording, lines, rot: None }
 }
 
 /// A trace that is judged by the records of the first node's journal.
@@ -318,6 +391,7 @@ pub fn promises(trace: &Trace) -> Vec<Promised> {
             Mark::Promoting => now.promoting = true,
             Mark::GivingUp => now.given_up = true,
             Mark::Repaired => now.repaired = true,
+            Mark::Read => now.read = true,
         }
     }
     all.push(now);

@@ -31,6 +31,20 @@ impl Account {
         Account { prng: Prng::new(7), image, states, count: 0, sizes }
     }
 
+    /// Everything that is on the volumes.
+    pub fn read(socket: &Path, volumes: &[(&str, u64)]) -> Vec<Vec<u8>> {
+        let read = |(name, mib): &(&str, u64)| {
+            let mut client = Client::connect(socket, name).unwrap();
+            (0..*mib).flat_map(|n| client.read(n << 20, 1 << 20).unwrap()).collect()
+        };
+        volumes.iter().map(read).collect()
+    }
+
+    /// The hash of what is there now.
+    pub fn state(&self) -> u128 {
+        self.image.state()
+    }
+
     /// The same account up to now, which another node goes on with.
     pub fn fork(&mut self) -> Account {
         let (image, states) = (self.image.clone(), self.states.clone());
