@@ -6,6 +6,8 @@
 //! a sync that a daemon sends before the write it is to cover was answered does not cover it, as on a disk.
 
 use crate::log::{Change, Event, FileId, Inode, Kind, Mark, ROOT, Recording, Tree};
+use crate::prng::Prng;
+use crate::stage::until;
 use bytes::Bytes;
 use fuser::{
     BackgroundSession, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
@@ -15,6 +17,7 @@ use fuser::{
 };
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::libc;
+use nix::mount::umount;
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, OpenOptions};
@@ -25,8 +28,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant, SystemTime};
 
 const TTL: Duration = Duration::from_secs(3600);
-/// How long an answer to a change is held back, at most.
-const HELD: Duration = Duration::from_micros(300);
+/// How long the answer to a change is held back, in microseconds, at most: as a rule, and now and then. So answers to
+/// different files come in any order, as from several disks.
+const HELD: [u64; 2] = [300, 3000];
+/// How long there may be nothing to answer.
+const IDLE: Duration = Duration::from_secs(3600);
 
 /// The way to the log.
 #[derive(Clone)]
@@ -45,12 +51,33 @@ enum Held {
     File(Arc<File>, u32),
 }
 
-/// An answer that is due.
-struct Due(Instant, usize, Box<dyn FnOnce() + Send>);
+/// An answer, when it is due, and the event that it is to.
+type Due = ((Instant, usize), Box<dyn FnOnce() + Send>);
+
+/// Gives each answer when it is due; ends with those who ask.
+fn answer_all(queue: &mpsc::Receiver<Due>, log: &Recorder) {
+    let mut waiting = BTreeMap::new();
+    let mut open = true;
+    while open || !waiting.is_empty() {
+        let next = waiting.first_key_value().map(|((at, _), _): (&(Instant, usize), _)| *at);
+        let patience = next.map_or(IDLE, |at| at.saturating_duration_since(Instant::now()));
+        match queue.recv_timeout(patience) {
+            Ok((due, answer)) => drop(waiting.insert(due, answer)),
+            Err(mpsc::RecvTimeoutError::Timeout) => {}
+            Err(mpsc::RecvTimeoutError::Disconnected) => open = false,
+        }
+        while let Some(first) = waiting.first_entry().filter(|e| !open || e.key().0 <= Instant::now()) {
+            let ((_, event), answer): (_, Box<dyn FnOnce() + Send>) = first.remove_entry();
+            log.state().push(Event::Answered(event));
+            answer();
+        }
+    }
+}
 
 /// The mounted file system.
 pub struct Mounted {
     pub recorder: Recorder,
+    at: PathBuf,
     session: Option<BackgroundSession>,
 }
 
@@ -108,24 +135,19 @@ impl Mounted {
         let recorder = Recorder(Arc::new(Mutex::new(state)));
         let (due, queue) = mpsc::channel::<Due>();
         let log = recorder.clone();
-        std::thread::spawn(move || {
-            for Due(at, event, answer) in queue {
-                std::thread::sleep(at.saturating_duration_since(Instant::now()));
-                log.state().push(Event::Answered(event));
-                answer();
-            }
-        });
+        std::thread::spawn(move || answer_all(&queue, &log));
         let mut config = Config::default();
         config.mount_options = vec![MountOption::FSName("crash-recorder".into())];
         config.n_threads = Some(1);
-        let files = Files { recorder: recorder.clone(), due };
+        let files = Files { recorder: recorder.clone(), due, prng: Mutex::new(Prng::new(1)) };
         let session = Session::new(files, at, &config).unwrap().spawn().unwrap();
-        Mounted { recorder, session: Some(session) }
+        Mounted { recorder, at: at.into(), session: Some(session) }
     }
 
-    /// Unmounts it.
+    /// Unmounts it, once the kernel has closed what a killed daemon had open: its ring outlives it for a moment.
     pub fn end(mut self) {
-        self.session.take().expect("it is mounted").umount_and_join().unwrap();
+        until("the files are closed", || umount(&self.at).ok());
+        self.session.take().expect("it is mounted").join().unwrap();
     }
 }
 
@@ -210,6 +232,7 @@ impl State {
 struct Files {
     recorder: Recorder,
     due: mpsc::Sender<Due>,
+    prng: Mutex<Prng>,
 }
 
 impl Files {
@@ -223,7 +246,12 @@ impl Files {
         let at = state.push(event);
         drop(state);
         if recorded {
-            let due = Due(Instant::now() + HELD, at, Box::new(answer));
+            let held = {
+                let mut prng = self.prng.lock().unwrap_or_else(PoisonError::into_inner);
+                let most = HELD[usize::from(prng.permille(100))];
+                Duration::from_micros(prng.below(most))
+            };
+            let due = ((Instant::now() + held, at), Box::new(answer) as Box<dyn FnOnce() + Send>);
             self.due.send(due).expect("the thread that answers ends with this");
         } else {
             answer();

@@ -34,6 +34,8 @@ pub struct Setup {
     pub sync: bool,
     /// Each knows where the other listens.
     pub both: bool,
+    /// There is a checkpoint every few records, not twice in a journal.
+    pub hasty: bool,
 }
 
 /// See the module's documentation.
@@ -159,6 +161,16 @@ impl Stage {
             join.arg("--volume").arg(format!("{name}={}", self.place(1).join(name).display()));
         }
         run(&mut join);
+        if setup.hasty {
+            for node in [0, 1] {
+                let path = self.place(node).join("etc/g.toml");
+                let text = fs::read_to_string(&path).unwrap();
+                let table = "[timing]\n";
+                assert!(text.contains(table), "a configuration has this table");
+                let often = format!("{table}write_back_after = \"3ms\"\ncheckpoint_after = \"20ms\"\n");
+                fs::write(&path, text.replace(table, &often)).unwrap();
+            }
+        }
     }
 
     /// The place of a node's files.

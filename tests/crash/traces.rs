@@ -152,7 +152,7 @@ fn xfs_images(root: &Path, steps: u64) -> Trace {
 
 fn file_system(kind: &'static str, root: &Path, steps: u64, sync: bool) -> Trace {
     let volumes: &[(&str, u64)] = if kind == "xfs" { &[("data", 32)] } else { &[("data", 24)] };
-    let stage = Stage::new(root, &Setup { volumes, sync, both: false });
+    let stage = Stage::new(root, &Setup { volumes, sync, both: false, hasty: sync });
     let device = stage.attach(0, "fuse").remove(0);
     match kind {
         // So small a file system is for tests alone; these variables are how mkfs is told.
@@ -177,7 +177,10 @@ fn file_system(kind: &'static str, root: &Path, steps: u64, sync: bool) -> Trace
 
 /// A database; the shadow is in the sync set.
 fn postgres_images(root: &Path, commits: u64) -> Trace {
-    let stage = Stage::new(root, &Setup { volumes: &[("data", 72), ("wal", 20)], sync: true, both: false });
+    let stage = Stage::new(
+        root,
+        &Setup { volumes: &[("data", 72), ("wal", 20)], sync: true, both: false, hasty: true },
+    );
     let attached = |stage: &Stage| -> [PathBuf; 2] {
         let devices = stage.attach(0, "fuse");
         [0, 1].map(|i| mounted(stage, &devices[i], ["data", "wal"][i], "ext4"))
@@ -218,7 +221,7 @@ fn durable_images(root: &Path, count: u64) -> Trace {
 }
 
 fn bytes(name: &'static str, root: &Path, count: u64, sync: bool) -> Trace {
-    let stage = Stage::new(root, &Setup { volumes: TWO, sync, both: false });
+    let stage = Stage::new(root, &Setup { volumes: TWO, sync, both: false, hasty: true });
     let mut account = account(&stage, vec![12 * MIB, 4 * MIB]);
     let names: Vec<_> = stage.volumes().collect();
     let recording = stage.record(|stage| {
@@ -233,7 +236,7 @@ fn bytes(name: &'static str, root: &Path, count: u64, sync: bool) -> Trace {
 
 /// The same, while what has rotted on the shadow is found and put back.
 fn refresh_images(root: &Path, count: u64) -> Trace {
-    let stage = Stage::new(root, &Setup { volumes: TWO, sync: false, both: false });
+    let stage = Stage::new(root, &Setup { volumes: TWO, sync: false, both: false, hasty: false });
     let mut account = account(&stage, vec![8 * MIB, 4 * MIB]);
     let names: Vec<_> = stage.volumes().collect();
     // Where nothing is written.
@@ -268,7 +271,7 @@ fn refresh_images(root: &Path, count: u64) -> Trace {
 
 /// The primary is lost with writes that only it holds, the shadow is promoted, and the old primary comes back.
 fn promote_images(root: &Path, count: u64) -> Trace {
-    let stage = Stage::new(root, &Setup { volumes: TWO, sync: false, both: true });
+    let stage = Stage::new(root, &Setup { volumes: TWO, sync: false, both: true, hasty: true });
     let mut first = account(&stage, vec![12 * MIB, 4 * MIB]);
     let names: Vec<_> = stage.volumes().collect();
     let mut second = None;
