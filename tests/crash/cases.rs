@@ -47,6 +47,8 @@ pub fn choose(trace: &Trace, promises: &[Promised], images: usize, seed: u64) ->
         _ => false,
     };
     let settled: Vec<_> = (0..log.len()).filter(settles).map(|at| at + 1).collect();
+    let is_urgent = |at: &usize| matches!(log[*at], Event::Write { fua: true, .. });
+    let urgent: Vec<_> = (0..log.len()).filter(is_urgent).map(|at| at + 1).collect();
     let after = |places: &[usize], place: usize| {
         places.get(places.partition_point(|p| *p <= place)).copied().unwrap_or(place)
     };
@@ -63,6 +65,8 @@ pub fn choose(trace: &Trace, promises: &[Promised], images: usize, seed: u64) ->
             1 | 2 => (after(&settled, place), Survival::Nothing),
             // Where most is promised and least is there.
             3 => (after(&kept, place), Survival::Nothing),
+            // Where something has just come that is to be durable at once.
+            4 => (after(&urgent, place), Survival::Torn(prng.next())),
             _ => (place, Survival::Random(prng.next())),
         };
         let promote = *node == 1 && prng.permille(500) && !promises[place].promoting;

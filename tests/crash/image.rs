@@ -61,6 +61,8 @@ pub enum Survival {
     Everything,
     /// Some of it, some of that torn.
     Random(u64),
+    /// Everything, but what was still on its way is torn.
+    Torn(u64),
 }
 
 /// What an event does to a file: where, and how far.
@@ -215,7 +217,7 @@ struct Chance {
 
 impl Chance {
     fn new(survival: Survival) -> Chance {
-        let seed = if let Survival::Random(seed) = survival { seed } else { 0 };
+        let seed = if let Survival::Random(seed) | Survival::Torn(seed) = survival { seed } else { 0 };
         let mut prng = Prng::new(seed);
         let (permille, torn) = (prng.pick(&[100, 500, 900]), prng.pick(&[0, 200, 600]));
         Chance { survival, prng, permille, torn }
@@ -225,24 +227,29 @@ impl Chance {
     fn first(&mut self, of: usize) -> usize {
         match self.survival {
             Survival::Nothing => 0,
-            Survival::Everything => of,
+            Survival::Everything | Survival::Torn(_) => of,
             Survival::Random(_) => self.prng.below(of as u64 + 1) as usize,
         }
     }
 
+    fn tear(&mut self) -> Tear {
+        if self.prng.permille(500) { Tear::First(self.prng.next()) } else { Tear::Some }
+    }
+
     /// Whether a change survives; then which of its sectors do.
-    fn change(&mut self) -> Option<Tear> {
+    fn change(&mut self, answered: bool) -> Option<Tear> {
         match self.survival {
             Survival::Nothing => None,
             Survival::Everything => Some(Tear::Whole),
-            Survival::Random(_) if self.prng.permille(self.torn) => {
-                Some(if self.prng.permille(500) { Tear::First(self.prng.next()) } else { Tear::Some })
-            }
+            Survival::Torn(_) if answered => Some(Tear::Whole),
+            Survival::Torn(_) => Some(self.tear()),
+            Survival::Random(_) if self.prng.permille(self.torn) => Some(self.tear()),
             Survival::Random(_) => self.prng.permille(self.permille).then_some(Tear::Whole),
         }
     }
 }
 
+#[derive(Clone, Copy)]
 enum Tear {
     Whole,
     /// The first sectors alone.
@@ -258,7 +265,7 @@ fn survive(stored: &mut Stored, log: &[Event], chance: &mut Chance) -> Undo {
     let len = stored.bytes.len();
     let mut undo = Vec::new();
     for change in &stored.cached {
-        let Some(tear) = chance.change() else { continue };
+        let Some(tear) = chance.change(change.answered) else { continue };
         let (from, to) = range(&log[change.event]);
         let sectors = (to - from).div_ceil(SECTOR as u64);
         let prng = &mut chance.prng;

@@ -92,7 +92,7 @@ impl Judge {
             if let Some(status) = daemon.try_wait().unwrap() {
                 return told(format!("recovery ended with {status}"));
             }
-            if tries > 1500 {
+            if tries > 3000 {
                 let _ = daemon.kill();
                 let _ = daemon.wait();
                 return told("recovery does not end".into());

@@ -14,7 +14,7 @@
 //! What it does not see: pages of the mapped files (dirty maps, hash index) that the kernel writes back before a sync
 //! asks for it; two nodes that lose their power at once are two images of one place, judged one by one.
 //!
-//! Shown with bugs planted (`tests/bugs`): 06 and 33 and 81 (recycle; 06 by a file missing on ext4, too), 09 (durable), 80
+//! Shown with bugs planted (`tests/bugs`): 06, 14, 33 and 81 (recycle; 06 by a file missing on ext4, too), 09 (durable), 80
 //! (durable, recycle). Not found: 46, in 100 images of `again`.
 //!
 //! Owns: the driver. Invariant: a wrong image is named with its place in the record, and kept.
