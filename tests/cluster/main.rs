@@ -42,7 +42,7 @@ fn missing() -> Option<String> {
     // The bridge and the overlay are what kernels lack.
     let lab = "mount -t tmpfs t /mnt && mkdir /mnt/u /mnt/w /mnt/r && \
                mount -t overlay o -o lowerdir=/,upperdir=/mnt/u,workdir=/mnt/w /mnt/r && \
-               ip link add b type bridge && ip link add v type veth peer name w";
+               ip link add sw type bridge && ip link add va type veth peer name vb";
     if !able("unshare", &["--mount", "--net", "sh", "-c", lab]) {
         return Some("no namespaces with an overlay, a bridge and veth".into());
     }
