@@ -469,6 +469,8 @@ def disturb(lab, scenario):
         node.cut(True)
     elif scenario == "move":
         node.run("crm_resource", "--move", "--resource", "epic-clone", "--promoted", "--node", lab.other(name))
+        # The command only asks for it: until it is done the client is served as before.
+        until("it has moved", lambda: lab.nodes[lab.other(name)].writes())
     who, outage = lab.check(scenario, begun, before)
     if scenario in ("node", "network", "move"):
         assert who != name, f"{scenario}: it stayed on {name}"
