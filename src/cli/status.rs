@@ -117,8 +117,11 @@ pub fn obtain(places: &Places, group: &str) -> Result<Status, Failure> {
 /// What the files of a node tell while nobody serves it.
 fn stopped(group: &str, config: &config::Config, s: &Superblock) -> Status {
     let in_set = |id| s.sync_set.contains(&id);
-    let name =
-        |id| s.peers.iter().find(|p| p.node == id).map_or_else(|| format!("{id:?}"), |p| p.name.clone());
+    let name = |id| match s.peers.iter().find(|p| p.node == id) {
+        Some(p) => p.name.clone(),
+        None if id == s.node => config.node.clone(),
+        None => format!("{id:?}"),
+    };
     let volume = |v: &config::Volume| VolumeStatus {
         name: v.name.clone(),
         size: v.size.0,

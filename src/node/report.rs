@@ -71,7 +71,11 @@ impl Run {
             }
             Part::Shadow(_) => (0, 0, 0),
         };
-        let member = |n| self.links.view(n).map_or_else(|| format!("{n:?}"), |v| v.name.clone());
+        let member = |n| match self.links.view(n) {
+            Some(v) => v.name.clone(),
+            None if n == self.cfg.node => self.cfg.name.clone(),
+            None => format!("{n:?}"),
+        };
         Status {
             // Until a promotion is durable, a crash leaves the shadow that it was.
             role: if sb.role == Role::Primary && !self.admin.is_promoting() { "primary" } else { "shadow" }

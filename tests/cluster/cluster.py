@@ -1,0 +1,530 @@
+"""Two nodes with Pacemaker and a quorum device, PostgreSQL on a volrep device, and a client on the virtual IP.
+
+Runs as root in namespaces of its own (mount, pid, net), so that all of it ends with this process:
+    unshare --mount --pid --net --fork --kill-child --mount-proc cluster.py VOLREP SCRATCH ROUNDS [SCENARIO...]
+
+The client writes rows with rising numbers and logs those whose commit was acknowledged; that log lies outside of the nodes. After
+each scenario: exactly one node has the device, every logged row is there, and the client works again on the same address.
+"""
+
+import ctypes
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psycopg2
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+TOOLS = os.path.join(HERE, "..", "..", "tools", "ocf")
+VIP = "10.77.0.100"
+NODES = {"a": "10.77.0.1", "b": "10.77.0.2"}
+OUTSIDE = "10.77.0.3"
+SIZE = "192M"
+HANG = 180.0  # seconds; the deadline of every wait: only there to end one
+
+COROSYNC = """
+totem {
+  version: 2
+  cluster_name: lab
+  transport: udpu
+  token: 1000
+  consensus: 1200
+  interface {
+    ringnumber: 0
+    bindnetaddr: 10.77.0.0
+    mcastport: 5405
+  }
+}
+system {
+  sched_rr: yes
+  move_to_root_cgroup: no
+}
+nodelist {
+  node {
+    ring0_addr: 10.77.0.1
+    name: a
+    nodeid: 1
+  }
+  node {
+    ring0_addr: 10.77.0.2
+    name: b
+    nodeid: 2
+  }
+}
+quorum {
+  provider: corosync_votequorum
+  device {
+    model: net
+    votes: 1
+    timeout: 2000
+    sync_timeout: 4000
+    net {
+      host: 10.77.0.3
+      algorithm: ffsplit
+      tls: off
+      connect_timeout: 1000
+    }
+  }
+}
+logging {
+  to_logfile: yes
+  logfile: /var/log/corosync.log
+  to_syslog: no
+  timestamp: hires
+}
+"""
+
+
+def run(*args, limit=HANG, **more):
+    """A command that must succeed; its stdout."""
+    done = subprocess.run(args, capture_output=True, text=True, timeout=limit, **more)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(args)}: {done.returncode}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def until(what, condition, limit=HANG):
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.1)
+    raise RuntimeError(f"in vain for {limit:.0f} s: {what}")
+
+
+def say(text):
+    print(f"{time.monotonic() - BEGUN:7.2f} {text}", flush=True)
+
+
+class Node:
+    """A machine: its overlay and disk stay when it is killed, as a real one's disks do."""
+
+    def __init__(self, name, top, volrep):
+        self.name, self.top, self.dir = name, top, os.path.join(top, name)
+        self.root = os.path.join(self.dir, "root")
+        self.proc = self.pid = None
+        for part in ("upper", "work", "root"):
+            os.makedirs(os.path.join(self.dir, part))
+        upper = os.path.join(self.dir, "upper")
+        self.put(volrep, upper, "usr/local/bin/volrep")
+        self.put(os.path.join(TOOLS, "group"), upper, "usr/lib/ocf/resource.d/volrep/group")
+        self.put(os.path.join(HERE, "fence_lab"), upper, "usr/sbin/fence_lab")
+        self.write("etc/corosync/corosync.conf", COROSYNC)
+
+    @staticmethod
+    def put(source, root, path):
+        target = os.path.join(root, path)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        shutil.copy(source, target)
+        os.chmod(target, 0o755)
+
+    def write(self, path, text):
+        target = os.path.join(self.dir, "upper", path)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        with open(target, "w") as out:
+            out.write(text)
+
+    def boot(self):
+        log = open(os.path.join(self.dir, "console"), "ab")
+        self.proc = subprocess.Popen(
+            ["unshare", "-n", "-m", "-u", "-i", "-p", "-f", "--kill-child", "bash", os.path.join(HERE, "node.sh"), self.name, self.top],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        children = f"/proc/{self.proc.pid}/task/{self.proc.pid}/children"
+
+        def init():
+            with open(children) as file:
+                pids = file.read().split()
+            # The chroot has been done once init has a child of its own.
+            return pids and os.path.realpath(f"/proc/{pids[0]}/root") == self.root and pids[0]
+
+        self.pid = until(f"{self.name} boots", init)
+        run("ip", "link", "add", f"v{self.name}", "type", "veth", "peer", "name", "eth0", "netns", self.pid)
+        run("ip", "link", "set", f"v{self.name}", "master", "sw", "up")
+        self.run("ip", "link", "set", "lo", "up")
+        self.run("ip", "addr", "add", f"{NODES[self.name]}/24", "dev", "eth0")
+        self.run("ip", "link", "set", "eth0", "up")
+
+    def inside(self, *args):
+        return ["nsenter", "-t", self.pid, "-m", "-u", "-i", "-n", "-p", f"--root={self.root_fd()}", f"--wd={self.root_fd()}", "env", "-i",
+                "PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C.UTF-8", "HOME=/run", f"TEST_SUITE_RUN={os.environ.get('TEST_SUITE_RUN', '')}", *args]
+
+    def root_fd(self):
+        return f"/proc/{self.pid}/root"
+
+    def run(self, *args, **more):
+        return run(*self.inside(*args), **more)
+
+    def spawn(self, *args, log):
+        with open(os.path.join(self.dir, log), "ab") as out:
+            return subprocess.Popen(self.inside(*args), stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+
+    def cluster(self):
+        """What the init system would start."""
+        corosync = self.spawn("corosync", "-f", log="corosync")
+
+        def ready():
+            assert corosync.poll() is None, f"corosync on {self.name} ended: see {self.dir}/corosync"
+            return subprocess.run(self.inside("corosync-cfgtool", "-s"), capture_output=True).returncode == 0
+        until(f"corosync on {self.name}", ready)
+        self.spawn("corosync-qdevice", "-f", log="qdevice")
+        self.spawn("pacemakerd", "-f", log="pacemaker")
+
+    def kill(self):
+        """kill -9 of all that runs there, at once: its init ends."""
+        if self.proc:
+            os.kill(int(self.pid), signal.SIGKILL)
+            self.proc.wait(timeout=HANG)
+            self.proc = None
+            subprocess.run(["ip", "link", "del", f"v{self.name}"], capture_output=True)
+
+    def status(self):
+        if not self.proc:
+            return {}
+        done = subprocess.run(self.inside("volrep", "status", "epic", "--json"), capture_output=True, text=True)
+        return json.loads(done.stdout) if done.returncode == 0 and done.stdout else {}
+
+    def writes(self):
+        s = self.status()
+        return s.get("role") == "primary" and any(v["device"] for v in s["volumes"])
+
+    def cut(self, whole):
+        run("ip", "link", "set", f"v{self.name}", "down" if whole else "up")
+
+
+class Fencer(threading.Thread):
+    """Kills the nodes that the fence agent names."""
+
+    def __init__(self, lab):
+        super().__init__(daemon=True)
+        self.lab, self.dir, self.done = lab, os.path.join(lab.top, "fence"), []
+        os.makedirs(self.dir)
+
+    def run(self):
+        while True:
+            for ask in os.listdir(self.dir):
+                if re.fullmatch(r"ask\.\w+", ask):
+                    path = os.path.join(self.dir, ask)
+                    with open(path) as file:
+                        name = file.read().strip()
+                    os.remove(path)
+                    self.lab.nodes[name].kill()
+                    self.done.append(name)
+                    say(f"fenced {name}")
+                    open(path + ".done", "w").close()
+            time.sleep(0.02)
+
+
+class Client(threading.Thread):
+    """Commits one row after the other at the virtual IP; keeps the acknowledged ones and when."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.acked, self.times, self.next, self.paused = [], [], 0, False
+
+    def connect(self):
+        c = psycopg2.connect(host=VIP, user="postgres", dbname="postgres", connect_timeout=2, options="-c statement_timeout=4000",
+                             tcp_user_timeout=1500, keepalives_idle=1, keepalives_interval=1, keepalives_count=2)
+        c.autocommit = True
+        return c
+
+    def run(self):
+        connection = None
+        while True:
+            try:
+                if connection is None:
+                    connection = self.connect()
+                    cursor = connection.cursor()
+                self.next += 1
+                cursor.execute("insert into log values (%s)", (self.next,))
+                self.acked.append(self.next)
+                self.times.append(time.monotonic())
+            except psycopg2.Error:
+                if connection is not None:
+                    connection.close()
+                connection = None
+                time.sleep(0.05)
+            time.sleep(0.005)
+
+    def rows(self):
+        connection = self.connect()
+        cursor = connection.cursor()
+        cursor.execute("select n from log")
+        found = {n for (n,) in cursor.fetchall()}
+        connection.close()
+        return found
+
+    def outage(self, since):
+        """Longest time without an acknowledgement from just before `since` on."""
+        times = list(self.times)
+        first = max((i for i, t in enumerate(times) if t <= since), default=0)
+        return max((b - a for a, b in zip(times[first:], times[first + 1:])), default=0.0)
+
+
+class Lab:
+    def __init__(self, volrep, top):
+        # Its loop devices are known by the volume's name: those of a node that was killed stay.
+        self.top, self.volume = top, os.path.basename(os.path.dirname(top)).lstrip(".")
+        run("mount", "--make-rprivate", "/")
+        run("mount", "-t", "tmpfs", "-o", "size=1500m", "tmpfs", top)
+        run("ip", "link", "set", "lo", "up")
+        run("ip", "link", "add", "sw", "type", "bridge")
+        run("ip", "addr", "add", f"{OUTSIDE}/24", "dev", "sw")
+        run("ip", "link", "set", "sw", "up")
+        os.chmod(top, 0o755)
+        self.nodes = {name: Node(name, top, volrep) for name in NODES}
+        self.fencer = Fencer(self)
+        self.client = Client()
+
+    def disk(self, name, real):
+        os.makedirs(os.path.join(real, name))
+        path = os.path.join(self.top, name, "disk")
+        os.makedirs(path)
+        run("mount", "--bind", os.path.join(real, name), path)
+
+    def set_up(self):
+        """The group, in each other's sync set, and a database on it, made on a."""
+        a, b = self.nodes["a"], self.nodes["b"]
+        a.boot()
+        b.boot()
+        a.run("volrep", "init", "epic", "--node", "a", "--listen", "10.77.0.1:7654", "--journal-size", "128M", "--cache-size", "16M",
+              "--sync", "b=10.77.0.2:7654", "--volume", f"{self.volume}=/var/lib/volrep/data.img:{SIZE}")
+        token = a.run("volrep", "token", "epic", "--peer", "b").strip()
+        b.run("volrep", "join", token, "--node", "b", "--listen", "10.77.0.2:7654", "--journal-size", "128M", "--cache-size", "16M",
+              "--volume", f"{self.volume}=/var/lib/volrep/data.img")
+        b.run("sed", "-i", "s/^sync = false/sync = true/", "/etc/volrep/epic.toml")
+        first = a.spawn("volrep", "serve", "epic", log="volrep.first")
+        second = b.spawn("volrep", "serve", "epic", log="volrep.first")
+        until("a serves", lambda: a.status().get("state") == "UpToDate")
+        a.run("volrep", "attach", "epic")
+        a.run("mkfs.ext4", "-q", "/dev/volrep/epic")
+        a.run("mount", "/dev/volrep/epic", "/pg")
+        a.run("install", "-d", "-o", "postgres", "-m", "700", "/pg/cluster")
+        as_postgres = ("setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups")
+        pg = "/usr/lib/postgresql/15/bin/"
+        a.run(*as_postgres, pg + "initdb", "-k", "-A", "trust", "-D", "/pg/cluster")
+        a.run("sh", "-c", "echo host all all 10.77.0.0/24 trust >>/pg/cluster/pg_hba.conf")
+        a.run("sh", "-c", f"echo 'create table log (n bigint primary key)' | setpriv --reuid=postgres --regid=postgres --clear-groups {pg}postgres --single -D /pg/cluster postgres")
+        a.run("umount", "/pg")
+        a.run("volrep", "detach", "epic")
+        until("b is in the sync set", lambda: a.status().get("sync_set") == ["b"])
+        for node, process in ((a, first), (b, second)):
+            with open(os.path.join(self.top, node.name, "disk", "epic", "lock")) as file:
+                node.run("kill", file.read().strip())
+            process.wait(timeout=HANG)
+
+    def start_cluster(self):
+        self.fencer.start()
+        subprocess.Popen(["corosync-qnetd", "-f", "-s", "off"], stdin=subprocess.DEVNULL,
+                         stdout=open(os.path.join(self.top, "qnetd"), "wb"), stderr=subprocess.STDOUT)
+        for node in self.nodes.values():
+            node.cluster()
+        a = self.nodes["a"]
+
+        def online():
+            done = subprocess.run(a.inside("crm_mon", "-1"), capture_output=True, text=True)
+            return "Online: [ a b ]" in done.stdout and "with quorum" in done.stdout
+        until("both nodes are online", online)
+        say("both nodes are online")
+        with open(os.path.join(TOOLS, "postgresql.crm")) as file:
+            recipe = file.read()
+        fence = "".join(f"primitive fence-{n} stonith:fence_lab params port={n} pcmk_host_list={n} op monitor interval=60s timeout=20s\n" for n in NODES)
+        a.write("root/recipe.crm", fence + recipe)
+        shutil.copy(os.path.join(a.dir, "upper/root/recipe.crm"), os.path.join(self.top, "fence/recipe.crm"))
+        a.run("crm", "-F", "configure", "load", "replace", "/run/fence/recipe.crm")
+        self.client.start()
+        until("the client commits", lambda: len(self.client.acked) > 20)
+        say(f"the client commits on {self.writer()}")
+
+    def writer(self):
+        who = [n for n, node in self.nodes.items() if node.writes()]
+        assert len(who) == 1, f"writers: {who}"
+        return who[0]
+
+    def other(self, name):
+        return "b" if name == "a" else "a"
+
+    def whole(self):
+        """Both nodes are there, the other is a member of the sync set, and it was no full resync."""
+        def ok():
+            who = [n for n, node in self.nodes.items() if node.writes()]
+            if len(who) != 1:
+                return False
+            w, s = self.nodes[who[0]].status(), self.nodes[self.other(who[0])].status()
+            return w.get("sync_set") == [self.other(who[0])] and s.get("state") == "UpToDate" and s.get("role") == "shadow" and (w, s)
+        w, s = until("the pair is whole again", ok)
+        job = s.get("refresh")
+        if job:
+            say(f"  {job['cause']} of {job['shadow']}: {job['total'] >> 10} KiB of {s['volumes'][0]['size'] >> 10} compared, {job['differ'] >> 10} differed")
+            assert job["total"] < s["volumes"][0]["size"] // 2, f"a full resync: {job}"
+
+    def back(self, name):
+        node = self.nodes[name]
+        if not node.proc:
+            node.boot()
+            node.cluster()
+
+    def check(self, scenario, begun, before):
+        until(f"{scenario}: the client commits again", lambda: len(self.client.acked) > before and self.client.times[-1] > begun + 0.5 and self.client.times[-1] > time.monotonic() - 1)
+        steady = len(self.client.acked)
+        until(f"{scenario}: and goes on", lambda: len(self.client.acked) > steady + 20)
+        who = self.writer()
+        acked = set(self.client.acked)
+        lost = acked - self.client.rows()
+        assert not lost, f"{scenario}: acknowledged and lost: {sorted(lost)[:20]}"
+        outage = self.client.outage(begun)
+        say(f"{scenario}: on {who}, outage {outage:.2f} s, {len(acked)} commits, none lost")
+        return who, outage
+
+
+def agent(lab):
+    """The agent by itself, without a cluster: its codes, and what ocf-tester asks of it."""
+    a, b = lab.nodes["a"], lab.nodes["b"]
+    path = "/usr/lib/ocf/resource.d/volrep/group"
+
+    def call(node, action, **more):
+        settings = {"OCF_ROOT": "/usr/lib/ocf", "OCF_RESOURCE_INSTANCE": "epic", "OCF_RESKEY_group": "epic", **more}
+        begun = time.monotonic()
+        done = subprocess.run(node.inside("env", *(f"{k}={v}" for k, v in settings.items()), path, action),
+                              capture_output=True, text=True, timeout=HANG)
+        say(f"  {node.name}: {action}: {done.returncode} in {time.monotonic() - begun:.2f} s")
+        return done.returncode
+
+    def kill(node):
+        with open(os.path.join(lab.top, node.name, "disk", "epic", "lock")) as file:
+            node.run("kill", "-9", file.read().strip())
+
+    assert call(a, "validate-all") == 0
+    assert call(a, "validate-all", OCF_RESKEY_rpo="soon") == 6
+    assert call(a, "validate-all", OCF_RESKEY_group="nobody") == 5
+    assert call(a, "monitor") == 7
+    # The other is a member of the sync set: a FLUSH needs it.
+    assert call(b, "start") == 0 and call(b, "monitor") == 0
+    assert call(a, "start") == 0 and call(a, "start") == 0 and call(a, "monitor") == 0 and not a.writes()
+    assert call(a, "promote") == 0 and call(a, "promote") == 0 and call(a, "monitor") == 8 and a.writes()
+    assert call(a, "demote") == 0 and call(a, "demote") == 0 and call(a, "monitor") == 0 and not a.writes()
+    # A device that is in use: the daemon ends, so that its users get errors.
+    assert call(a, "promote") == 0
+    a.run("mount", "/dev/volrep/epic", "/pg")
+    assert call(a, "demote") == 0 and call(a, "monitor") == 7
+    late = subprocess.run(a.inside("sh", "-c", "echo x >/pg/x && sync -f /pg/x"), capture_output=True, timeout=HANG)
+    assert late.returncode != 0, "a sync succeeded on a demoted primary"
+    a.run("umount", "/pg")
+    assert call(a, "start") == 0 and call(a, "monitor") == 0 and call(a, "promote") == 0
+    kill(a)
+    until("a killed daemon is noticed", lambda: call(a, "monitor") == 7)
+    # Nobody vouches for the other node.
+    assert call(b, "promote") == 1 and call(b, "monitor") == 0 and not b.writes()
+    assert call(a, "stop") == 0 and call(a, "stop") == 0 and call(a, "monitor") == 7
+    told = a.run("ocf-tester", "-n", "epic", "-o", "group=epic", path)
+    assert "passed all tests" in told, told
+    a.run("xmllint", "--noout", "-", input=a.run("env", "OCF_ROOT=/usr/lib/ocf", path, "meta-data"))
+    assert call(b, "stop") == 0
+    say("the agent by itself: true")
+
+
+def unfenced(lab):
+    """With fencing dead a lost node is not replaced; once it is repaired, it is."""
+    name = lab.writer()
+    node, other = lab.nodes[name], lab.nodes[lab.other(name)]
+    before, begun, dead = len(lab.client.acked), time.monotonic(), os.path.join(lab.top, "fence", "dead")
+    say(f"unfenced: {name}")
+    open(dead, "w").close()
+    node.cut(True)
+    while time.monotonic() < begun + 12:
+        assert not other.writes(), "promoted without fencing"
+        time.sleep(0.2)
+    assert node.proc
+    os.remove(dead)
+    other.run("stonith_admin", "--fence", name)
+    who, outage = lab.check("unfenced", begun, before)
+    assert who != name
+    lab.back(name)
+    lab.whole()
+    return outage
+
+
+def disturb(lab, scenario):
+    if scenario == "unfenced":
+        return unfenced(lab)
+    name = lab.writer()
+    node = lab.nodes[name]
+    before, begun = len(lab.client.acked), time.monotonic()
+    say(f"{scenario}: {name}")
+    if scenario == "node":
+        node.kill()
+    elif scenario == "daemon":
+        with open(os.path.join(lab.top, name, "disk", "epic", "lock")) as file:
+            node.run("kill", "-9", file.read().strip())
+    elif scenario == "database":
+        with open(os.path.join(f"/proc/{node.pid}/root/pg/cluster/postmaster.pid")) as file:
+            node.run("kill", "-9", file.readline().strip())
+    elif scenario == "network":
+        node.cut(True)
+    elif scenario == "move":
+        node.run("crm_resource", "--move", "--resource", "epic-clone", "--promoted", "--node", lab.other(name))
+        # The command only asks for it: until it is done the client is served as before.
+        until("it has moved", lambda: lab.nodes[lab.other(name)].writes())
+    who, outage = lab.check(scenario, begun, before)
+    if scenario in ("node", "network", "move"):
+        assert who != name, f"{scenario}: it stayed on {name}"
+    if scenario == "move":
+        node.run("crm_resource", "--clear", "--resource", "epic-clone")
+    if scenario == "network":
+        until(f"{name} is fenced", lambda: not node.proc)
+    lab.back(name)
+    lab.whole()
+    # So that the next disturbance does not add to the failures of this one.
+    node.run("crm_resource", "--cleanup")
+    return outage
+
+
+def main():
+    volrep, real, rounds = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    scenarios = sys.argv[4:] or ["database", "daemon", "node", "network", "move", "unfenced", "agent"]
+    top = os.path.join(real, "lab")
+    os.makedirs(top)
+    lab = Lab(volrep, top)
+    for name in NODES:
+        lab.disk(name, os.path.join(real))
+    try:
+        lab.set_up()
+        say("set up")
+        if "agent" in scenarios:
+            agent(lab)
+            scenarios = [s for s in scenarios if s != "agent"]
+        if scenarios:
+            lab.start_cluster()
+        outages = {s: [] for s in scenarios}
+        for _ in range(rounds):
+            for scenario in scenarios:
+                outages[scenario].append(disturb(lab, scenario))
+    except BaseException:
+        for node in lab.nodes.values():
+            if node.proc:
+                print(subprocess.run(node.inside("crm_mon", "-1rfA"), capture_output=True, text=True).stdout, flush=True)
+                print(json.dumps(node.status()), flush=True)
+        keep = os.environ.get("CLUSTER_KEEP")
+        if keep:
+            for node in lab.nodes.values():
+                shutil.copytree(node.dir, os.path.join(keep, node.name), dirs_exist_ok=True, symlinks=True,
+                                ignore=shutil.ignore_patterns("root", "disk", "work", "usr"), ignore_dangling_symlinks=True)
+        raise
+    finally:
+        for node in lab.nodes.values():
+            node.kill()
+    for scenario, values in outages.items():
+        values.sort()
+        say(f"outage {scenario}: median {values[len(values) // 2]:.2f} s, worst {values[-1]:.2f} s, {len(values)} rounds")
+    print("all true", flush=True)
+
+
+BEGUN = time.monotonic()
+if __name__ == "__main__":
+    main()
