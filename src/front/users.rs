@@ -17,6 +17,9 @@ use std::time::{Duration, Instant};
 /// How long a process may keep a device open before it counts as busy: device managers open it
 /// for a moment to look for a filesystem each time a writer closes it.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// The same for udev's own workers, which are known to let go of it: `udevadm settle` waits for them, too. A busy
+/// machine may take seconds to run them.
+const SETTLING: Duration = Duration::from_secs(30);
 /// Between two looks at a device that is open; the kernel does not tell when it is closed.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
@@ -110,14 +113,25 @@ impl BlockDevice {
     /// Waits a moment for those who only look at it, until `attempt` says that it is done. False, at
     /// once, when somebody has it mounted or below another device, and in the end for the others.
     pub fn when_unused<E>(&self, mut attempt: impl FnMut() -> Result<bool, E>) -> Result<bool, E> {
-        let deadline = Instant::now() + PATIENCE;
+        let begun = Instant::now();
         while !attempt()? {
-            if !self.lasting_users().is_empty() || Instant::now() >= deadline {
+            let waited = begun.elapsed();
+            let patient = waited < PATIENCE || (waited < SETTLING && self.is_probed());
+            if !patient || !self.lasting_users().is_empty() {
                 return Ok(false);
             }
             std::thread::sleep(LOOK_AGAIN);
         }
         Ok(true)
+    }
+
+    /// Nobody but udev has it open.
+    fn is_probed(&self) -> bool {
+        let udev = |user: &String| {
+            ["open in (udev-worker) ", "open in systemd-udevd "].iter().any(|name| user.starts_with(name))
+        };
+        let users = self.users(None);
+        !users.is_empty() && users.iter().all(udev)
     }
 
     /// Claims it once nobody else uses it, or says who does. For devices whose driver would take them

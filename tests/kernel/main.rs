@@ -1,22 +1,16 @@
 //! Kernel devices, in a guest whose kernel has them: the scripts of this directory, run by `tools/vm`.
 //!
-//! Owns: which script runs with what, and for how long. Invariant: each runs in a guest of its own, at
-//! most two at a time, within a limit; what it prints is shown, and it passes only with status 0.
+//! Owns: which script runs with what, and for how long. Invariant: each runs in a guest of its own, one
+//! at a time, within a limit; what it prints is shown, and it passes only with status 0.
 //!
 //! The short form runs with the other tests; `VOLREP_LONG=1` makes the rounds many.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Emulation needs processors: two tests run at a time, or one of those that are about time, or that have two guests.
-static MACHINE: RwLock<()> = RwLock::new(());
-
-/// A test's share of the machine.
-enum Turn {
-    Part(#[expect(dead_code, reason = "held")] RwLockReadGuard<'static, ()>),
-    Whole(#[expect(dead_code, reason = "held")] RwLockWriteGuard<'static, ()>),
-}
+/// Guests at a time: the machine has few processors, and emulation needs them.
+static ONE: Mutex<()> = Mutex::new(());
 
 fn in_path(program: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
@@ -30,16 +24,13 @@ fn program(dir: &Path) -> PathBuf {
     if stripped.is_ok_and(|s| s.success()) { small } else { built.to_owned() }
 }
 
-/// The turn of a test that needs a guest, `alone` or not; says why if there can be none.
-fn turn(alone: bool) -> Option<Turn> {
+/// The turn of a test that needs a guest; says why if there can be none.
+fn turn() -> Option<MutexGuard<'static, ()>> {
     if !in_path("qemu-system-x86_64") {
         println!("skipped: no qemu-system-x86_64");
         return None;
     }
-    Some(match alone {
-        true => Turn::Whole(MACHINE.write().unwrap_or_else(PoisonError::into_inner)),
-        false => Turn::Part(MACHINE.read().unwrap_or_else(PoisonError::into_inner)),
-    })
+    Some(ONE.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
 /// Runs a script by tools/vm.
@@ -56,7 +47,7 @@ fn vm(options: &[&str], script: &Path, arguments: &[&str]) -> Output {
 
 /// Runs scripts of this directory, joined by `+`, with these arguments for at most `limit` seconds in all.
 fn guest(script: &str, arguments: &[&str], limit: u32) {
-    let Some(_turn) = turn(script == "restart.bash") else { return };
+    let Some(_turn) = turn() else { return };
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let scratch = tempfile::tempdir().expect("a scratch directory");
     let file = |from: &Path, to: &str| format!("{}:{to}", from.display());
@@ -86,7 +77,7 @@ fn rounds() -> (&'static str, u32) {
 /// What the other tests take for granted of tools/vm.
 #[test]
 fn a_guest_gives_back_status_output_and_results_and_never_hangs() {
-    let Some(_turn) = turn(true) else { return };
+    let Some(_turn) = turn() else { return };
     let scratch = tempfile::tempdir().expect("a scratch directory");
     let script = |text: &str| {
         let path = scratch.path().join("script");
@@ -189,7 +180,7 @@ fn ublk_alone() {
 /// The benchmark beside DRBD still runs: every subject, a second of one row each. Not its figures.
 #[test]
 fn bench_guests() {
-    let Some(_turn) = turn(true) else { return };
+    let Some(_turn) = turn() else { return };
     let passthrough = Path::new(env!("CARGO_BIN_EXE_volrep")).with_file_name("examples/passthrough");
     if !passthrough.exists() {
         println!("skipped: {} was not built (cargo build --example passthrough)", passthrough.display());
