@@ -112,7 +112,7 @@ const SCENARIOS: [Scenario; 15] = [
     }),
     ("cascade", |p| {
         (p.nodes, p.topology, p.faults) = (3, Topology::Chain, vec![(10, Fault::Refresh)]);
-        (p.blank, p.before) = (3, [vec![(0, 100, 300)], vec![(0, 200, 900)]]);
+        (p.blank, p.before) = (0, [vec![(0, 100, 300)], vec![(0, 200, 900)]]);
     }),
     ("delayed", |p| {
         (p.nodes, p.topology, p.far_delay) = (3, Topology::Chain, Some(0));
