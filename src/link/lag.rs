@@ -57,14 +57,17 @@ pub struct Sample {
 #[derive(Debug, Default)]
 pub struct Timeline {
     samples: VecDeque<Sample>,
+    /// Times up to this record are of the own clock; those of later ones are of the primary's that is followed.
+    own: Lsn,
 }
 
 /// Samples kept.
 const SAMPLES: usize = 8192;
 
 impl Timeline {
-    /// The next record was sealed.
-    pub fn push(&mut self, sample: Sample) {
+    /// The next record was sealed, at a time of the own clock or of the primary's.
+    pub fn push(&mut self, sample: Sample, own: bool) {
+        self.own = if own { sample.lsn } else { self.own.min(sample.lsn.prev()) };
         if self.samples.len() == SAMPLES {
             let mut i = 0;
             // Every other one of the older half goes: old lags need no fine steps.
@@ -79,17 +82,22 @@ impl Timeline {
     /// The records after `lsn` were given up.
     pub fn cut(&mut self, lsn: Lsn) {
         while self.samples.pop_back_if(|s| s.lsn > lsn).is_some() {}
+        self.own = self.own.min(lsn);
     }
 
-    /// A time not after the seal time of that record, on the clock of the others; 0 if it is older than all samples.
+    /// A time not after the seal time of that record, on the clock of its sample; 0 if it is older than all samples.
     pub fn time_of(&self, lsn: Lsn) -> u64 {
         let after = self.samples.partition_point(|s| s.lsn <= lsn);
         after.checked_sub(1).map_or(0, |i| self.samples[i].time)
     }
 
-    /// From now on times are told by a clock of which the one so far is `offset` ahead.
-    pub fn shift(&mut self, offset: i64) {
-        self.samples.iter_mut().for_each(|s| s.time = s.time.saturating_add_signed(offset.saturating_neg()));
+    /// The primary that was followed, whose clock is `offset` ahead, is followed no longer: its times become own ones.
+    pub fn settle(&mut self, offset: i64) {
+        let own = self.own;
+        for s in self.samples.iter_mut().filter(|s| s.lsn > own) {
+            s.time = s.time.saturating_add_signed(offset.saturating_neg());
+        }
+        self.own = self.newest().map_or(own, |s| s.lsn);
     }
 
     /// Newest record.
@@ -98,18 +106,19 @@ impl Timeline {
     }
 
     /// For a shadow that has applied up to `lsn`: records, bytes, and the seal time of the oldest
-    /// record that it lacks; `None` when it lacks nothing. Never less than the truth by more than a
-    /// sample's step in bytes; never less in time.
-    pub fn behind(&self, lsn: Lsn) -> Option<(u64, u64, u64)> {
+    /// record that it lacks, on the clock of the primary, which is `offset` ahead (0 on the primary itself); `None`
+    /// when it lacks nothing. Never less than the truth by more than a sample's step in bytes; never less in time.
+    pub fn behind(&self, lsn: Lsn, offset: i64) -> Option<(u64, u64, u64)> {
         let newest = self.newest().filter(|s| s.lsn > lsn)?;
         let first = self.samples.partition_point(|s| s.lsn <= lsn);
         let before = first.checked_sub(1).map(|i| self.samples[i]);
         let lacking = self.samples[first];
         // The record after `lsn` may lie between two samples: the older one's time is the bound.
-        let time = match before {
-            Some(b) if lacking.lsn > lsn.next() => b.time,
-            _ => lacking.time,
+        let bound = match before {
+            Some(b) if lacking.lsn > lsn.next() => b,
+            _ => lacking,
         };
+        let time = bound.time.saturating_add_signed(if bound.lsn <= self.own { offset } else { 0 });
         let bytes = newest.bytes - before.map_or(0, |b| b.bytes).min(newest.bytes);
         Some((newest.lsn.0 - lsn.0, bytes, time))
     }
@@ -136,22 +145,43 @@ mod tests {
     fn lag_is_never_told_too_small() {
         let mut line = Timeline::default();
         for lsn in 1..=50_000u64 {
-            line.push(Sample { lsn: Lsn(lsn), time: lsn * 10, bytes: lsn * 4096 });
+            line.push(Sample { lsn: Lsn(lsn), time: lsn * 10, bytes: lsn * 4096 }, true);
         }
-        assert_eq!(line.behind(Lsn(50_000)), None);
+        assert_eq!(line.behind(Lsn(50_000), 0), None);
         for lsn in [0u64, 1, 77, 3_000, 25_000, 49_990, 49_999] {
-            let (records, bytes, time) = line.behind(Lsn(lsn)).unwrap();
+            let (records, bytes, time) = line.behind(Lsn(lsn), 0).unwrap();
             assert_eq!(records, 50_000 - lsn);
             assert!(bytes >= (50_000 - lsn) * 4096);
             assert!(time <= (lsn + 1) * 10, "{lsn} {time}");
         }
         assert!(line.samples.len() <= SAMPLES);
-        line.shift(-5);
-        assert_eq!(line.newest().map(|s| s.time), Some(50_000 * 10 + 5));
-        line.shift(5);
         // What was given up does not lag.
         line.cut(Lsn(49_990));
         assert_eq!(line.newest().map(|s| s.lsn), Some(Lsn(49_990)));
-        assert_eq!((line.behind(Lsn(49_990)), line.behind(Lsn(49_989)).map(|b| b.0)), (None, Some(1)));
+        assert_eq!((line.behind(Lsn(49_990), 0), line.behind(Lsn(49_989), 0).map(|b| b.0)), (None, Some(1)));
+    }
+
+    #[test]
+    fn each_time_is_of_the_clock_of_whoever_sealed() {
+        let mut line = Timeline::default();
+        let push =
+            |line: &mut Timeline, lsn, time, own| line.push(Sample { lsn: Lsn(lsn), time, bytes: 0 }, own);
+        let time = |line: &Timeline, lsn, ahead| line.behind(Lsn(lsn), ahead).map(|(.., time)| time);
+        // The primary; then a shadow of one whose clock is 5 ahead; then of one whose clock is 3 behind.
+        push(&mut line, 1, 100, true);
+        push(&mut line, 2, 215, false);
+        assert_eq!((time(&line, 0, 5), time(&line, 1, 5)), (Some(105), Some(215)));
+        line.settle(5);
+        push(&mut line, 3, 297, false);
+        assert_eq!([0, 1, 2].map(|lsn| time(&line, lsn, -3)), [Some(97), Some(207), Some(297)]);
+        // The primary once more.
+        line.settle(-3);
+        push(&mut line, 4, 400, true);
+        assert_eq!([0, 1, 2, 3].map(|lsn| time(&line, lsn, 0)), [Some(100), Some(210), Some(300), Some(400)]);
+        // Another history takes the place of the last ones.
+        line.cut(Lsn(1));
+        push(&mut line, 2, 211, false);
+        push(&mut line, 3, 305, false);
+        assert_eq!((time(&line, 1, 1), time(&line, 2, 1)), (Some(211), Some(305)));
     }
 }

@@ -422,9 +422,7 @@ impl Run {
 
     /// What the superblock says of a node that is the primary under the next term.
     pub(super) fn become_primary(&mut self) {
-        // Lag is measured by the own clock from here on.
-        let ahead = self.links.primary_clock().map_or(0, |c| c.offset());
-        self.links.timeline.shift(ahead);
+        self.leave_clock();
         let sb = &mut self.meta.sb;
         sb.term = role::next_term(sb.term, sb.node);
         sb.role = Role::Primary;

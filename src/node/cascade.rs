@@ -286,13 +286,33 @@ impl Run {
     /// A record was appended, here or on the primary: lag is measured against it.
     pub(super) fn note_sample(&mut self, lsn: Lsn, time: u64) {
         let bytes = self.links.bytes_before + self.journal.bytes();
-        self.links.timeline.push(Sample { lsn, time, bytes });
+        self.links.timeline.push(Sample { lsn, time, bytes }, self.meta.sb.role == Role::Primary);
+    }
+
+    /// Records, journal bytes, and the seal time on the primary's clock of the first record that is lacking to whoever
+    /// has everything up to `lsn`.
+    pub(super) fn behind(&self, lsn: Lsn) -> Option<(u64, u64, u64)> {
+        self.links.timeline.behind(lsn, self.clock_ahead())
+    }
+
+    /// By how much the primary's clock is ahead of the own one, as far as that is known.
+    fn clock_ahead(&self) -> i64 {
+        match self.meta.sb.role {
+            Role::Primary => 0,
+            Role::Shadow => self.links.primary_clock().map_or(0, |c| c.offset()),
+        }
+    }
+
+    /// Before another one is the primary: lag is measured by its clock from here on.
+    pub(super) fn leave_clock(&mut self) {
+        let ahead = self.clock_ahead();
+        self.links.timeline.settle(ahead);
     }
 
     /// The journal is another one, which ends so.
     pub(super) fn restart_timeline(&mut self, end: &Tail) {
         self.links.bytes_before = self.links.timeline.newest().map_or(0, |s| s.bytes);
-        self.links.timeline.cut(end.point.lsn);
+        self.links.timeline.cut(end.point.lsn.prev());
         self.note_sample(end.point.lsn, end.time);
     }
 
@@ -306,7 +326,7 @@ impl Run {
         if records == 0 {
             return (0, 0, 0);
         }
-        let (_, bytes, since) = self.links.timeline.behind(applied).unwrap_or((0, 0, time));
+        let (_, bytes, since) = self.behind(applied).unwrap_or((0, 0, time));
         let late = self.links.primary_clock().map_or(0, |c| c.since(since, self.now.wall));
         (records, bytes + more, late)
     }

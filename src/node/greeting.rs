@@ -287,6 +287,9 @@ impl Run {
         if rank == TermOrder::Equal && (stale || self.hears_primary()) {
             return self.drop_link(link, "another one is followed by now");
         }
+        if rank == TermOrder::Higher {
+            self.leave_clock();
+        }
         if let Some(peer) = self.links.peer_of(link) {
             peer.fork = fork(&own, primary);
             peer.tells_time_of(primary.term.node);

@@ -99,7 +99,7 @@ impl Run {
             Some(LinkState::Sending(s)) => Some(s.positions().2),
             _ => None,
         };
-        let behind = applied.and_then(|lsn| self.links.timeline.behind(lsn));
+        let behind = applied.and_then(|lsn| self.behind(lsn));
         let (_, bytes, time) = behind.unwrap_or((0, 0, 0));
         let feeds = if applied.is_none() { self.feeds() } else { Vec::new() };
         let (wall, live) = (self.now.wall, matches!(self.part, Part::Primary(_)));
@@ -136,8 +136,7 @@ impl Run {
         if self.cfg.apply_delay == 0 {
             return Some((heard.bytes, heard.time));
         }
-        let unapplied =
-            self.links.timeline.behind(self.image.applied.point.lsn).map_or(0, |(_, bytes, _)| bytes);
+        let unapplied = self.behind(self.image.applied.point.lsn).map_or(0, |(_, bytes, _)| bytes);
         let least = (heard.tail.0 - tail.point.lsn.0).saturating_mul(BLOCK);
         Some((heard.bytes.saturating_sub(unapplied).max(least), heard.time.max(tail.time)))
     }

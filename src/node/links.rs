@@ -630,7 +630,9 @@ impl Run {
         let patience = match &self.part {
             Part::Shadow(s) if s.closing || s.is_turning() || self.hears_primary() => return,
             // Who holds records of his own waits for an administrator's word.
-            Part::Shadow(_) if self.meta.sb.retired.is_some_and(|r| !r.rewinds) => return,
+            Part::Shadow(_) if self.meta.sb.retired.is_some_and(|r| !r.rewinds) && !self.is_remaking() => {
+                return;
+            }
             Part::Shadow(_) if !self.journal.is_quiet() => {
                 let lsn = self.journal.tail().point.lsn;
                 return self.journal.want(lsn);

@@ -119,11 +119,9 @@ impl Run {
 
     fn peer(&self, p: &PeerView) -> PeerStatus {
         let late = |lsn| match &self.part {
-            Part::Primary(_) => {
-                self.links.timeline.behind(lsn).map_or((0, 0, 0), |(records, bytes, since)| {
-                    (records, bytes, self.now.wall.saturating_sub(since))
-                })
-            }
+            Part::Primary(_) => self.behind(lsn).map_or((0, 0, 0), |(records, bytes, since)| {
+                (records, bytes, self.now.wall.saturating_sub(since))
+            }),
             Part::Shadow(_) if p.follows => self.lag_of_follower(lsn),
             Part::Shadow(_) => (0, 0, 0),
         };

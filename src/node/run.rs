@@ -143,13 +143,14 @@ impl Run {
     /// Shadows may lack records of earlier runs: the segments say how old these are.
     fn begin_timeline(&mut self) {
         let segment = self.meta.sb.geometry.segment;
+        let own = self.meta.sb.role == Role::Primary;
         let mut bytes = 0;
         for s in self.journal.segments().filter(|s| s.time > 0) {
-            self.links.timeline.push(Sample { lsn: s.before.lsn, time: s.time, bytes });
+            self.links.timeline.push(Sample { lsn: s.before.lsn, time: s.time, bytes }, own);
             bytes += segment;
         }
         let tail = self.journal.tail();
-        self.links.timeline.push(Sample { lsn: tail.point.lsn, time: tail.time, bytes });
+        self.links.timeline.push(Sample { lsn: tail.point.lsn, time: tail.time, bytes }, own);
         self.links.bytes_before = bytes;
     }
 

@@ -60,7 +60,7 @@ impl Run {
     pub(super) fn switchover(&mut self, id: AdminId, to: &str, dry_run: bool) {
         let peer = self.links.peers.iter().find(|p| p.name == to);
         let node = peer.and_then(|p| p.node);
-        let lag = peer.and_then(|p| self.links.timeline.behind(p.applied)).map_or(0, |(_, bytes, _)| bytes);
+        let lag = peer.and_then(|p| self.behind(p.applied)).map_or(0, |(_, bytes, _)| bytes);
         let current = peer.is_some_and(|p| p.state == "UpToDate" && !p.resyncing) && lag < MOST_LAG;
         let link = node.and_then(|n| self.links.sending_to(n));
         let facts = role::SwitchFacts {
