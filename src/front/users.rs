@@ -88,10 +88,14 @@ impl BlockDevice {
 
     /// Everybody who uses it, for people, but for our own `claim`.
     pub fn users(&self, claim: Option<&File>) -> Vec<String> {
-        let nodes: Vec<PathBuf> = self.parts().iter().map(|(name, _)| Path::new("/dev").join(name)).collect();
-        let mut users = self.lasting_users();
-        users.extend(openers(&nodes, claim));
-        users
+        let open = openers(&self.nodes(), claim).into_iter();
+        let open = open.map(|Opener { name, pid }| format!("open in {name} (pid {pid})"));
+        self.lasting_users().into_iter().chain(open).collect()
+    }
+
+    /// Its node and those of its partitions.
+    fn nodes(&self) -> Vec<PathBuf> {
+        self.parts().iter().map(|(name, _)| Path::new("/dev").join(name)).collect()
     }
 
     /// [`BlockDevice::users`] as one text, for a device that is known to be in use.
@@ -125,13 +129,10 @@ impl BlockDevice {
         Ok(true)
     }
 
-    /// Nobody but udev has it open.
+    /// udev has it open, and nobody else.
     fn is_probed(&self) -> bool {
-        let udev = |user: &String| {
-            ["open in (udev-worker) ", "open in systemd-udevd "].iter().any(|name| user.starts_with(name))
-        };
-        let users = self.users(None);
-        !users.is_empty() && users.iter().all(udev)
+        let open = openers(&self.nodes(), None);
+        !open.is_empty() && open.iter().all(|o| UDEV.contains(&o.name.as_str()))
     }
 
     /// Claims it once nobody else uses it, or says who does. For devices whose driver would take them
@@ -149,8 +150,17 @@ impl BlockDevice {
     }
 }
 
+/// What udev's workers are called: by systemd 252 and later, and before.
+const UDEV: [&str; 2] = ["(udev-worker)", "systemd-udevd"];
+
+/// A process that has a device open.
+struct Opener {
+    name: String,
+    pid: String,
+}
+
 /// Processes that have one of `nodes` open, other than as `claim`, as far as we may look.
-fn openers(nodes: &[PathBuf], claim: Option<&File>) -> Vec<String> {
+fn openers(nodes: &[PathBuf], claim: Option<&File>) -> Vec<Opener> {
     let own =
         claim.map(|file| PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd())));
     let mut found = Vec::new();
@@ -163,7 +173,7 @@ fn openers(nodes: &[PathBuf], claim: Option<&File>) -> Vec<String> {
         let others = opened.filter(|fd| own.as_ref() != Some(fd));
         if others.filter_map(|fd| fs::read_link(fd).ok()).any(|target| nodes.contains(&target)) {
             let name = fs::read_to_string(dir.join("comm")).unwrap_or_default();
-            found.push(format!("open in {} (pid {pid})", name.trim_end()));
+            found.push(Opener { name: name.trim_end().to_owned(), pid: pid.to_owned() });
         }
     }
     found

@@ -311,9 +311,10 @@ impl Run {
         let sb = &mut self.meta.sb;
         sb.role = Role::Primary;
         sb.cut = None;
+        let first = !sb.openings.iter().any(|o| o.generation.term == term);
         sb.generation = role::next_generation(&sb.openings, term, self.cfg.salt);
         role::note_opening(&mut sb.openings, sb.generation, tail.point);
-        let promoted = sb.generation.count() == 1 && tail.point.lsn > Lsn(0);
+        let promoted = first && tail.point.lsn > Lsn(0);
         if promoted && self.maps.ranges().last().is_some_and(|r| r.from != tail.point) {
             // Whoever goes on from here under another term is told exactly what has changed since.
             self.maps.rotate(tail.point);

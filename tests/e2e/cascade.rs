@@ -102,6 +102,17 @@ pub fn delayed_chain(near_delay: &str, far_delay: &str) -> (Pair, Node) {
     (pair, far)
 }
 
+/// The primary and its shadows end, with equal volumes.
+pub fn end_equal(primary: &mut Node, mut shadows: [&mut Node; 2]) {
+    primary.place.run(&["detach", "g"]).expect(0, &[]);
+    shadows.iter().for_each(|s| drop(wait_current(s, primary)));
+    primary.stop();
+    for shadow in &mut shadows {
+        shadow.stop();
+        equal(shadow, primary);
+    }
+}
+
 #[test]
 fn a_far_shadow_is_fed_by_the_near_one_and_follows_it_when_it_is_promoted() {
     let (mut pair, mut far) = chain();
@@ -173,12 +184,7 @@ fn a_far_shadow_is_fed_by_the_near_one_and_follows_it_when_it_is_promoted() {
     pair.primary.start();
     rejoin(&mut pair.primary, &pair.shadow);
     load(&pair.shadow, 230..240);
-    pair.shadow.place.run(&["detach", "g"]).expect(0, &[]);
-    wait_current(&pair.primary, &pair.shadow);
-    wait_current(&far, &pair.shadow);
-    [&mut pair.shadow, &mut pair.primary, &mut far].into_iter().for_each(Node::stop);
-    equal(&pair.primary, &pair.shadow);
-    equal(&far, &pair.shadow);
+    end_equal(&mut pair.shadow, [&mut pair.primary, &mut far]);
 }
 
 #[test]
@@ -199,12 +205,7 @@ fn the_far_end_of_a_chain_is_promoted_and_the_others_follow_it() {
     wait_current(&pair.shadow, &far);
     pair.primary.start();
     rejoin(&mut pair.primary, &far);
-    far.place.run(&["detach", "g"]).expect(0, &[]);
-    wait_current(&pair.shadow, &far);
-    wait_current(&pair.primary, &far);
-    [&mut pair.shadow, &mut pair.primary, &mut far].into_iter().for_each(Node::stop);
-    equal(&pair.primary, &far);
-    equal(&pair.shadow, &far);
+    end_equal(&mut far, [&mut pair.shadow, &mut pair.primary]);
 }
 
 /// One near shadow in the sync set, one far shadow that is not: what hospitals run.
@@ -270,10 +271,5 @@ fn a_near_shadow_takes_over_without_loss_and_the_far_one_goes_on_from_its_record
     assert_eq!(resyncs(&mut far), before, "the far one was resynced");
     pair.primary.start();
     rejoin(&mut pair.primary, &pair.shadow);
-    pair.shadow.place.run(&["detach", "g"]).expect(0, &[]);
-    wait_current(&pair.primary, &pair.shadow);
-    wait_current(&far, &pair.shadow);
-    [&mut pair.shadow, &mut pair.primary, &mut far].into_iter().for_each(Node::stop);
-    equal(&pair.primary, &pair.shadow);
-    equal(&far, &pair.shadow);
+    end_equal(&mut pair.shadow, [&mut pair.primary, &mut far]);
 }

@@ -1,6 +1,6 @@
 //! A shadow that feeds another one, and one of the two holds its image back.
 
-use crate::cascade::{delayed_chain, equal, load, peer, rejoin, wait_current};
+use crate::cascade::{delayed_chain, end_equal, load, peer, rejoin, wait_current};
 use crate::pair::{Node, Pair};
 use crate::place::until;
 use serde_json::Value;
@@ -85,12 +85,7 @@ fn a_near_shadow_holds_its_image_back_and_not_what_it_passes_on() {
     wait_current(&far, &pair.shadow);
     pair.primary.start();
     rejoin(&mut pair.primary, &pair.shadow);
-    pair.shadow.place.run(&["detach", "g"]).expect(0, &[]);
-    wait_current(&far, &pair.shadow);
-    wait_current(&pair.primary, &pair.shadow);
-    [&mut pair.shadow, &mut pair.primary, &mut far].into_iter().for_each(Node::stop);
-    equal(&far, &pair.shadow);
-    equal(&pair.primary, &pair.shadow);
+    end_equal(&mut pair.shadow, [&mut far, &mut pair.primary]);
 }
 
 #[test]
@@ -121,10 +116,5 @@ fn a_far_shadow_has_a_delay_of_its_own_and_is_promoted_within_it() {
     assert!(lsn(&far.status(), "tail_lsn") > mark);
     pair.primary.start();
     rejoin(&mut pair.primary, &far);
-    far.place.run(&["detach", "g"]).expect(0, &[]);
-    wait_current(&pair.shadow, &far);
-    wait_current(&pair.primary, &far);
-    [&mut pair.shadow, &mut pair.primary, &mut far].into_iter().for_each(Node::stop);
-    equal(&pair.shadow, &far);
-    equal(&pair.primary, &far);
+    end_equal(&mut far, [&mut pair.shadow, &mut pair.primary]);
 }
