@@ -224,6 +224,8 @@ pub struct Plan {
     pub double: bool,
     /// After so many requests the primary is copied, and after so many put back to the copy.
     pub rollback: Option<(u64, u64)>,
+    /// For how long the others do not see a machine that was put back, ns.
+    pub apart: (u64, u64),
     /// Who follows whom.
     pub topology: Topology,
     /// Slowest disk write, ns.
@@ -368,6 +370,7 @@ impl Plan {
             rejoin: rng.permille(700),
             double: rng.permille(700),
             rollback: None,
+            apart: (10 * MILLIS, 5 * SECONDS),
             topology: Topology::Star,
             disk_write: rng.log(50 * MICROS, 20 * MILLIS),
             disk_sync: rng.log(100 * MICROS, 50 * MILLIS),
@@ -390,7 +393,8 @@ impl Plan {
             if plan.disk_write.is_multiple_of(2) {
                 // What the two copies wrote is out of the journal before the shadow is met again.
                 (plan.mix.largest, plan.mix.rich, plan.mix.zero) = (2000, 1000, 0);
-                (plan.full, plan.segments) = (FullPolicy::Behind, 4);
+                (plan.full, plan.segments, plan.apart) = (FullPolicy::Behind, 4, (2 * SECONDS, 10 * SECONDS));
+                plan.mix.requests += 100;
             }
         }
         plan.patience = rng.pick(&[0, 0, 20 * MILLIS, 100 * MILLIS, 500 * MILLIS, 2 * SECONDS]);

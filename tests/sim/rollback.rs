@@ -51,8 +51,9 @@ impl World {
             // What it holds is the truth from now on.
             self.scenario.crown(0);
             self.scenario.rejoined = true;
+            let (least, most) = self.plan.apart;
             for other in 1..self.hosts.len() {
-                let until = self.now + self.scenario.rng.log(10 * MILLIS, 5 * SECONDS);
+                let until = self.now + self.scenario.rng.log(least, most);
                 self.net.partitions.insert((0, other), until);
                 self.at(until, Coming::Heal { pair: (0, other) });
             }

@@ -174,6 +174,7 @@ fn plan(scenario: &Scenario) -> Plan {
         rejoin: false,
         double: false,
         rollback: None,
+        apart: (MILLIS, MILLIS),
         topology: Topology::Star,
         disk_write: 200 * MICROS,
         disk_sync: MILLIS,
