@@ -14,7 +14,7 @@ mkdir -p /mnt/pg
 mount "$device" /mnt/pg
 mkdir $cluster
 chown postgres $cluster
-postgres "$bin/initdb" -k -A trust -D $cluster >/dev/null
+postgres "$bin/initdb" --no-sync -k -A trust -D $cluster >/dev/null
 postgres "$bin/pg_ctl" -w -D $cluster -l /mnt/pg/data/log -o "-k /tmp -c listen_addresses=''" start >/dev/null
 postgres "$bin/pgbench" -h /tmp -i -s 2 -q postgres >/dev/null 2>&1
 postgres "$bin/pgbench" -h /tmp -c 4 -j 2 -T 9 -n postgres >"$work/pgbench" 2>&1 &

@@ -67,8 +67,8 @@ mkfs.ext4 -Fq $data
 mkfs.xfs -fq $wal
 mount $data /mnt/d
 mount $wal /mnt/w
-verified /mnt/d/file 48M 1 --direct=1 || fail "fio on ext4: $(cat "$work/fio")"
-verified /mnt/w/file 48M 2 || fail "fio on xfs: $(cat "$work/fio")"
+verified /mnt/d/file 24M 1 --direct=1 || fail "fio on ext4: $(cat "$work/fio")"
+verified /mnt/w/file 24M 2 || fail "fio on xfs: $(cat "$work/fio")"
 refused_for /mnt/d
 ok "$kind: a mounted device is not detached"
 fstrim /mnt/d

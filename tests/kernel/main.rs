@@ -119,13 +119,18 @@ fn nbd_device() {
 }
 
 #[test]
-fn nbd_view() {
-    guest("view.bash", &["nbd"], 300);
+fn nbd_two_nodes() {
+    guest("view.bash+retired.bash", &["nbd"], 300);
 }
 
 #[test]
-fn ublk_view() {
-    guest("view.bash", &["ublk"], 300);
+fn ublk_two_nodes() {
+    guest("view.bash+retired.bash", &["ublk"], 300);
+}
+
+#[test]
+fn nbd_alone() {
+    guest("nbd_alone.bash", &["nbd"], 300);
 }
 
 #[test]
@@ -137,16 +142,6 @@ fn nbd_database() {
 fn nbd_restart() {
     let (rounds, limit) = rounds();
     guest("restart.bash", &["nbd", rounds], limit);
-}
-
-#[test]
-fn nbd_retired() {
-    guest("retired.bash", &["nbd"], 300);
-}
-
-#[test]
-fn nbd_alone() {
-    guest("nbd_alone.bash", &["nbd"], 300);
 }
 
 #[test]
@@ -166,11 +161,6 @@ fn ublk_restart() {
 }
 
 #[test]
-fn ublk_retired() {
-    guest("retired.bash", &["ublk"], 300);
-}
-
-#[test]
 fn ublk_alone() {
     let (scenarios, limit) =
         if long() { (&["attach_killed:200", "kills:200"][..], 3000) } else { (&[][..], 300) };
@@ -180,6 +170,10 @@ fn ublk_alone() {
 /// The benchmark beside DRBD still runs: every subject, a second of one row each. Not its figures.
 #[test]
 fn bench_guests() {
+    if !long() {
+        println!("skipped: a minute of bench/guests, without VOLREP_LONG=1");
+        return;
+    }
     let Some(_turn) = turn() else { return };
     let passthrough = Path::new(env!("CARGO_BIN_EXE_volrep")).with_file_name("examples/passthrough");
     if !passthrough.exists() {
@@ -199,7 +193,12 @@ fn bench_guests() {
     assert!(table.contains("DRBD C") && !table.contains("failed"), "no full table:\n{table}");
 }
 
+/// On this machine's own kernel it is tested by `tests/fuse_device`.
 #[test]
 fn fuse_device() {
+    if !long() {
+        println!("skipped: FUSE on the guest's kernel, without VOLREP_LONG=1");
+        return;
+    }
     guest("device.bash+durable.bash", &["fuse"], 300);
 }

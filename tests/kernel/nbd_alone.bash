@@ -20,7 +20,7 @@ is "the device" "$(node "$link")" nbd1
 grep -q 'not attached by ublk: ' "$log" || fail "auto does not say why there is no ublk"
 ok "nbd: auto takes the kernel's NBD driver, leaves the neighbour's device alone, and says why not ublk"
 
-verified "$link" 32M 1 --direct=1 || fail "fio: $(cat "$work/fio")"
+verified "$link" 16M 1 --direct=1 || fail "fio: $(cat "$work/fio")"
 mkfs.ext4 -Fq "$link"
 mkdir -p /mnt/d
 mount "$link" /mnt/d

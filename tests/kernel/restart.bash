@@ -106,8 +106,8 @@ grep -q 'Connection timed out' "$kernel" && fail "the connection was cut"
 ok "$kind: a daemon that answers nothing for 5 s is waited for"
 
 # What was written last is there, byte by byte, below the device.
-verified "$data" 48M 4711 --direct=1 || fail "fio: $(cat "$work/fio")"
+verified "$data" 24M 4711 --direct=1 || fail "fio: $(cat "$work/fio")"
 detach
 end TERM
-verified "$work/data.img" 48M 4711 --verify_only=1 || fail "the backing: $(cat "$work/fio")"
+verified "$work/data.img" 24M 4711 --verify_only=1 || fail "the backing: $(cat "$work/fio")"
 ok "$kind: the backing holds what was written last"

@@ -16,7 +16,7 @@ volrep token g --peer two 2>/dev/null >"$work/token"
 second join - --listen 127.0.0.1:7002 "${sizes[@]}" --volume "data=$work/two.img" <"$work/token" >/dev/null 2>&1
 printf '\n[[peer]]\nname = "two"\naddress = "127.0.0.1:7002"\n' >>"$work/c/g.toml"
 serve
-second serve g 2>"$work/log2" &
+VOLREP_CONFIG_DIR=$work/c2 VOLREP_DEV_DIR=$work/dev2 volrep serve g 2>"$work/log2" &
 within 60 second_state shadow UpToDate || fail "the shadow does not follow"
 
 data=$(volrep attach g --device "$kind")

@@ -387,7 +387,7 @@ def partitions(program):
     node.detach()
 
 
-def attach_killed(program, rounds=12):
+def attach_killed(program, rounds=8):
     """A daemon that is killed while it makes or deletes devices leaves nothing in the way."""
     node = Node(program, "attaching").init(volumes=(("data", "64M"), ("wal", "64M")), journal="32M")
     rng = random.Random(7)

@@ -12,10 +12,10 @@ for node in east west; do mkdir -p "$work/$node"; done
 east init g --node east --listen 127.0.0.1:7654 --journal-size 64M --volume "data=$work/east.img:96M" >/dev/null 2>&1
 east token g --peer west >"$work/token"
 west join - --node west --listen none --journal-size 64M --volume "data=$work/west.img" <"$work/token" >/dev/null 2>&1
-east serve g 2>"$work/east.log" &
+# Not by the functions: these processes are to be the ones that are killed.
+VOLREP_CONFIG_DIR=$work/east VOLREP_SHM_DIR=/dev/shm/east volrep serve g 2>"$work/east.log" &
 log=$work/west.log
 serve_west() {
-    # Not by the function: its process is to be the one that is killed.
     VOLREP_CONFIG_DIR=$work/west VOLREP_SHM_DIR=/dev/shm/west volrep serve g 2>>"$log" &
     daemon=$!
 }

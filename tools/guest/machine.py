@@ -121,8 +121,10 @@ class Guest:
         # no_timer_check: on a busy host the emulated timer is late, and a guest that counts its ticks gives up.
         # maxcpus: a kernel that starts rewrites its own code, over a breakpoint, which QEMU's emulation may still run on
         # another processor when it is long gone ("int3" in the guest's last words). tools/guest/boot adds the others.
+        # lpj: what an added processor would else spend two seconds on counting; a loop for a clock of 4 GHz, so that no
+        # delay of the kernel's is too short.
         append = ("console=ttyS0 loglevel=4 panic=-1 oops=panic mitigations=off nokaslr random.trust_cpu=on "
-                  "tsc=reliable no_timer_check maxcpus=1")
+                  "tsc=reliable no_timer_check maxcpus=1 lpj=16000000")
         words = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-M", "q35",
                  *accelerator(), "-smp", str(plan.cpus), "-m", plan.memory,
                  "-kernel", f"{self.image}/vmlinuz", "-initrd", f"{self.image}/initrd", "-append", append + " " + plan.append,
