@@ -379,4 +379,6 @@ pub fn tail_of(record: &Record) -> Tail {
 }
 
 #[cfg(test)]
+mod durability_tests;
+#[cfg(test)]
 mod tests;

@@ -11,7 +11,7 @@ use bytes::Bytes;
 
 const G: Geometry = Geometry { segment: 2 << 20, segments: 4 };
 
-fn superblock() -> Superblock {
+pub(super) fn superblock() -> Superblock {
     let term = Term { counter: 1, node: NodeId(1) };
     Superblock {
         sequence: 1,
@@ -50,7 +50,7 @@ fn superblock() -> Superblock {
     }
 }
 
-fn make(tail: &Tail, sb: &Superblock, bytes: usize) -> Record {
+pub(super) fn make(tail: &Tail, sb: &Superblock, bytes: usize) -> Record {
     let mut buf = aligned(record::room(1) + bytes);
     buf.resize(record::room(1), 0);
     buf.resize(record::room(1) + bytes, tail.point.lsn.0 as u8);
