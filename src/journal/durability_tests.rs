@@ -320,9 +320,43 @@ fn the_segment_before_what_is_kept_stays_until_something_of_the_next_is_durable(
     r.journal.keep_after(Lsn(2));
     assert_eq!(r.journal.room(), before);
     assert!(!r.journal.can_hold(Lsn(0), before + 1) && r.journal.can_hold(Lsn(0), before));
+    r.journal.keep_after(Lsn(3));
+    assert!(!r.journal.can_hold(Lsn(2), before + 1) && r.journal.can_hold(Lsn(2), before));
     assert_eq!(r.poll(0, 0), BEGINS);
     r.synced();
     assert_eq!(r.journal.room(), before + SEGMENT - BLOCK - MAX_PADDED);
+}
+
+#[test]
+fn a_segment_is_filled_to_its_last_byte() {
+    let mut r = Rig::new();
+    r.append(512, true);
+    r.append(1 << 20, true);
+    let left = SEGMENT - r.journal.head().offset;
+    r.append(left as usize - 512, true);
+    assert_eq!(r.journal.head(), Place { segment: 1, offset: SEGMENT });
+    assert_eq!(r.append(512, true).1, 8192, "with the next one's header");
+    assert_eq!(r.journal.head(), Place { segment: 2, offset: 8192 });
+}
+
+/// Recovery may find the end where a segment would begin that holds what is needed yet.
+#[test]
+fn a_full_journal_that_ends_with_a_segment_has_no_room() {
+    let mut r = Rig::new();
+    for lsn in 1..=8 {
+        r.append(900 << 10, true);
+        r.written(lsn);
+    }
+    let (tail, segments) = (*r.journal.tail(), r.journal.segments().copied().collect::<Vec<_>>());
+    let again = |geometry, keep| {
+        let head = Place { segment: 5, offset: 0 };
+        let mut journal = Journal::new(1, r.sb.group, geometry, head, segments.clone(), tail);
+        journal.keep_after(Lsn(keep));
+        journal
+    };
+    let geometry = r.journal.geometry;
+    assert!(!again(geometry, 1).fits(4096) && again(geometry, 2).fits(4096));
+    assert!(again(Geometry { segments: 5, ..geometry }, 0).fits(4096));
 }
 
 #[test]

@@ -7,6 +7,7 @@
 use crate::format::record::{Kind, Record, Stamp, flags};
 use crate::format::superblock::Volume;
 use crate::units::{Extent, Generation, GroupId, HistoryPoint, Lsn, Term};
+use std::cmp::Ordering;
 
 /// What a shadow holds at its tail.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -59,8 +60,12 @@ pub fn judge(held: &Held, volumes: &[Volume], record: &Record) -> Verdict {
     if s.prev != held.point.hash {
         return Verdict::Reject("a record that does not continue the history here");
     }
-    let opens = s.flags & flags::OPENS != 0;
-    if s.generation != held.generation && !(opens && s.generation > held.generation) {
+    let continues = match s.generation.cmp(&held.generation) {
+        Ordering::Less => false,
+        Ordering::Equal => true,
+        Ordering::Greater => s.flags & flags::OPENS != 0,
+    };
+    if !continues {
         return Verdict::Reject("a record of a generation that was never opened");
     }
     let falls = s.time < held.time || s.last_write < held.last_write;

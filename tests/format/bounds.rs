@@ -17,7 +17,7 @@ use volrep::format::record::{
 };
 use volrep::format::salvage::{self, Trailer};
 use volrep::format::segment::SegmentHeader;
-use volrep::format::superblock::{self, Geometry, SLOT, Superblock, Volume};
+use volrep::format::superblock::{self, Geometry, ResyncStage, SLOT, Superblock, Volume};
 use volrep::units::{Address, BLOCK, Extent, GroupId, Lsn, MAX_VOLUME, NodeId, SECTOR};
 
 fn field<T>(name: &'static str) -> Result<T, FormatError> {
@@ -72,6 +72,23 @@ fn a_superblocks_fields_are_bounded() {
         assert_eq!(volumes(vec![volume(4, size)]), field("volume size"));
     }
     assert_eq!(Geometry { segment: 5 << 20, segments: 7 }.len(), 35 << 20);
+}
+
+/// The old image is there while a new one is staged, and not before or after.
+#[test]
+fn each_stage_of_a_resync_comes_back() {
+    let staged = superblock().resync.unwrap().old;
+    assert!(staged.is_some());
+    for stage in [ResyncStage::Copying, ResyncStage::Staging, ResyncStage::Merging] {
+        for old in [None, staged.clone()] {
+            let fits = old.is_some() == (stage == ResyncStage::Staging);
+            let back = superblock_with(|s| {
+                let resync = s.resync.as_mut().unwrap();
+                (resync.stage, resync.old) = (stage, old);
+            });
+            assert_eq!(back, if fits { Ok(()) } else { field("old image") });
+        }
+    }
 }
 
 #[test]
