@@ -141,6 +141,7 @@ fn an_unsynced_record_is_synced_after_a_time_or_when_there_are_many() {
     assert_eq!(r.journal.unsynced(), 4096);
     r.written(3);
     r.synced();
+    r.now = 107;
     assert_eq!(r.poll(5, 4097), (false, Some(110)));
     assert_eq!(r.poll(5, 4096), BEGINS, "as many as the limit");
     r.synced();
@@ -158,9 +159,9 @@ fn what_somebody_waits_for_is_synced_once_it_is_written() {
         r.append(512, false);
     }
     assert!(!r.journal.is_wanted());
-    r.written(1);
     r.journal.want(Lsn(2));
     r.journal.want(Lsn(3));
+    r.written(1);
     assert!(r.journal.is_wanted());
     assert_eq!(r.poll(LATER.0, LATER.1), (false, Some(5)), "the first that is waited for is not written");
     r.written(2);
