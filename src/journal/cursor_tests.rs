@@ -94,6 +94,10 @@ fn no_more_is_read_than_the_end_asks_for() {
     let (step, reads) = next(&mut at, &file, Some(end));
     assert!(matches!(step, Step::Record(r, _) if r.stamp.lsn == Lsn(3)));
     assert_eq!(reads, [(SEGMENT + end.offset, SEGMENT - end.offset)]);
+    // From within the segment on, too.
+    let mut at = cursor(1, superblock().checkpoint);
+    at.pass(&records[0].0, records[0].1);
+    assert_eq!(next(&mut at, &file, Some(end)).1, [(SEGMENT + 8192, end.offset - 8192)]);
     // An end in another segment bounds nothing.
     let mut at = cursor(1, superblock().checkpoint);
     assert_eq!(next(&mut at, &file, Some(place(2, 4096))).1, [(SEGMENT, SEGMENT)]);
@@ -224,4 +228,16 @@ fn a_cursor_passes_what_it_is_told_to_pass() {
     at.pass(&records[1].0, records[1].1);
     assert_eq!(at.last(), records[1].0.point());
     assert!(matches!(next(&mut at, &file, None).0, Step::Record(r, _) if r == records[2].0));
+}
+
+#[test]
+fn the_last_block_of_a_segment_holds_a_record() {
+    let (file, records) =
+        journal(&[512, 1 << 20, (SEGMENT - 8192 - 1_052_672) as usize - 4096 - 512, 512, 512]);
+    assert_eq!((records[3].1, records[4].1), (place(1, SEGMENT - BLOCK), place(2, BLOCK)));
+    let mut at = cursor(1, superblock().checkpoint);
+    for (record, place) in &records {
+        let (step, _) = next(&mut at, &file, None);
+        assert!(matches!(step, Step::Record(r, p) if r == *record && p == *place));
+    }
 }

@@ -377,3 +377,177 @@ fn what_the_disk_has_spoilt_is_found_and_put_back() {
         make(&Tail { point: HistoryPoint { hash: Hash([9; 32]), ..chosen.before }, ..tail }, &sb, 4096);
     assert_eq!(scrub(&mut j, &mut disk, &[other]), [format!("record {first}")]);
 }
+
+/// A record that survived far behind the gap, in a segment whose header did not, tells what was durable.
+#[test]
+fn a_watermark_segments_behind_a_gap_is_found() {
+    let geometry = Geometry { segment: 2 << 20, segments: 12 };
+    let sb = Superblock { geometry, ..superblock() };
+    for watermark in [1, 2] {
+        let mut disk = Disk(vec![0; geometry.len() as usize]);
+        let head = cursor::Place { segment: 1, offset: 0 };
+        let tail =
+            Tail { point: sb.checkpoint, generation: sb.generation, last_write: 0, time: 0, durable: Lsn(0) };
+        let mut j = Journal::new(1, sb.group, geometry, head, vec![], tail);
+        for i in 1..=10 {
+            if i == 10 {
+                j.tail.durable = Lsn(watermark);
+            }
+            append(&mut j, &mut disk, &sb, 900 << 10);
+        }
+        // The second is lost, and the headers of all later segments with the first record of each.
+        let at = |segment: u64, offset: u64| cursor::Place { segment, offset }.file_offset(geometry) as usize;
+        disk.0[at(1, 1 << 20)..at(2, 0)].fill(0);
+        (2..=5).for_each(|segment| disk.0[at(segment, 0)..at(segment, 8192)].fill(0));
+        match recover(&mut disk, &sb, None).0 {
+            Outcome::Stopped(text) => assert!(watermark == 2 && text.contains("LSN 1"), "{text}"),
+            Outcome::Found(r) => assert_eq!((watermark, r.tail.point.lsn, r.cut), (1, Lsn(1), 5)),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn a_scrub_leaves_room_for_what_comes_and_reads_much_at_a_time() {
+    let sb = superblock();
+    let fill = |segments, segment: u64, lsns| {
+        let geometry = Geometry { segment, segments };
+        let tail =
+            Tail { point: sb.checkpoint, generation: sb.generation, last_write: 0, time: 0, durable: Lsn(0) };
+        let head = cursor::Place { segment: 1, offset: 0 };
+        let mut j = Journal::new(1, sb.group, geometry, head, vec![], tail);
+        for lsn in 1..=lsns {
+            let record = make(j.tail(), &sb, 900 << 10);
+            j.append(Now::default(), &record, true, &mut Vec::new());
+            j.complete(lsn, Ok(Bytes::new())).unwrap();
+            j.keep_after(j.durable());
+        }
+        j
+    };
+    let mut j = fill(4, 16 << 20, 5);
+    let mut one = scrub::Scrub::new(j.durable());
+    assert!(matches!(
+        one.step(&mut j),
+        scrub::Step::Read(DiskOp::Read { offset: 16_777_216, len: 4_194_304 })
+    ));
+    // The oldest ones are about to be overwritten: holding them would leave a writer less than 8 MiB.
+    let mut j = fill(20, 2 << 20, 36);
+    let mut one = scrub::Scrub::new(j.durable());
+    let mut held = Vec::new();
+    while let scrub::Step::Read(_) = one.step(&mut j) {
+        held.extend(one.hold().map(|lsn| lsn.0));
+        assert!(j.room() >= 8 << 20);
+        one.pass_over();
+    }
+    assert!(held[0] > 0 && held.is_sorted() && *held.last().unwrap() == 34, "{held:?}");
+}
+
+/// Recovers from a disk that answers as `answer` says; the outcome, and how many requests there were.
+fn recover_with(
+    sb: &Superblock,
+    target: Option<HistoryPoint>,
+    mut answer: impl FnMut(usize, &DiskRequest) -> DiskResult,
+) -> (Outcome, usize) {
+    let origin = record::origin(sb.group);
+    let mut recovery = match target {
+        Some(target) => Recovery::compare(9, sb, origin, target),
+        None => Recovery::new(9, sb, origin),
+    };
+    let (mut out, mut asked) = (Vec::new(), 0);
+    recovery.start(&mut out);
+    loop {
+        assert!(!out.is_empty(), "it waits for nothing");
+        let request = out.remove(0);
+        let result = answer(asked, &request);
+        asked += 1;
+        if let Some(outcome) = recovery.complete(request.token.id(), result, &mut |_, _| {}, &mut out) {
+            return (outcome, asked);
+        }
+    }
+}
+
+/// What can't be read, erased or synced ends the recovery: nothing is concluded from it.
+#[test]
+fn recovery_stops_at_any_failure_but_that_of_a_segment_it_does_not_need() {
+    let (mut disk, sb) = (Disk::new(), superblock());
+    let mut j = journal(&found(&mut disk, &sb).0, &sb);
+    let points: Vec<_> = (0..5).map(|_| append(&mut j, &mut disk, &sb, 900 << 10).point()).collect();
+    // The third is torn, the first of the second segment.
+    let torn = 2 * G.segment as usize + BLOCK as usize;
+    disk.0[torn + 5000] ^= 1;
+    for target in [None, Some(points[1])] {
+        let copy = disk.0.clone();
+        let mut ops = Vec::new();
+        let (outcome, asked) = recover_with(&sb, target, |_, r| {
+            ops.push(r.op.clone());
+            disk.run(r)
+        });
+        // Everything is erased before the sync begins, and that is waited for.
+        let erased = ops.iter().filter(|op| matches!(op, DiskOp::Write { .. })).count();
+        assert!(erased > 1 && matches!(ops.last(), Some(DiskOp::Sync)));
+        assert!(matches!(ops[asked - 1 - erased..asked - 1], [DiskOp::Write { .. }, ..]));
+        assert!(matches!(&outcome, Outcome::Found(r) if r.tail.point == points[1]), "{outcome:?}");
+        disk.0 = copy.clone();
+        for failing in 0..asked {
+            let mut needed = false;
+            let (outcome, _) = recover_with(&sb, target, |i, request| {
+                if i != failing {
+                    return disk.run(request);
+                }
+                let header = matches!(request.op, DiskOp::Read { len, .. } if len == BLOCK as usize);
+                needed = !header || matches!(request.op, DiskOp::Read { offset, .. } if offset == G.segment);
+                Err(IoError::EIO)
+            });
+            match outcome {
+                Outcome::Stopped(text) => assert!(needed && text.contains("nothing was changed"), "{text}"),
+                Outcome::Found(r) => assert!(r.tail.point == points[1], "{failing}"),
+                Outcome::Differs => panic!("{failing}: what can't be read proves nothing"),
+            }
+            disk.0 = copy.clone();
+        }
+    }
+}
+
+#[test]
+fn the_headers_of_many_segments_are_read_in_turn() {
+    for segments in [4, 64, 65, 128, 200] {
+        let sb = Superblock { geometry: Geometry { segment: 2 << 20, segments }, ..superblock() };
+        let mut headers = Vec::new();
+        let (outcome, _) = recover_with(&sb, None, |_, request| {
+            let DiskOp::Read { offset, len } = request.op else { return Ok(Bytes::new()) };
+            if len == BLOCK as usize {
+                headers.push(offset / (2 << 20));
+            }
+            Ok(Bytes::from(vec![0; len]))
+        });
+        let Outcome::Found(found) = outcome else { panic!("{outcome:?}") };
+        assert_eq!((found.tail.point.lsn, found.head), (Lsn(0), cursor::Place { segment: 1, offset: 0 }));
+        assert_eq!(headers, (0..u64::from(segments)).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn a_segments_header_of_another_group_or_from_another_place_is_none() {
+    let (mut disk, sb) = (Disk::new(), superblock());
+    let mut j = journal(&found(&mut disk, &sb).0, &sb);
+    append(&mut j, &mut disk, &sb, 512);
+    let ours = SegmentHeader {
+        group: sb.group,
+        sequence: 3,
+        before: j.tail().point,
+        generation: sb.generation,
+        last_write: 1,
+        time: 1,
+    };
+    let recovered = |header: SegmentHeader| {
+        let mut disk = Disk(disk.0.clone());
+        disk.0[3 * G.segment as usize..][..BLOCK as usize].copy_from_slice(&header.encode());
+        let (r, _) = found(&mut disk, &sb);
+        assert_eq!(r.tail.point.lsn, Lsn(1));
+        r.cut > 0
+    };
+    assert!(recovered(ours), "a later one of this journal is erased");
+    assert!(!recovered(SegmentHeader { group: GroupId([2; 16]), ..ours }));
+    assert!(!recovered(SegmentHeader { sequence: 6, ..ours }));
+    assert!(recovered(SegmentHeader { sequence: 7, ..ours }));
+}
