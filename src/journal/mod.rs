@@ -380,4 +380,6 @@ mod cursor_tests;
 #[cfg(test)]
 mod durability_tests;
 #[cfg(test)]
+mod recovery_tests;
+#[cfg(test)]
 mod tests;

@@ -71,10 +71,10 @@ pub(super) fn make(tail: &Tail, sb: &Superblock, bytes: usize) -> Record {
 }
 
 /// A disk without a cache.
-struct Disk(Vec<u8>);
+pub(super) struct Disk(pub(super) Vec<u8>);
 
 impl Disk {
-    fn new() -> Disk {
+    pub(super) fn new() -> Disk {
         Disk(vec![0; G.len() as usize])
     }
     fn record(&self, at: u64) -> HistoryPoint {
@@ -94,7 +94,7 @@ impl Disk {
     }
 }
 
-fn recover(disk: &mut Disk, sb: &Superblock, target: Option<HistoryPoint>) -> (Outcome, Vec<u64>) {
+pub(super) fn recover(disk: &mut Disk, sb: &Superblock, target: Option<HistoryPoint>) -> (Outcome, Vec<u64>) {
     let origin = record::origin(sb.group);
     let mut recovery = match target {
         Some(target) => Recovery::compare(9, sb, origin, target),
@@ -115,18 +115,18 @@ fn recover(disk: &mut Disk, sb: &Superblock, target: Option<HistoryPoint>) -> (O
     }
 }
 
-fn found(disk: &mut Disk, sb: &Superblock) -> (Recovered, Vec<u64>) {
+pub(super) fn found(disk: &mut Disk, sb: &Superblock) -> (Recovered, Vec<u64>) {
     match recover(disk, sb, None) {
         (Outcome::Found(found), seen) => (*found, seen),
         (other, _) => panic!("{other:?}"),
     }
 }
 
-fn journal(r: &Recovered, sb: &Superblock) -> Journal {
+pub(super) fn journal(r: &Recovered, sb: &Superblock) -> Journal {
     Journal::new(1, sb.group, G, r.head, r.segments.clone(), r.tail)
 }
 
-fn append(journal: &mut Journal, disk: &mut Disk, sb: &Superblock, bytes: usize) -> Record {
+pub(super) fn append(journal: &mut Journal, disk: &mut Disk, sb: &Superblock, bytes: usize) -> Record {
     let record = make(journal.tail(), sb, bytes);
     assert!(journal.fits(record.padded_len()));
     let mut out = Vec::new();
