@@ -225,24 +225,27 @@ impl Maps {
 /// At most `most` extents that cover all of `extents`, which are in order: the nearest neighbours within a
 /// volume are joined.
 pub fn joined(extents: Vec<Extent>, most: usize) -> Vec<Extent> {
-    let (mut list, mut gap) = (extents, GRANULE);
-    let volumes = list.chunk_by(|a, b| a.address().volume() == b.address().volume()).count();
-    while list.len() > most.max(volumes) {
-        let mut fewer: Vec<Extent> = Vec::new();
-        for e in list {
-            if let Some(last) = fewer.last_mut()
-                && last.address().volume() == e.address().volume()
-                && e.start() - (last.start() + last.len()) <= gap
-            {
-                let len = e.start() + e.len() - last.start();
-                *last = Extent::new(last.address(), len).expect("within one volume");
-            } else {
-                fewer.push(e);
+    let gap = |a: &Extent, b: &Extent| {
+        let one = a.address().volume() == b.address().volume();
+        one.then(|| (b.start() - a.start()).saturating_sub(a.len()))
+    };
+    let mut gaps: Vec<u64> = extents.windows(2).filter_map(|pair| gap(&pair[0], &pair[1])).collect();
+    gaps.sort_unstable();
+    // As many as there are too many, from the narrowest on.
+    let surplus = extents.len().saturating_sub(most).min(gaps.len());
+    let Some(widest) = gaps[..surplus].last() else { return extents };
+    let mut fewer: Vec<Extent> = Vec::new();
+    for e in extents {
+        let near = fewer.last_mut().filter(|last| gap(last, &e).is_some_and(|g| g <= *widest));
+        match near {
+            Some(last) => {
+                *last = Extent::new(last.address(), e.start() - last.start() + e.len())
+                    .expect("within one volume")
             }
+            None => fewer.push(e),
         }
-        (list, gap) = (fewer, gap * 2);
     }
-    list
+    fewer
 }
 
 #[cfg(test)]
@@ -418,6 +421,8 @@ mod tests {
             }
         }
         assert_eq!(joined(list.clone(), list.len()), list);
+        let end = [2, 1].map(|n| extent(255, crate::units::MAX_VOLUME - n * GRANULE, GRANULE));
+        assert_eq!(joined(end.to_vec(), 1), [extent(255, end[0].address().offset(), 2 * GRANULE)]);
         // The nearest neighbours first.
         let few = [0, 1, 10, 11, 40].map(|at| extent(3, at * GRANULE, GRANULE));
         let runs = |most| joined(few.to_vec(), most).iter().map(|e| e.len() / GRANULE).collect::<Vec<_>>();

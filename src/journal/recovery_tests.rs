@@ -188,3 +188,23 @@ fn the_time_of_the_last_record_is_known_whatever_the_journal_holds() {
     assert_eq!((r.tail.time, r.tail.last_write, r.tail.point, seen.len()), (2, 2, w.points[2], 0));
     assert_eq!(r.tail.generation, w.sb.generation);
 }
+
+#[test]
+fn a_superblock_and_a_journal_that_do_not_belong_together_are_noticed() {
+    for (lsn, segment) in [(1, 1), (2, 2), (3, 2), (4, 3), (6, 4)] {
+        let mut w = written(6);
+        w.checkpoint(lsn, segment);
+        assert_eq!(w.found().1, (lsn as u64 + 1..=6).collect::<Vec<_>>());
+        w.sb.checkpoint.hash.0[7] ^= 1;
+        let copy = w.disk.0.clone();
+        match recover(&mut w.disk, &w.sb, None).0 {
+            Outcome::Stopped(text) => assert!(lsn == 6 || text.contains("do not belong together"), "{text}"),
+            other => panic!("{other:?}"),
+        }
+        assert!(w.disk.0 == copy, "nothing is changed");
+    }
+    // At the very beginning it may name no hash.
+    let mut w = written(3);
+    w.sb.checkpoint.hash = crate::units::Hash::default();
+    assert_eq!(w.found().1, [1, 2, 3]);
+}
