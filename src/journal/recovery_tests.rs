@@ -76,6 +76,8 @@ fn redo_begins_in_the_segment_before_one_that_was_never_durable() {
     w.erase(3);
     w.erase(2);
     assert!(w.stopped());
+    w.sb.floor = Lsn(0);
+    assert!(w.stopped(), "an image that has some of it promises the rest");
 }
 
 #[test]
@@ -207,4 +209,37 @@ fn a_superblock_and_a_journal_that_do_not_belong_together_are_noticed() {
     let mut w = written(3);
     w.sb.checkpoint.hash = crate::units::Hash::default();
     assert_eq!(w.found().1, [1, 2, 3]);
+}
+
+/// It took up another history at an earlier record: what its ring has of the old one is neither kept nor found again.
+#[test]
+fn headers_of_a_history_that_was_given_up_are_not_kept() {
+    let mut w = written(8);
+    let elsewhere = HistoryPoint { lsn: Lsn(1), hash: crate::units::Hash([9; 32]) };
+    w.points[1] = elsewhere;
+    w.checkpoint(1, 3);
+    w.sb.base = Anchor { point: elsewhere, ..Anchor::default() };
+    w.sb.base_segment = 3;
+    let (r, seen) = w.found();
+    assert_eq!((r.tail.point, seen, sequences(&r)), (elsewhere, vec![], vec![]));
+    assert_eq!(r.head, Place { segment: 3, offset: 0 });
+    let (r, _) = w.found();
+    assert_eq!((r.cut, sequences(&r)), (0, vec![]));
+}
+
+/// The end of the last segment of the ring is the end of the file.
+#[test]
+fn nothing_is_erased_behind_a_segment_that_is_full() {
+    let (mut disk, sb) = (Disk::new(), superblock());
+    let mut j = journal(&found(&mut disk, &sb).0, &sb);
+    let rest = SEGMENT - BLOCK - 1_052_672;
+    let mut points = Vec::new();
+    for len in [900 << 10, 900 << 10, 900 << 10, 900 << 10, 1 << 20, rest as usize - 512, 512] {
+        points.push(append(&mut j, &mut disk, &sb, len).point());
+    }
+    assert_eq!(j.head(), Place { segment: 4, offset: 8192 });
+    let (outcome, _) = recover(&mut disk, &sb, Some(points[5]));
+    let Outcome::Found(r) = outcome else { panic!("{outcome:?}") };
+    assert_eq!((r.tail.point, r.head), (points[5], Place { segment: 3, offset: SEGMENT }));
+    assert_eq!(found(&mut disk, &sb).0.tail.point, points[5]);
 }
