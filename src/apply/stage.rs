@@ -135,6 +135,16 @@ mod tests {
         assert_eq!(stage_len(&volumes), HEAD + 3 * BLOCK);
         let made = |len| Stage::new(Box::new(vec![0; len as usize]), &volumes, id(1), true).is_some();
         assert!(made(HEAD + 3 * BLOCK) && !made(HEAD + 3 * BLOCK - 1));
+        // Each volume has its own.
+        let memory = Box::new(vec![0; stage_len(&volumes) as usize]);
+        let mut stage = Stage::new(memory, &volumes, id(1), true).unwrap();
+        let last = extent(1, bits, 1);
+        stage.mark(last);
+        assert_eq!(stage.next(0, 1 << 20), Some(last));
+        assert_eq!(
+            (stage.parts(extent(0, 0, 9)), stage.parts(last)),
+            (vec![(extent(0, 0, 9), false)], vec![(last, true)])
+        );
     }
 
     #[test]
