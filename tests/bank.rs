@@ -1,7 +1,10 @@
 //! The bank of planted bugs is kept: each still applies, says what it breaks, and was found.
 //!
+//! So is the list of the mutants that no test notices: each names a function that exists, and says why.
+//!
 //! Owns: nothing. Invariant: a change of the product that a planted bug no longer fits fails here, and so does a bug
-//! of which nobody knows whether it is found (`tools/bugs --record` writes that down).
+//! of which nobody knows whether it is found (`tools/bugs --record` writes that down), and a survivor that nobody has
+//! explained (`tools/mutants --record` lists them).
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -66,4 +69,54 @@ fn every_planted_bug_was_found() {
         let row = row.unwrap_or_else(|| panic!("{name} was never run: tools/bugs --record {name}"));
         assert!(!row.contains("**"), "nothing finds {name}: {row}");
     }
+}
+
+/// The cells of a row of a table, of which some have a `\\|` in them.
+fn cells(line: &str) -> Vec<String> {
+    let line = line.replace("\\|", "\0");
+    let inner = line.trim().trim_start_matches('|').trim_end_matches('|');
+    inner.split('|').map(|c| c.trim().replace('\0', "|")).collect()
+}
+
+/// What is wrong with the list of survivors; `source` gives the text of a file.
+fn survivors(list: &str, source: &dyn Fn(&str) -> Option<String>) -> Vec<String> {
+    let mut broken = Vec::new();
+    for row in list.lines().filter(|l| l.starts_with("| src/")).map(cells) {
+        let Some(text) = source(&row[0]) else {
+            broken.push(format!("{}: there is no such file", row[0]));
+            continue;
+        };
+        let [file, function, change, why] = &row[..] else { continue };
+        let name = function.trim_matches('`').rsplit("::").next().unwrap_or_default();
+        let exists = ["(", "<"].iter().any(|end| text.contains(&format!("fn {name}{end}")));
+        if !name.is_empty() && !exists {
+            broken.push(format!("{file}: there is no {function}"));
+        }
+        if why.len() < 10 || why.contains("unexplained") {
+            broken.push(format!("{file}: {change}: why does nothing notice it?"));
+        }
+    }
+    broken
+}
+
+#[test]
+fn every_mutant_that_survives_is_in_a_function_that_exists_and_is_explained() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let list = fs::read_to_string(root.join("tests/mutants/RESULTS.md")).unwrap();
+    let broken = survivors(&list, &|file| fs::read_to_string(root.join(file)).ok());
+    assert!(broken.is_empty(), "\n{}", broken.join("\n"));
+}
+
+#[test]
+fn a_survivor_that_is_gone_or_unexplained_is_noticed() {
+    let source = |file: &str| (file == "src/a.rs").then(|| "fn there() {}\nfn of<T>() {}".to_owned());
+    let wrong = |row: &str| survivors(row, &source).len();
+    assert_eq!(wrong("| src/a.rs | `A::there` | `replace \\| with ^ #1` | the bits never overlap |"), 0);
+    assert_eq!(wrong("| src/a.rs | `of` | `x #1` | it is only a hint |"), 0);
+    assert_eq!(wrong("| src/a.rs | `` | `replace << with >> #1` | it is only a hint |"), 0);
+    assert_eq!(wrong("| src/a.rs | `gone` | `x #1` | it is only a hint |"), 1);
+    assert_eq!(wrong("| src/a.rs | `there` | `x #1` | **unexplained** |"), 1);
+    assert_eq!(wrong("| src/b.rs | `there` | `x #1` | it is only a hint |"), 1);
+    assert_eq!(wrong("| src/a.rs | 5 | 3 | 1 | 0 | 1 | 0 | 2026-01-01 |"), 0);
+    assert_eq!(wrong("| src/b.rs | 5 | 3 | 1 | 0 | 1 | 0 | 2026-01-01 |"), 1);
 }

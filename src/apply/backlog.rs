@@ -302,4 +302,71 @@ mod tests {
         assert!(b.place(Lsn(5)).is_none() && !b.reaches(Lsn(4), Lsn(9)) && b.reaches(Lsn(8), Lsn(9)));
         assert!(b.reaches(Lsn(9), Lsn(9)) && Backlog::default().reaches(Lsn(3), Lsn(3)));
     }
+
+    #[test]
+    fn what_the_image_lacks_is_counted_in_bytes_of_the_journal() {
+        let mut b = Backlog::default();
+        assert_eq!((b.bytes(), b.end(), b.covered()), (0, None, None));
+        let lengths = [1, 20, 40].map(|sectors| [(0, sectors, Content::Data)]);
+        let bytes: Vec<u64> = (3..).zip(&lengths).map(|(lsn, w)| record(lsn, w).padded_len()).collect();
+        (3..).zip(&lengths).for_each(|(lsn, w)| b.push(&record(lsn, w), lsn << 20));
+        assert_eq!(bytes, [4096, 12288, 24576]);
+        assert_eq!((b.bytes(), b.end()), (40960, Some(Lsn(5))));
+        let place = b.place(Lsn(4)).unwrap();
+        assert_eq!((place.point.lsn, place.offset, place.len), (Lsn(4), 4 << 20, 12288));
+        assert_eq!([2, 6].map(|lsn| b.place(Lsn(lsn))), [None; 2]);
+        b.applied(Lsn(3));
+        assert_eq!(b.bytes(), 36864);
+        b.cut(Lsn(4));
+        assert_eq!((b.bytes(), b.end()), (12288, Some(Lsn(4))));
+        b.clear();
+        assert_eq!((b.bytes(), b.weight, b.end()), (0, 0, None));
+    }
+
+    #[test]
+    fn a_cut_ends_the_reading_only_of_what_it_gives_up() {
+        let reading = |lsn| {
+            let mut b = Backlog::default();
+            (1..=6).for_each(|lsn| b.push(&record(lsn, &[(lsn, 1, Content::Data)]), lsn));
+            b.cover(Lsn(4));
+            assert_eq!(newest(&b).iter().flatten().count(), 4);
+            b.cut(Lsn(lsn));
+            (b.covered(), newest(&b).iter().flatten().count())
+        };
+        assert_eq!([3, 4, 5].map(reading), [(None, 0), (Some(Lsn(4)), 4), (Some(Lsn(4)), 4)]);
+    }
+
+    #[test]
+    fn the_index_never_covers_less_than_before_and_closed_it_covers_nothing() {
+        let mut b = Backlog::default();
+        (1..=6).for_each(|lsn| b.push(&record(lsn, &[(0, 1, Content::Data)]), lsn));
+        b.cover(Lsn(5));
+        b.cover(Lsn(3));
+        assert_eq!((b.covered(), newest(&b)[0]), (Some(Lsn(5)), Some((5, Some(0)))));
+        b.close();
+        assert_eq!((b.covered(), newest(&b)[0]), (None, None));
+        b.cover(Lsn(2));
+        assert_eq!((b.covered(), newest(&b)[0]), (Some(Lsn(2)), Some((2, Some(0)))));
+    }
+
+    /// Exactly as much as there may be is kept, and taken while somebody reads.
+    #[test]
+    fn the_bound_of_what_is_remembered_is_used_to_the_last() {
+        let of = |lsn, weight: usize| {
+            let writes: Vec<_> = (0..(weight - ENTRY) as u64).map(|i| (i * 2, 1, Content::Zeroes)).collect();
+            record(lsn, &writes)
+        };
+        let whole = 1024;
+        let count = (MOST / whole) as u64;
+        let mut b = Backlog::default();
+        (1..=count).for_each(|lsn| b.push(&of(lsn, whole), lsn));
+        assert_eq!((b.weight, b.reaches(Lsn(0), Lsn(count))), (MOST, true), "as many as there may be");
+        b.push(&of(count + 1, ENTRY + 1), 1);
+        assert!(!b.reaches(Lsn(0), Lsn(count)) && b.reaches(Lsn(1), Lsn(count + 1)), "the oldest went");
+        b.cover(Lsn(count + 1));
+        b.push(&of(count + 2, whole - ENTRY - 1), 1);
+        assert_eq!((b.weight, b.end()), (MOST, Some(Lsn(count + 2))));
+        b.push(&of(count + 3, ENTRY + 1), 1);
+        assert_eq!(b.end(), Some(Lsn(count + 2)), "and no more while they are read");
+    }
 }

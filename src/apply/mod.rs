@@ -185,7 +185,7 @@ impl Applier {
         }
         for (i, file) in files.iter().enumerate() {
             self.syncs += 1;
-            let token = Token::new(self.owner, SYNC | i as u64);
+            let token = Token::new(self.owner, SYNC + i as u64);
             out.push(DiskRequest { token, file: *file, op: DiskOp::Sync });
         }
         !files.is_empty()
@@ -288,5 +288,110 @@ mod tests {
         assert!(applier.complete(out[0].token.id(), Err(IoError::EIO)).is_err());
         assert!(applier.complete(out[1].token.id(), Ok(Bytes::new())).is_err());
         assert!(!applier.pump(|_, _| &[], &mut out));
+    }
+
+    /// Writes that touch nothing of each other.
+    fn apart(count: u64) -> impl Iterator<Item = (Extent, Source)> {
+        (0..count).map(|i| (extent(0, i * 8192, 512), Source::Bytes(Bytes::from(vec![i as u8; 512]))))
+    }
+
+    fn pump(applier: &mut Applier) -> (bool, Vec<DiskRequest>) {
+        let mut out = Vec::new();
+        (applier.pump(|_, _| &[], &mut out), out)
+    }
+
+    #[test]
+    fn a_piece_of_a_source_is_what_lies_there() {
+        assert!(matches!(Source::Ring(4096).skip(512), Source::Ring(4608)));
+        assert!(matches!(Source::Zeroes.skip(512), Source::Zeroes));
+        let bytes = Source::Bytes(Bytes::from_static(b"abcdef"));
+        assert!(matches!(bytes.skip(2), Source::Bytes(b) if b == "cdef"));
+    }
+
+    #[test]
+    fn a_batch_is_busy_until_the_last_of_its_writes() {
+        let mut applier = Applier::new(1);
+        assert!(!applier.is_busy() && applier.is_quiet() && !applier.has_failed());
+        assert!(!pump(&mut applier).0, "there is no batch");
+        applier.begin(apart(DEPTH as u64 + 2));
+        assert!(applier.is_busy() && applier.is_quiet(), "nothing is in flight yet");
+        let (done, mut flying) = pump(&mut applier);
+        assert!(!done && flying.len() == DEPTH && applier.is_busy() && !applier.is_quiet());
+        assert!(pump(&mut applier).1.is_empty(), "no more at once");
+        for i in 0..DEPTH + 2 {
+            assert!(applier.is_busy() && !applier.is_quiet());
+            let one = flying.remove(0);
+            let DiskOp::Write { offset, data, dsync: false } = &one.op else { panic!("{one:?}") };
+            assert_eq!((*offset, &data[..]), (i as u64 * 8192, &[i as u8; 512][..]));
+            let last = i == DEPTH + 1;
+            let expected = if last { Progress::Applied } else { Progress::More };
+            assert_eq!(applier.complete(one.token.id(), Ok(Bytes::new())), Ok(expected));
+            let (done, more) = pump(&mut applier);
+            assert!(!done && more.len() == usize::from(i < 2));
+            flying.extend(more);
+            assert!(flying.iter().all(|r| r.token.id() != one.token.id()), "each has a token of its own");
+        }
+        assert!(!applier.is_busy() && applier.is_quiet());
+        applier.begin(std::iter::empty());
+        assert_eq!((pump(&mut applier).0, applier.is_busy()), (true, false), "nothing to do is done");
+    }
+
+    #[test]
+    fn writes_are_joined_within_a_volume_and_a_bound() {
+        let lengths = |batch: &[(u8, u64, u64)]| {
+            let mut applier = Applier::new(1);
+            let data = |len: u64| Source::Bytes(Bytes::from(vec![1; len as usize]));
+            applier.begin(batch.iter().map(|(v, at, len)| (extent(*v, *at, *len), data(*len))));
+            let len = |r: DiskRequest| match r.op {
+                DiskOp::Write { data, .. } => data.len() as u64,
+                other => panic!("{other:?}"),
+            };
+            pump(&mut applier).1.into_iter().map(len).collect::<Vec<_>>()
+        };
+        let (half, far) = (JOINED / 2, 5 * JOINED);
+        assert_eq!(lengths(&[(0, far, half), (0, far + half, half)]), [JOINED]);
+        assert_eq!(lengths(&[(0, far, half), (0, far + half, half), (0, far + JOINED, 512)]), [JOINED, 512]);
+        assert_eq!(lengths(&[(0, far, half), (0, far + half, half + 512)]), [half, half + 512]);
+        assert_eq!(lengths(&[(0, far, 512), (0, far + 1024, 512)]), [512, 512]);
+        // The end of a volume is where the next one begins, and in another file.
+        assert_eq!(lengths(&[(0, crate::units::MAX_VOLUME - 512, 512), (1, 0, 512)]), [512, 512]);
+    }
+
+    #[test]
+    fn a_sync_under_a_batch_leaves_its_volumes_to_the_next() {
+        let mut applier = Applier::new(1);
+        let mut out = Vec::new();
+        applier.begin(apart(1));
+        let (_, write) = pump(&mut applier);
+        assert!(applier.sync(&mut out) && applier.is_syncing() && !applier.is_quiet());
+        assert_eq!(applier.complete(write[0].token.id(), Ok(Bytes::new())), Ok(Progress::Applied));
+        assert!(!applier.is_quiet() && !applier.is_busy());
+        assert_eq!(applier.complete(out[0].token.id(), Ok(Bytes::new())), Ok(Progress::Synced));
+        assert!(!applier.is_syncing() && applier.is_quiet());
+        assert!(applier.sync(&mut out), "what the batch wrote after the sync began");
+        assert_eq!(applier.complete(out[1].token.id(), Ok(Bytes::new())), Ok(Progress::Synced));
+        assert!(!applier.sync(&mut out));
+    }
+
+    #[test]
+    fn after_a_failure_nothing_is_sent_until_there_is_another_target() {
+        let mut applier = Applier::new(1);
+        applier.begin(apart(DEPTH as u64 + 2));
+        let (_, flying) = pump(&mut applier);
+        assert!(applier.complete(flying[0].token.id(), Err(IoError::EIO)).is_err() && applier.has_failed());
+        let (done, more) = pump(&mut applier);
+        assert!(!done && more.is_empty());
+        for one in &flying[1..] {
+            assert!(applier.complete(one.token.id(), Ok(Bytes::new())).is_err());
+        }
+        let (done, more) = pump(&mut applier);
+        assert!(!done && more.is_empty());
+        assert!(applier.has_failed() && applier.is_busy() && applier.is_quiet());
+        applier.aim(false, [2].into_iter());
+        assert!(!applier.has_failed() && !applier.is_busy());
+        // A failed sync is as bad.
+        let mut out = Vec::new();
+        assert!(applier.sync(&mut out) && out[0].file == File::Backing(2));
+        assert!(applier.complete(out[0].token.id(), Err(IoError::EIO)).is_err() && applier.has_failed());
     }
 }

@@ -67,7 +67,7 @@ impl Stage {
         let first = extent.address().offset() / SECTOR;
         let last = first + extent.len() / SECTOR - 1;
         let bits = &mut self.memory.bytes_mut()[offset..offset + bitmap_len(size) as usize];
-        Bitmap(bits).set(first, last.min(size / SECTOR - 1));
+        Bitmap(bits).set(first, last);
     }
 
     /// The parts of `extent`, in order, each with whether it lies in the stage.
@@ -91,12 +91,10 @@ impl Stage {
     pub fn next(&self, from: u64, most: u64) -> Option<Extent> {
         for (number, size, _) in &self.volumes {
             let base = Address::new(*number, 0)?.0;
-            if from > base + (size - 1) {
-                continue;
-            }
             let (bits, sectors) = (self.bits(*number), size / SECTOR);
-            let mut at = from.saturating_sub(base).div_ceil(SECTOR);
-            if at < sectors && !bits.get(at) {
+            // Nothing of it is left when `from` lies behind it.
+            let mut at = from.saturating_sub(base).div_ceil(SECTOR).min(sectors);
+            if !bits.get(at) {
                 at += bits.same(at, sectors);
             }
             if at < sectors {
@@ -126,6 +124,27 @@ mod tests {
 
     fn extent(volume: u8, sector: u64, sectors: u64) -> Extent {
         Extent::new(Address::new(volume, sector * SECTOR).unwrap(), sectors * SECTOR).unwrap()
+    }
+
+    #[test]
+    fn a_bitmap_has_a_bit_for_each_sector_and_no_less() {
+        let bits = 8 * BLOCK;
+        assert_eq!(stage_len(&[]), HEAD);
+        assert_eq!(stage_len(&[(0, SECTOR)]), HEAD + BLOCK);
+        let volumes = [(0, bits * SECTOR), (1, (bits + 1) * SECTOR)];
+        assert_eq!(stage_len(&volumes), HEAD + 3 * BLOCK);
+        let made = |len| Stage::new(Box::new(vec![0; len as usize]), &volumes, id(1), true).is_some();
+        assert!(made(HEAD + 3 * BLOCK) && !made(HEAD + 3 * BLOCK - 1));
+        // Each volume has its own.
+        let memory = Box::new(vec![0; stage_len(&volumes) as usize]);
+        let mut stage = Stage::new(memory, &volumes, id(1), true).unwrap();
+        let last = extent(1, bits, 1);
+        stage.mark(last);
+        assert_eq!(stage.next(0, 1 << 20), Some(last));
+        assert_eq!(
+            (stage.parts(extent(0, 0, 9)), stage.parts(last)),
+            (vec![(extent(0, 0, 9), false)], vec![(last, true)])
+        );
     }
 
     #[test]

@@ -183,9 +183,8 @@ impl Compressor {
         if self.context.as_ref().is_none_or(|(l, _)| *l != level) {
             self.context = Some((level, zstd::bulk::Compressor::new(level).ok()?));
         }
-        if self.packed.len() < limit {
-            self.packed.resize(limit, 0);
-        }
+        // Never made smaller: what a longer one needed is zeroed once.
+        self.packed.resize(limit.max(self.packed.len()), 0);
         // An error here means that it does not fit in `limit`: stored raw instead.
         let n = self.context.as_mut()?.1.compress_to_buffer(from, &mut self.packed[..limit]).ok()?;
         Some(&self.packed[..n])
@@ -202,11 +201,11 @@ pub fn encode(job: EncodeJob, compressor: &mut Compressor) -> Encoded {
     let raw = buf.len() - room;
     assert!(extents.len() <= MAX_EXTENTS && raw <= MAX_RAW, "an epoch is bounded when sealed");
     let mut codec = Codec::Raw;
-    if let Some(level) = level.filter(|_| raw > 0) {
-        let pays = |n: usize| padded(room + n) < padded(room + raw);
+    if let Some(level) = level {
+        let whole = |payload: usize| padded(room + payload);
         let packed = compressor.compress(level, &buf[room..], raw - raw / 16);
-        if let Some(packed) = packed.filter(|p| pays(p.len())) {
-            let mut small = aligned(padded(room + packed.len()));
+        if let Some(packed) = packed.filter(|p| whole(p.len()) < whole(raw)) {
+            let mut small = aligned(whole(packed.len()));
             small.resize(room, 0);
             small.extend_from_slice(packed);
             buf = small;
@@ -225,7 +224,7 @@ pub fn encode(job: EncodeJob, compressor: &mut Compressor) -> Encoded {
 
 /// A record without extents: its payload is stored raw.
 pub fn encode_note(payload: &[u8]) -> Encoded {
-    let mut buf = aligned(HEADER + payload.len());
+    let mut buf = aligned(HEADER);
     buf.resize(HEADER, 0);
     buf.extend_from_slice(payload);
     encode(EncodeJob { extents: Vec::new(), buf, level: None }, &mut Compressor::default())

@@ -213,8 +213,9 @@ impl Maps {
             }
             for (first, end) in Bitmap(&bits[..]).runs() {
                 let (start, end) = (first * GRANULE, (end * GRANULE).min(*size));
-                let address = Address::new(*number, start).filter(|_| start < end);
-                extents.extend(address.and_then(|a| Extent::new(a, end - start)));
+                // Bits behind the volume's end are no extent.
+                let address = Address::new(*number, start);
+                extents.extend(address.and_then(|a| Extent::new(a, end.saturating_sub(start))));
             }
         }
         extents
@@ -224,24 +225,27 @@ impl Maps {
 /// At most `most` extents that cover all of `extents`, which are in order: the nearest neighbours within a
 /// volume are joined.
 pub fn joined(extents: Vec<Extent>, most: usize) -> Vec<Extent> {
-    let (mut list, mut gap) = (extents, GRANULE);
-    let volumes = list.chunk_by(|a, b| a.address().volume() == b.address().volume()).count();
-    while list.len() > most.max(volumes) {
-        let mut fewer: Vec<Extent> = Vec::new();
-        for e in list {
-            if let Some(last) = fewer.last_mut()
-                && last.address().volume() == e.address().volume()
-                && e.start() - (last.start() + last.len()) <= gap
-            {
-                let len = e.start() + e.len() - last.start();
-                *last = Extent::new(last.address(), len).expect("within one volume");
-            } else {
-                fewer.push(e);
+    let gap = |a: &Extent, b: &Extent| {
+        let one = a.address().volume() == b.address().volume();
+        one.then(|| (b.start() - a.start()).saturating_sub(a.len()))
+    };
+    let mut gaps: Vec<u64> = extents.windows(2).filter_map(|pair| gap(&pair[0], &pair[1])).collect();
+    gaps.sort_unstable();
+    // As many as there are too many, from the narrowest on.
+    let surplus = extents.len().saturating_sub(most).min(gaps.len());
+    let Some(widest) = gaps[..surplus].last() else { return extents };
+    let mut fewer: Vec<Extent> = Vec::new();
+    for e in extents {
+        let near = fewer.last_mut().filter(|last| gap(last, &e).is_some_and(|g| g <= *widest));
+        match near {
+            Some(last) => {
+                *last = Extent::new(last.address(), e.start() - last.start() + e.len())
+                    .expect("within one volume")
             }
+            None => fewer.push(e),
         }
-        (list, gap) = (fewer, gap * 2);
     }
-    list
+    fewer
 }
 
 #[cfg(test)]
@@ -309,7 +313,7 @@ mod tests {
             let first = (fork < 37).then_some(fork + 1);
             assert_eq!(since, first.into_iter().chain([90]).collect::<Vec<_>>(), "{fork}");
             assert_eq!(maps.since(Lsn(2)), [extent(0, 0, 100 * GRANULE)], "what was before stays");
-            assert!(maps.ranges().is_sorted_by_key(|r| r.from.lsn));
+            assert!(maps.ranges().is_sorted_by(|a, b| a.from.lsn < b.from.lsn), "each boundary once");
         }
         // Before the first boundary nothing is exact.
         let mut maps = open(vec![0; maps_len(&volumes) as usize], &volumes, vec![], point(50));
@@ -324,6 +328,23 @@ mod tests {
         let maps = open(vec![0; maps_len(&volumes) as usize], &volumes, vec![], point(50));
         assert_eq!(maps.since(Lsn(49)), [extent(0, 0, 3 * GRANULE + 512)]);
         assert_eq!(maps.since(Lsn(50)), []);
+    }
+
+    #[test]
+    fn a_file_has_a_bit_for_each_granule_in_each_slot_and_no_less() {
+        let (bits, block) = (8 * BLOCK, BLOCK * u64::from(SLOTS));
+        assert_eq!(maps_len(&[]), HEAD);
+        assert_eq!(maps_len(&[(0, 512)]), HEAD + block);
+        assert_eq!(maps_len(&[(0, bits * GRANULE), (1, bits * GRANULE + 512)]), HEAD + 3 * block);
+        let volumes = [(0u8, 3 * GRANULE), (7, GRANULE)];
+        let made = |len: u64, slot| {
+            let ranges = vec![MapRange { slot, from: point(0) }];
+            let memory = Box::new(vec![0; len as usize]);
+            Maps::new(memory, &volumes, ranges, point(0), (id(1), id(1))).map(drop)
+        };
+        let len = maps_len(&volumes);
+        assert_eq!([made(len, SLOTS - 1), made(len + 1, 0)], [Ok(()), Ok(())]);
+        assert!(made(len - 1, 0).is_err() && made(len, SLOTS).is_err());
     }
 
     #[test]
@@ -400,6 +421,15 @@ mod tests {
             }
         }
         assert_eq!(joined(list.clone(), list.len()), list);
+        let end = [2, 1].map(|n| extent(255, crate::units::MAX_VOLUME - n * GRANULE, GRANULE));
+        assert_eq!(joined(end.to_vec(), 1), [extent(255, end[0].address().offset(), 2 * GRANULE)]);
+        // The nearest neighbours first.
+        let few = [0, 1, 10, 11, 40].map(|at| extent(3, at * GRANULE, GRANULE));
+        let runs = |most| joined(few.to_vec(), most).iter().map(|e| e.len() / GRANULE).collect::<Vec<_>>();
+        assert_eq!(
+            [runs(4), runs(3), runs(2), runs(1)],
+            [vec![2, 2, 1], vec![2, 2, 1], vec![12, 1], vec![41]]
+        );
     }
 
     #[test]

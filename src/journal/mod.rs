@@ -337,9 +337,6 @@ impl Journal {
             self.written = a.lsn;
             self.appends.pop_front();
         }
-        if self.durable >= self.first_wanted {
-            self.first_wanted = self.durable.next();
-        }
         self.keep_after(self.keep);
         Ok(())
     }
@@ -378,5 +375,11 @@ pub fn tail_of(record: &Record) -> Tail {
     }
 }
 
+#[cfg(test)]
+mod cursor_tests;
+#[cfg(test)]
+mod durability_tests;
+#[cfg(test)]
+mod recovery_tests;
 #[cfg(test)]
 mod tests;

@@ -4,6 +4,7 @@ use super::recovery::{Outcome, Recovered, Recovery};
 use super::*;
 use crate::disk::aligned;
 use crate::format::message::Role;
+use crate::format::record::padded;
 use crate::format::record::{self, Compressor, Content, EncodeJob, Kind, Stamp};
 use crate::format::superblock::{Anchor, Superblock, Volume};
 use crate::units::{Address, Extent, Hash, NodeId, Term};
@@ -11,7 +12,7 @@ use bytes::Bytes;
 
 const G: Geometry = Geometry { segment: 2 << 20, segments: 4 };
 
-fn superblock() -> Superblock {
+pub(super) fn superblock() -> Superblock {
     let term = Term { counter: 1, node: NodeId(1) };
     Superblock {
         sequence: 1,
@@ -50,7 +51,7 @@ fn superblock() -> Superblock {
     }
 }
 
-fn make(tail: &Tail, sb: &Superblock, bytes: usize) -> Record {
+pub(super) fn make(tail: &Tail, sb: &Superblock, bytes: usize) -> Record {
     let mut buf = aligned(record::room(1) + bytes);
     buf.resize(record::room(1), 0);
     buf.resize(record::room(1) + bytes, tail.point.lsn.0 as u8);
@@ -71,10 +72,10 @@ fn make(tail: &Tail, sb: &Superblock, bytes: usize) -> Record {
 }
 
 /// A disk without a cache.
-struct Disk(Vec<u8>);
+pub(super) struct Disk(pub(super) Vec<u8>);
 
 impl Disk {
-    fn new() -> Disk {
+    pub(super) fn new() -> Disk {
         Disk(vec![0; G.len() as usize])
     }
     fn record(&self, at: u64) -> HistoryPoint {
@@ -94,7 +95,7 @@ impl Disk {
     }
 }
 
-fn recover(disk: &mut Disk, sb: &Superblock, target: Option<HistoryPoint>) -> (Outcome, Vec<u64>) {
+pub(super) fn recover(disk: &mut Disk, sb: &Superblock, target: Option<HistoryPoint>) -> (Outcome, Vec<u64>) {
     let origin = record::origin(sb.group);
     let mut recovery = match target {
         Some(target) => Recovery::compare(9, sb, origin, target),
@@ -115,18 +116,18 @@ fn recover(disk: &mut Disk, sb: &Superblock, target: Option<HistoryPoint>) -> (O
     }
 }
 
-fn found(disk: &mut Disk, sb: &Superblock) -> (Recovered, Vec<u64>) {
+pub(super) fn found(disk: &mut Disk, sb: &Superblock) -> (Recovered, Vec<u64>) {
     match recover(disk, sb, None) {
         (Outcome::Found(found), seen) => (*found, seen),
         (other, _) => panic!("{other:?}"),
     }
 }
 
-fn journal(r: &Recovered, sb: &Superblock) -> Journal {
+pub(super) fn journal(r: &Recovered, sb: &Superblock) -> Journal {
     Journal::new(1, sb.group, G, r.head, r.segments.clone(), r.tail)
 }
 
-fn append(journal: &mut Journal, disk: &mut Disk, sb: &Superblock, bytes: usize) -> Record {
+pub(super) fn append(journal: &mut Journal, disk: &mut Disk, sb: &Superblock, bytes: usize) -> Record {
     let record = make(journal.tail(), sb, bytes);
     assert!(journal.fits(record.padded_len()));
     let mut out = Vec::new();
@@ -376,4 +377,210 @@ fn what_the_disk_has_spoilt_is_found_and_put_back() {
     let other =
         make(&Tail { point: HistoryPoint { hash: Hash([9; 32]), ..chosen.before }, ..tail }, &sb, 4096);
     assert_eq!(scrub(&mut j, &mut disk, &[other]), [format!("record {first}")]);
+}
+
+/// A record that survived far behind the gap, in a segment whose header did not, tells what was durable.
+#[test]
+fn a_watermark_segments_behind_a_gap_is_found() {
+    let geometry = Geometry { segment: 2 << 20, segments: 12 };
+    let sb = Superblock { geometry, ..superblock() };
+    for watermark in [1, 2] {
+        let mut disk = Disk(vec![0; geometry.len() as usize]);
+        let head = cursor::Place { segment: 1, offset: 0 };
+        let tail =
+            Tail { point: sb.checkpoint, generation: sb.generation, last_write: 0, time: 0, durable: Lsn(0) };
+        let mut j = Journal::new(1, sb.group, geometry, head, vec![], tail);
+        for i in 1..=10 {
+            if i == 10 {
+                j.tail.durable = Lsn(watermark);
+            }
+            append(&mut j, &mut disk, &sb, 900 << 10);
+        }
+        // The second is lost, and the headers of all later segments with the first record of each.
+        let at = |segment: u64, offset: u64| cursor::Place { segment, offset }.file_offset(geometry) as usize;
+        disk.0[at(1, 1 << 20)..at(2, 0)].fill(0);
+        (2..=5).for_each(|segment| disk.0[at(segment, 0)..at(segment, 8192)].fill(0));
+        match recover(&mut disk, &sb, None).0 {
+            Outcome::Stopped(text) => assert!(watermark == 2 && text.contains("LSN 1"), "{text}"),
+            Outcome::Found(r) => assert_eq!((watermark, r.tail.point.lsn, r.cut), (1, Lsn(1), 5)),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn a_scrub_leaves_room_for_what_comes_and_reads_much_at_a_time() {
+    let sb = superblock();
+    let fill = |segments, segment: u64, lsns| {
+        let geometry = Geometry { segment, segments };
+        let tail =
+            Tail { point: sb.checkpoint, generation: sb.generation, last_write: 0, time: 0, durable: Lsn(0) };
+        let head = cursor::Place { segment: 1, offset: 0 };
+        let mut j = Journal::new(1, sb.group, geometry, head, vec![], tail);
+        for lsn in 1..=lsns {
+            let record = make(j.tail(), &sb, 900 << 10);
+            j.append(Now::default(), &record, true, &mut Vec::new());
+            j.complete(lsn, Ok(Bytes::new())).unwrap();
+            j.keep_after(j.durable());
+        }
+        j
+    };
+    let mut j = fill(4, 16 << 20, 5);
+    let mut one = scrub::Scrub::new(j.durable());
+    assert!(matches!(
+        one.step(&mut j),
+        scrub::Step::Read(DiskOp::Read { offset: 16_777_216, len: 4_194_304 })
+    ));
+    // The oldest ones are about to be overwritten: holding them would leave a writer less than 8 MiB.
+    let mut j = fill(20, 2 << 20, 36);
+    let mut one = scrub::Scrub::new(j.durable());
+    let mut held = Vec::new();
+    while let scrub::Step::Read(_) = one.step(&mut j) {
+        held.extend(one.hold().map(|lsn| lsn.0));
+        assert!(j.room() >= 8 << 20);
+        one.pass_over();
+    }
+    assert!(held[0] > 0 && held.is_sorted() && *held.last().unwrap() == 34, "{held:?}");
+}
+
+/// Recovers from a disk that answers as `answer` says; the outcome, and how many requests there were.
+fn recover_with(
+    sb: &Superblock,
+    target: Option<HistoryPoint>,
+    mut answer: impl FnMut(usize, &DiskRequest) -> DiskResult,
+) -> (Outcome, usize) {
+    let origin = record::origin(sb.group);
+    let mut recovery = match target {
+        Some(target) => Recovery::compare(9, sb, origin, target),
+        None => Recovery::new(9, sb, origin),
+    };
+    let (mut out, mut asked) = (Vec::new(), 0);
+    recovery.start(&mut out);
+    loop {
+        assert!(!out.is_empty(), "it waits for nothing");
+        let request = out.remove(0);
+        let result = answer(asked, &request);
+        asked += 1;
+        if let Some(outcome) = recovery.complete(request.token.id(), result, &mut |_, _| {}, &mut out) {
+            return (outcome, asked);
+        }
+    }
+}
+
+/// What can't be read, erased or synced ends the recovery: nothing is concluded from it.
+#[test]
+fn recovery_stops_at_any_failure_but_that_of_a_segment_it_does_not_need() {
+    let (mut disk, sb) = (Disk::new(), superblock());
+    let mut j = journal(&found(&mut disk, &sb).0, &sb);
+    let points: Vec<_> = (0..5).map(|_| append(&mut j, &mut disk, &sb, 900 << 10).point()).collect();
+    // The third is torn, the first of the second segment.
+    let torn = 2 * G.segment as usize + BLOCK as usize;
+    disk.0[torn + 5000] ^= 1;
+    for target in [None, Some(points[1])] {
+        let copy = disk.0.clone();
+        let mut ops = Vec::new();
+        let (outcome, asked) = recover_with(&sb, target, |_, r| {
+            ops.push(r.op.clone());
+            disk.run(r)
+        });
+        // Everything is erased before the sync begins, and that is waited for.
+        let erased = ops.iter().filter(|op| matches!(op, DiskOp::Write { .. })).count();
+        assert!(erased > 1 && matches!(ops.last(), Some(DiskOp::Sync)));
+        assert!(matches!(ops[asked - 1 - erased..asked - 1], [DiskOp::Write { .. }, ..]));
+        let Outcome::Found(r) = outcome else { panic!("{outcome:?}") };
+        let end = BLOCK + 2 * padded(record::room(1) + (900 << 10)) as u64;
+        // What is cut off is so where it begins; a torn record leaves its segment's header.
+        let head = if target.is_some() { (1, end) } else { (2, BLOCK) };
+        assert_eq!((r.tail.point, r.head.segment, r.head.offset), (points[1], head.0, head.1));
+        disk.0 = copy.clone();
+        for failing in 0..asked {
+            let mut needed = false;
+            let (outcome, _) = recover_with(&sb, target, |i, request| {
+                if i != failing {
+                    return disk.run(request);
+                }
+                // The walk reads a segment's header again.
+                needed = !matches!(request.op, DiskOp::Read { len, .. } if len == BLOCK as usize);
+                Err(IoError::EIO)
+            });
+            match outcome {
+                Outcome::Stopped(text) => assert!(text.contains("othing was changed"), "{text}"),
+                Outcome::Found(r) => assert!(!needed && r.tail.point == points[1], "{failing}"),
+                Outcome::Differs => panic!("{failing}: what can't be read proves nothing"),
+            }
+            disk.0 = copy.clone();
+        }
+    }
+}
+
+/// As far behind the end as there may be something unsynced, and a segment more: records leave the ends of segments free.
+#[test]
+fn what_may_have_survived_is_looked_for_far_enough() {
+    for (segment, segments, furthest) in
+        [(64 << 20, 16, 4), (128 << 20, 16, 3), (2 << 20, 80, 66), (64 << 20, 4, 4)]
+    {
+        let sb = Superblock { geometry: Geometry { segment, segments }, ..superblock() };
+        let mut looked = vec![0; segments as usize];
+        let (outcome, _) = recover_with(&sb, None, |_, request| {
+            let DiskOp::Read { offset, len } = request.op else { return Ok(Bytes::new()) };
+            if len > BLOCK as usize {
+                looked[(offset / segment) as usize] += len as u64;
+            }
+            Ok(Bytes::from(vec![0; len]))
+        });
+        assert!(matches!(outcome, Outcome::Found(_)));
+        // The first one is read by the walk, too.
+        looked[1] -= cursor::CHUNK;
+        let whole: Vec<_> =
+            (0..u64::from(segments)).map(|s| if (1..=furthest).contains(&s) { segment } else { 0 }).collect();
+        let mut ring = whole.clone();
+        if furthest == u64::from(segments) {
+            ring[0] = segment;
+        }
+        assert_eq!(looked, ring, "{segment} {segments}");
+    }
+}
+
+#[test]
+fn the_headers_of_many_segments_are_read_in_turn() {
+    for segments in [4, 64, 65, 128, 200] {
+        let sb = Superblock { geometry: Geometry { segment: 2 << 20, segments }, ..superblock() };
+        let mut headers = Vec::new();
+        let (outcome, _) = recover_with(&sb, None, |_, request| {
+            let DiskOp::Read { offset, len } = request.op else { return Ok(Bytes::new()) };
+            if len == BLOCK as usize {
+                headers.push(offset / (2 << 20));
+            }
+            Ok(Bytes::from(vec![0; len]))
+        });
+        let Outcome::Found(found) = outcome else { panic!("{outcome:?}") };
+        assert_eq!((found.tail.point.lsn, found.head), (Lsn(0), cursor::Place { segment: 1, offset: 0 }));
+        assert_eq!(headers, (0..u64::from(segments)).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn a_segments_header_of_another_group_or_from_another_place_is_none() {
+    let (mut disk, sb) = (Disk::new(), superblock());
+    let mut j = journal(&found(&mut disk, &sb).0, &sb);
+    append(&mut j, &mut disk, &sb, 512);
+    let ours = SegmentHeader {
+        group: sb.group,
+        sequence: 3,
+        before: j.tail().point,
+        generation: sb.generation,
+        last_write: 1,
+        time: 1,
+    };
+    let recovered = |header: SegmentHeader| {
+        let mut disk = Disk(disk.0.clone());
+        disk.0[3 * G.segment as usize..][..BLOCK as usize].copy_from_slice(&header.encode());
+        let (r, _) = found(&mut disk, &sb);
+        assert_eq!(r.tail.point.lsn, Lsn(1));
+        r.cut > 0
+    };
+    assert!(recovered(ours), "a later one of this journal is erased");
+    assert!(!recovered(SegmentHeader { group: GroupId([2; 16]), ..ours }));
+    assert!(!recovered(SegmentHeader { sequence: 6, ..ours }));
+    assert!(recovered(SegmentHeader { sequence: 7, ..ours }));
 }

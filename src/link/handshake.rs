@@ -279,7 +279,8 @@ mod tests {
                 Decision::Refuse(_) => {
                     !(serves || passes_on)
                         || (serves && f.peer == Role::Primary && term == Lower)
-                        || (passes_on && (term == Higher || term == Conflicting && f.rewinds || f.lacks))
+                        || (passes_on
+                            && (term == Higher || if term == Conflicting { f.rewinds } else { f.lacks }))
                 }
             };
             assert!(expected, "{f:?} -> {decision:?}");
@@ -299,8 +300,9 @@ mod tests {
 
     #[test]
     fn a_shadow_that_does_not_ask_for_it_is_sent_to_the_primary() {
-        for bits in (0..8192u32).filter(|bits| bits & 0b11 == 0b11) {
-            let f = facts(bits, TermOrder::Equal);
+        use TermOrder::{Conflicting, Equal, Higher, Lower};
+        let all = (0..8192u32).filter(|bits| bits & 0b11 == 0b11);
+        for f in all.flat_map(|bits| [Lower, Equal, Higher, Conflicting].map(|term| facts(bits, term))) {
             if f.own == Role::Shadow && (f.peer == Role::Primary || !f.cascades) {
                 assert_eq!(decide(f), Decision::Refuse("this node is a shadow too; connect to the primary"));
             }
@@ -418,5 +420,15 @@ mod tests {
         );
         let other = Term { counter: 1, node: NodeId(7) };
         assert!(!is_earlier_run(&openings[1..], Generation { term: other, start: 1 }));
+    }
+
+    #[test]
+    fn terms_are_ordered_by_their_counters_and_equal_ones_by_who_was_promoted() {
+        use TermOrder::{Conflicting, Equal, Higher, Lower};
+        let term = |counter, node| Term { counter, node: NodeId(node) };
+        let own = term(4, 7);
+        let orders =
+            [term(3, 7), term(3, 9), term(4, 7), term(4, 6), term(4, 8), term(5, 1)].map(|t| order(own, t));
+        assert_eq!(orders, [Lower, Lower, Equal, Conflicting, Conflicting, Higher]);
     }
 }

@@ -184,4 +184,70 @@ mod tests {
         push(&mut line, 3, 305, false);
         assert_eq!((time(&line, 1, 1), time(&line, 2, 1)), (Some(211), Some(305)));
     }
+
+    #[test]
+    fn only_the_last_exchanges_count() {
+        let mut clock = ClockEstimate::default();
+        assert_eq!((clock.round_trip(), clock.since(70, 100)), (None, 30));
+        clock.answered(20, 1_000_025, 30);
+        for i in 1..16u64 {
+            let at = i * 1000;
+            clock.answered(at, at + 57, at + 100);
+            assert_eq!((clock.offset(), clock.round_trip()), (1_000_000, Some(100)), "{i}");
+        }
+        clock.answered(16_000, 16_057, 16_100);
+        assert_eq!(clock.offset(), 7, "the shortest trip is too long ago");
+        // The other's clock may be behind, too.
+        let mut clock = ClockEstimate::default();
+        clock.answered(1000, 710, 1020);
+        assert_eq!((clock.offset(), clock.since(1000, 1800)), (-300, 500));
+    }
+
+    fn line(lsns: impl Iterator<Item = u64>) -> Timeline {
+        let mut line = Timeline::default();
+        lsns.for_each(|lsn| line.push(Sample { lsn: Lsn(lsn), time: lsn * 10, bytes: lsn * 4096 }, true));
+        line
+    }
+
+    #[test]
+    fn of_records_that_are_all_sampled_the_lag_is_exact() {
+        let all = line(1..=10);
+        for lsn in 0..10 {
+            let behind = all.behind(Lsn(lsn), 0);
+            assert_eq!(behind, Some((10 - lsn, (10 - lsn) * 4096, (lsn + 1) * 10)), "{lsn}");
+        }
+        assert_eq!([10, 11].map(|lsn| all.behind(Lsn(lsn), 0)), [None; 2]);
+        assert_eq!([0, 1, 9, 10, 11].map(|lsn| all.time_of(Lsn(lsn))), [0, 10, 90, 100, 100]);
+        assert_eq!((line(0..0).newest(), line(0..0).behind(Lsn(0), 0)), (None, None));
+        // Between two samples the older one's time counts, and the bytes since then.
+        let some = line([4, 8, 12].into_iter());
+        assert_eq!(some.behind(Lsn(5), 0), Some((7, 8 * 4096, 40)));
+        assert_eq!(some.behind(Lsn(7), 0), Some((5, 8 * 4096, 80)));
+        assert_eq!((some.time_of(Lsn(3)), some.time_of(Lsn(7))), (0, 40));
+    }
+
+    #[test]
+    fn the_newer_half_of_a_full_line_keeps_every_step_and_the_older_one_thins_out() {
+        let full = SAMPLES as u64;
+        let line = line(1..=full + 1);
+        assert_eq!(line.samples.len(), SAMPLES * 3 / 4 + 1);
+        for lsn in [full / 2 + 1, full / 2 + 2, full - 1, full] {
+            assert_eq!(line.time_of(Lsn(lsn)), lsn * 10);
+        }
+        let kept = (1..=full / 2).filter(|lsn| line.time_of(Lsn(*lsn)) == lsn * 10).count();
+        assert_eq!((kept, line.time_of(Lsn(1)), line.time_of(Lsn(2))), (SAMPLES / 4, 10, 10));
+    }
+
+    #[test]
+    fn what_was_given_up_of_the_line_is_gone() {
+        let mut line = line(1..=10);
+        line.cut(Lsn(7));
+        assert_eq!((line.newest().map(|s| s.lsn), line.time_of(Lsn(9))), (Some(Lsn(7)), 70));
+        // What comes instead is of the primary's clock, and what is left of the own one.
+        line.push(Sample { lsn: Lsn(8), time: 500, bytes: 1 << 20 }, false);
+        let time = |lsn, ahead| line.behind(Lsn(lsn), ahead).map(|(.., time)| time);
+        assert_eq!([time(6, 3), time(7, 3)], [Some(73), Some(500)]);
+        line.settle(100);
+        assert_eq!([7, 8].map(|lsn| line.time_of(Lsn(lsn))), [70, 400]);
+    }
 }

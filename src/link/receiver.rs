@@ -7,6 +7,7 @@
 use crate::format::record::{Kind, Record, Stamp, flags};
 use crate::format::superblock::Volume;
 use crate::units::{Extent, Generation, GroupId, HistoryPoint, Lsn, Term};
+use std::cmp::Ordering;
 
 /// What a shadow holds at its tail.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -59,8 +60,12 @@ pub fn judge(held: &Held, volumes: &[Volume], record: &Record) -> Verdict {
     if s.prev != held.point.hash {
         return Verdict::Reject("a record that does not continue the history here");
     }
-    let opens = s.flags & flags::OPENS != 0;
-    if s.generation != held.generation && !(opens && s.generation > held.generation) {
+    let continues = match s.generation.cmp(&held.generation) {
+        Ordering::Less => false,
+        Ordering::Equal => true,
+        Ordering::Greater => s.flags & flags::OPENS != 0,
+    };
+    if !continues {
         return Verdict::Reject("a record of a generation that was never opened");
     }
     let falls = s.time < held.time || s.last_write < held.last_write;
@@ -214,5 +219,33 @@ mod tests {
         for bad in [ids(65), vec![1; 7], vec![1; 9], vec![0; 8], vec![1; 16], vec![1; 1 << 20]] {
             assert!(matches!(verdict(&bad), Verdict::Reject(_)), "{} bytes", bad.len());
         }
+    }
+
+    #[test]
+    fn what_stays_the_same_has_not_fallen_and_a_flush_opens_nothing() {
+        let verdict = |change: fn(&mut Stamp)| judge(&held(), &volumes(), &record(change));
+        let same = |s: &mut Stamp| (s.time, s.last_write, s.durable) = (1000, 40, Lsn(5));
+        assert_eq!(verdict(same), Verdict::Accept);
+        // The primary's highest term is announced; a record of an earlier one of its is not new.
+        assert_eq!(verdict(|s| (s.lsn, s.generation.term.counter) = (Lsn(6), 1)), Verdict::Duplicate);
+        let next = |flags| move |s: &mut Stamp| (s.generation.start, s.flags) = (4, flags);
+        let judge = |change: &dyn Fn(&mut Stamp)| judge(&held(), &volumes(), &record(|s| change(s)));
+        assert_eq!(judge(&next(flags::OPENS | flags::SYNC)), Verdict::Accept);
+        assert!(matches!(judge(&next(flags::SYNC)), Verdict::Reject(_)));
+        // In a generation of its own, too, neither time nor sequence falls.
+        for change in [|s: &mut Stamp| s.time = 999, |s: &mut Stamp| s.last_write = 39] {
+            let both = |s: &mut Stamp| {
+                next(flags::OPENS)(s);
+                change(s);
+            };
+            assert!(matches!(judge(&both), Verdict::Reject(_)));
+        }
+    }
+
+    #[test]
+    fn the_very_record_that_is_held_is_a_duplicate() {
+        let next = record(|_| {});
+        let held = Held { point: next.point(), ..held() };
+        assert_eq!(judge(&held, &volumes(), &next), Verdict::Duplicate);
     }
 }

@@ -157,4 +157,22 @@ mod tests {
         assert_eq!(s.announce(Lsn(7), 22, 7), Ok(Some(Lsn(7))));
         assert_eq!(s.announce(Lsn(7), 40, 7), Ok(None));
     }
+
+    #[test]
+    fn a_full_window_opens_by_what_is_acknowledged() {
+        let mut s = Sender::new(Lsn(1), 1000);
+        (0..2).for_each(|_| s.sent(500, Lsn(0)));
+        assert_eq!((s.wants(), s.sent_bytes), (None, 1000), "it is full when it is reached");
+        s.acknowledged(Lsn(1), Lsn(0), Lsn(0)).unwrap();
+        assert_eq!(s.wants(), Some(Lsn(3)));
+        s.sent(499, Lsn(0));
+        assert_eq!(s.wants(), Some(Lsn(4)), "a byte is left");
+        s.sent(1, Lsn(0));
+        assert_eq!((s.wants(), s.sent_bytes), (None, 1500));
+        // The same once more says nothing new, and is no lie.
+        s.acknowledged(Lsn(1), Lsn(0), Lsn(0)).unwrap();
+        assert_eq!(s.wants(), None);
+        s.acknowledged(Lsn(4), Lsn(4), Lsn(4)).unwrap();
+        assert_eq!(s.wants(), Some(Lsn(5)));
+    }
 }

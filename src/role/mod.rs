@@ -141,7 +141,7 @@ pub fn next_term(seen: Term, node: NodeId) -> Term {
 pub fn next_generation(openings: &[Opening], term: Term, salt: u32) -> Generation {
     let counts = openings.iter().map(|o| o.generation).filter(|g| g.term == term).map(Generation::count);
     let count = (counts.max().unwrap_or(0) + 1).min(u32::MAX >> SALT_BITS);
-    Generation { term, start: count << SALT_BITS | salt & ((1 << SALT_BITS) - 1) }
+    Generation { term, start: (count << SALT_BITS) + (salt & ((1 << SALT_BITS) - 1)) }
 }
 
 /// Adds an opening, once; the oldest goes when there are too many.
@@ -234,5 +234,9 @@ mod tests {
             note_opening(&mut openings, generation, at);
         }
         assert_eq!(openings.len(), MAX_GENERATIONS);
+        // The last number there is: it stays, and does not begin again.
+        let last = Generation { term, start: u32::MAX };
+        note_opening(&mut openings, last, HistoryPoint::default());
+        assert_eq!(next_generation(&openings, term, 0).count(), last.count());
     }
 }

@@ -7,10 +7,13 @@
 use crate::values::*;
 use bytes::Bytes;
 use std::path::PathBuf;
+use volrep::format::mapped::Owner;
 use volrep::format::message::{FRAME, FrameHeader, Message, proof};
 use volrep::format::record::{Codec, Record, origin};
+use volrep::format::salvage;
 use volrep::format::segment::SegmentHeader;
 use volrep::format::superblock::Superblock;
+use volrep::units::{Lsn, NodeId};
 
 fn path(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/format/golden").join(format!("{name}.hex"))
@@ -56,6 +59,23 @@ fn the_superblock_stays_as_it_is() {
 fn the_segment_header_stays_as_it_is() {
     let bytes = golden("segment", &segment().encode());
     assert_eq!(SegmentHeader::decode(&bytes), Ok(segment()));
+}
+
+#[test]
+fn a_salvage_file_stays_as_it_is() {
+    let head = golden("salvage_head", &salvage_head().encode());
+    assert_eq!(salvage::Head::decode(&head), Ok((salvage_head(), head.len())));
+    let trailer = salvage::Trailer { records: 0x0e12, last: Lsn(0x0e13) };
+    let end = golden("salvage_trailer", &trailer.encode());
+    assert_eq!(salvage::Trailer::decode(&end), Ok(trailer));
+}
+
+#[test]
+fn the_head_of_a_mapped_file_stays_as_it_is() {
+    let owner = Owner { group: group(), node: NodeId(0x0303), number: 0x0e14 };
+    let mut file = vec![0; 4096];
+    owner.claim(b"VMAPFILE", &mut file);
+    assert!(owner.owns(b"VMAPFILE", &golden("mapped", &file)));
 }
 
 #[test]

@@ -5,6 +5,7 @@
 //! encodes to the same bytes.
 
 mod alloc;
+mod bounds;
 #[path = "../fuzz/checks.rs"]
 mod checks;
 mod golden;

@@ -7,6 +7,7 @@ use volrep::disk::aligned;
 use volrep::format::compare::{Compare, ExtentLeaves};
 use volrep::format::message::{Cause, Identity, Message, Opening, Role, Verdict};
 use volrep::format::record::{self, Compressor, Content, EncodeJob, Kind, Record, Stamp};
+use volrep::format::salvage;
 use volrep::format::segment::SegmentHeader;
 use volrep::format::superblock::{
     Anchor, Comparison, Geometry, MapRange, OldImage, Peer, Resync, ResyncStage, Retired, Superblock,
@@ -94,6 +95,22 @@ pub fn segment() -> SegmentHeader {
         generation: generation(4),
         last_write: 0x99aa,
         time: 0x1234_5678_9abc,
+    }
+}
+
+pub fn salvage_head() -> salvage::Head {
+    salvage::Head {
+        group: group(),
+        node: NodeId(0x0303),
+        name: "db1".into(),
+        term: term(3),
+        fork: Some(point(21)),
+        last: point(29),
+        time: 0x0e0f_1011,
+        volumes: vec![
+            Volume { number: 0, size: 1 << 30, name: "data".into() },
+            Volume { number: 3, size: 512, name: "wal".into() },
+        ],
     }
 }
 
