@@ -7,10 +7,12 @@
 //! The device needs the daemon and the daemon's machine needs memory, so two waits are forbidden:
 //! a session thread never waits for the group (it only hands requests over; see [`files`]), and the
 //! group's loop thread never attaches, detaches, or touches a file on the volume (both make the
-//! kernel wait for requests that this very thread has to answer).
+//! kernel wait for requests that this very thread has to answer). And whoever does so in this process
+//! has no descriptor of /dev/fuse, so that the requests fail when the process is killed: see [`apart`].
 
 mod files;
 
+use crate::front::apart::apart;
 use crate::front::links::{DeviceLink, is_plain};
 use crate::front::loopdev::{LoopDevice, LoopError};
 use crate::front::{FrontEnd, FrontError, Submit, Volume, mounts};
@@ -142,8 +144,11 @@ impl FuseDevice {
             session: Some(session),
         };
         for volume in &options.volumes {
-            let path =
-                if options.loop_device { device.bind(volume)? } else { device.mount_dir.join(&volume.name) };
+            let path = if options.loop_device {
+                waiting(|| device.bind(volume))?
+            } else {
+                device.mount_dir.join(&volume.name)
+            };
             device.paths.push(path);
         }
         Ok(device)
@@ -165,6 +170,17 @@ impl FuseDevice {
     ///
     /// Not on the thread that calls `done`: the kernel writes back what its cache holds meanwhile.
     pub fn detach(&mut self, force: bool) -> Result<(), FuseError> {
+        waiting(|| self.release(force))?;
+        if self.session.is_some() {
+            waiting(|| unmount(&self.mount_dir, force))?;
+            self.end_session(force);
+            // Best effort: a directory that was there before, or is not empty, may stay.
+            let _ = fs::remove_dir(&self.mount_dir);
+        }
+        Ok(())
+    }
+
+    fn release(&mut self, force: bool) -> Result<(), FuseError> {
         // All of them or none, as far as that can be known before.
         if !force {
             self.attached.iter().try_for_each(|a| a.device.unused())?;
@@ -177,12 +193,6 @@ impl FuseDevice {
             }
             let attached = self.attached.remove(0);
             attached.link.remove(&attached.device.path());
-        }
-        if self.session.is_some() {
-            unmount(&self.mount_dir, force)?;
-            self.end_session(force);
-            // Best effort: a directory that was there before, or is not empty, may stay.
-            let _ = fs::remove_dir(&self.mount_dir);
         }
         Ok(())
     }
@@ -228,6 +238,11 @@ impl Drop for FuseDevice {
             tracing::warn!("detach of {}: {error}", self.mount_dir.display());
         }
     }
+}
+
+/// Runs what may wait for requests that this process answers.
+fn waiting<T: Send>(work: impl FnOnce() -> Result<T, FuseError> + Send) -> Result<T, FuseError> {
+    apart(work).map_err(failed("start a thread without the process's descriptors".into()))?
 }
 
 fn making(dir: &Path) -> String {

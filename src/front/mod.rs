@@ -8,6 +8,7 @@
     reason = "the shell: kernel devices, their mounts and the threads that serve them"
 )]
 
+mod apart;
 pub mod fuse;
 pub mod knbd;
 pub mod links;

@@ -20,6 +20,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use volrep::front::Volume;
 use volrep::front::fuse::{FuseDevice, FuseError, FuseOptions};
 
@@ -387,10 +388,44 @@ fn child_that_attaches_and_waits_to_be_killed() {
     let _ = std::io::stdin().read(&mut [0]);
 }
 
-/// Starts that process; it and its loop device.
-fn spawn_child(dir: &Path) -> (Child, PathBuf) {
+/// Not a test: the process that is killed while the kernel waits for it, in the middle of an attach.
+#[test]
+fn child_that_answers_no_flush() {
+    let Some(dir) = std::env::var_os(CHILD_DIR).map(PathBuf::from) else { return };
+    let group = MemoryGroup::new(64 * MIB);
+    group.hold(Hold::Flushes);
+    let held = group.clone();
+    std::thread::spawn(move || {
+        held.wait_held(1);
+        println!("\nattached {}", dir.display());
+    });
+    FuseDevice::attach(options(&PathBuf::from(std::env::var_os(CHILD_DIR).unwrap()), group, 512, true))
+        .unwrap();
+}
+
+#[test]
+fn a_daemon_that_is_killed_while_it_binds_a_loop_device_is_gone() {
+    need_devices!();
+    own_descriptors();
+    let dir = tempfile::tempdir().unwrap();
+    let (mut child, _) = spawn_child("child_that_answers_no_flush", dir.path());
+    child.kill().unwrap();
+    let end = Instant::now() + Duration::from_secs(20);
+    let mut gone = false;
+    while !gone && Instant::now() < end {
+        gone = child.try_wait().unwrap().is_some();
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    // Aborts the connection: the loop driver takes no request of anybody meanwhile.
+    umount2(&dir.path().join("fuse"), MntFlags::MNT_FORCE | MntFlags::MNT_DETACH).unwrap();
+    child.wait().unwrap();
+    assert!(gone, "it waits for itself");
+}
+
+/// Starts such a process; it and its loop device.
+fn spawn_child(name: &str, dir: &Path) -> (Child, PathBuf) {
     let mut child = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "child_that_attaches_and_waits_to_be_killed", "--nocapture"])
+        .args(["--exact", name, "--nocapture"])
         .env(CHILD_DIR, dir)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -406,7 +441,7 @@ fn spawn_child(dir: &Path) -> (Child, PathBuf) {
 fn leftovers(mounted: bool) {
     own_descriptors();
     let dir = tempfile::tempdir().unwrap();
-    let (mut child, stale) = spawn_child(dir.path());
+    let (mut child, stale) = spawn_child("child_that_attaches_and_waits_to_be_killed", dir.path());
     let mut rig =
         Rig { group: MemoryGroup::new(64 * MIB), device: None, filesystem: dir.path().join("fs"), dir };
     if mounted {
