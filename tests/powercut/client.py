@@ -85,12 +85,12 @@ class Client:
             if self.why:
                 raise Failed(f"a writer has ended: {self.why}")
             return all(self.acked.get(w, 0) >= before.get(w, 0) + more // WRITERS for w in range(WRITERS))
-        until("the client commits", all_of_them)
+        until("the client commits", all_of_them, pause=0.05)
 
     def stop(self):
         self.ending.set()
         for thread in self.threads:
-            thread.join(timeout=150)
+            thread.join(timeout=240)
             if thread.is_alive():
                 raise Failed("a statement has no end")
         self.threads = []
@@ -157,7 +157,7 @@ class Observer:
     def stop(self):
         self.ending.set()
         if self.thread:
-            self.thread.join(timeout=150)
+            self.thread.join(timeout=240)
             self.thread = None
         if self.trouble:
             raise self.trouble

@@ -19,13 +19,26 @@ const SECTOR: u64 = 512;
 /// How long the answer to a write is held back, in microseconds, at most: as a rule, and now and then. A FLUSH that is
 /// sent meanwhile does not cover that write, as on a disk.
 const HELD: [u64; 2] = [200, 2000];
+/// How long a FLUSH takes, in microseconds: each order of magnitude as likely as another. It has its effect at the end.
+const FLUSH: [u64; 2] = [200, 100_000];
+/// How long a cut waits, at most, for a moment at which a disk has something to lose.
+const WORTH: Duration = Duration::from_millis(500);
 
 /// A write that is not durable.
 struct Pending {
     id: u64,
     offset: u64,
     data: Vec<u8>,
-    answered: bool,
+    /// When, by the count of all that was answered.
+    answered: Option<u64>,
+}
+
+/// An answer that is due later.
+enum Due {
+    /// To the write of this number.
+    Write(u64),
+    /// To a flush of the writes that were answered before.
+    Flush(u64),
 }
 
 impl Pending {
@@ -42,11 +55,12 @@ struct State {
     durable: File,
     pending: Vec<Pending>,
     next: u64,
+    answered: u64,
     /// Rises whenever power comes or goes; it is on while this is odd.
     power: u64,
     random: Prng,
-    /// Answers to come: when, to which write (the second number), and the client's word for it.
-    answers: BTreeMap<(Instant, u64), u64>,
+    /// Answers to come: when, in which order, to what, and the client's word for it.
+    answers: BTreeMap<(Instant, u64), (Due, u64)>,
 }
 
 /// What became of the writes that no FLUSH had covered.
@@ -73,8 +87,16 @@ impl Disk {
         let (now, durable) = (open(image)?, open(&copy)?);
         let size = now.metadata()?.len();
         let random = Prng::new(seed);
-        let state =
-            State { now, durable, pending: Vec::new(), next: 0, power: 0, random, answers: BTreeMap::new() };
+        let state = State {
+            now,
+            durable,
+            pending: Vec::new(),
+            next: 0,
+            answered: 0,
+            power: 0,
+            random,
+            answers: BTreeMap::new(),
+        };
         Ok(Disk { state: Arc::new((Mutex::new(state), Condvar::new())), size })
     }
 
@@ -104,7 +126,7 @@ impl Disk {
         greet(&mut stream, self.size)?;
         let answers = Arc::new(Mutex::new(stream.try_clone()?));
         let (disk, out) = (self.clone(), answers.clone());
-        std::thread::spawn(move || disk.answer_writes(&out, power));
+        std::thread::spawn(move || disk.answer_all(&out, power));
         loop {
             let mut head = [0; 28];
             stream.read_exact(&mut head)?;
@@ -137,21 +159,23 @@ impl Disk {
                 }
                 2 => return Ok(()),
                 3 => {
-                    state.flush()?;
+                    let due = Due::Flush(state.answered);
+                    let micros = state.random.log(FLUSH[0], FLUSH[1]);
+                    state.answer_in(micros, due, cookie);
                     drop(state);
-                    answer(&answers, cookie, &[])?;
+                    self.state.1.notify_all();
                 }
                 other => panic!("a client that was told of no such command sends {other}"),
             }
         }
     }
 
-    /// Answers each write when its time has come, for as long as there is power.
-    fn answer_writes(&self, out: &Mutex<UnixStream>, power: u64) {
+    /// Answers each when its time has come, for as long as there is power.
+    fn answer_all(&self, out: &Mutex<UnixStream>, power: u64) {
         let mut state = self.lock();
         while state.power == power {
             let now = Instant::now();
-            let Some((&(at, id), &cookie)) = state.answers.first_key_value() else {
+            let Some((&(at, _), _)) = state.answers.first_key_value() else {
                 state = self.state.1.wait(state).unwrap_or_else(PoisonError::into_inner);
                 continue;
             };
@@ -161,9 +185,15 @@ impl Disk {
                 state = held;
                 continue;
             }
-            state.answers.pop_first();
-            if let Some(write) = state.pending.iter_mut().find(|p| p.id == id) {
-                write.answered = true;
+            let Some((_, (due, cookie))) = state.answers.pop_first() else { continue };
+            state.answered += 1;
+            match due {
+                Due::Write(id) => {
+                    let when = Some(state.answered);
+                    state.pending.iter_mut().filter(|p| p.id == id).for_each(|p| p.answered = when);
+                }
+                // A file that can't be written is the end of the test: no answer, and the guest hangs.
+                Due::Flush(before) => state.flush(before).expect("the disk's file"),
             }
             // Under the lock: a cut comes before the answer, or after it. A client that is gone needs none.
             let _ = answer(out, cookie, &[]);
@@ -171,9 +201,16 @@ impl Disk {
     }
 }
 
-/// Power goes, for all of these at one moment.
+/// Power goes, for all of these at one moment: as a rule when one of them holds what was answered and not flushed.
 pub fn cut(disks: &[Disk], seed: u64) -> io::Result<Vec<Lost>> {
     let mut random = Prng::new(seed);
+    let (end, one) = (Instant::now() + WORTH, &disks[random.below(disks.len() as u64) as usize]);
+    if random.below(4) > 0 {
+        while Instant::now() < end && !one.lock().pending.iter().any(|p| p.answered.is_some()) {
+            std::thread::sleep(Duration::from_micros(100));
+        }
+        std::thread::sleep(Duration::from_micros(random.log(10, 30_000)));
+    }
     let mut states: Vec<_> = disks.iter().map(Disk::lock).collect();
     for state in &mut states {
         assert!(!state.power.is_multiple_of(2), "it has no power");
@@ -191,17 +228,25 @@ impl State {
         self.now.write_all_at(&data, offset)?;
         let id = self.next;
         self.next += 1;
-        self.pending.push(Pending { id, offset, data, answered: false });
+        self.pending.push(Pending { id, offset, data, answered: None });
         let most = HELD[usize::from(self.random.below(20) == 0)];
-        let at = Instant::now() + Duration::from_micros(self.random.below(most));
-        self.answers.insert((at, id), cookie);
+        let micros = self.random.below(most);
+        self.answer_in(micros, Due::Write(id), cookie);
         Ok(())
     }
 
-    fn flush(&mut self) -> io::Result<()> {
+    fn answer_in(&mut self, micros: u64, due: Due, cookie: u64) {
+        let at = Instant::now() + Duration::from_micros(micros);
+        self.answers.insert((at, self.next), (due, cookie));
+        self.next += 1;
+    }
+
+    /// Makes durable what was answered up to then.
+    fn flush(&mut self, then: u64) -> io::Result<()> {
         let all = std::mem::take(&mut self.pending);
-        // What is answered must not lie below an older write that is not.
-        let goes = |i: usize| all[i].answered || all[i..].iter().any(|p| p.answered && p.overlaps(&all[i]));
+        let covered = |p: &Pending| p.answered.is_some_and(|at| at <= then);
+        // What is covered must not lie below an older write that is not.
+        let goes = |i: usize| covered(&all[i]) || all[i..].iter().any(|p| covered(p) && p.overlaps(&all[i]));
         let goes: Vec<_> = (0..all.len()).map(goes).collect();
         for (write, goes) in all.into_iter().zip(goes) {
             match goes {
@@ -217,10 +262,10 @@ impl State {
         let all = std::mem::take(&mut self.pending);
         let mut lost = Lost { pending: all.len(), ..Lost::default() };
         // Of 16: how many writes survive, and how many of their sectors.
-        let (writes, sectors) = match random.below(6) {
-            0 => (0, 16),
-            1 => (16, 16),
-            2 | 3 => (1 + random.below(15), 16),
+        let (writes, sectors) = match random.below(8) {
+            0..3 => (0, 16),
+            3 => (16, 16),
+            4 | 5 => (1 + random.below(15), 16),
             _ => (1 + random.below(16), 1 + random.below(15)),
         };
         for write in &all {
@@ -282,8 +327,7 @@ fn greet(stream: &mut UnixStream, size: u64) -> io::Result<()> {
     loop {
         let mut head = [0; 16];
         stream.read_exact(&mut head)?;
-        let number =
-            |at: usize| u32::from_be_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
+        let number = |at: usize| u32::from_be_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
         let (option, len) = (number(8), number(12));
         let mut words = vec![0; len.min(1 << 16) as usize];
         stream.read_exact(&mut words)?;

@@ -1,11 +1,25 @@
 #!/bin/bash
-# What each guest runs from its boot until its power is cut: finds its disks and cards, then does what comes through its
-# ports, each script in a subshell of its own. What is printed elsewhere (daemons, the database) goes to the host's log.
+# What each guest runs as its first process, from its boot until its power is cut: makes the machine ready, finds its disks
+# and cards, then does what comes through its ports, each script in a subshell of its own. What is printed elsewhere
+# (daemons, the database) goes to the host's log. It starts few programs: under emulation each costs a twentieth of a second.
 #
 # The scripts use the functions below. NODE, NUMBER: from tests/powercut/guests.py.
-exec 6>&1
-at() { echo "$(cut -d' ' -f1 /proc/uptime) $*" >&6; }
-at script
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin HOME=/root LC_ALL=C.UTF-8
+. /vm/settings
+port() {
+    local each name
+    for each in /sys/class/virtio-ports/*; do
+        read -r name <"$each/name"
+        [ "$name" = "$1" ] && echo "/dev/${each##*/}"
+    done
+}
+bb() { /bin/busybox "$@"; }
+exec 6>"$(port out)"
+exec >&6 2>&6
+bb mkdir -p /dev/shm /state /tools /pg
+bb mount -t tmpfs none /dev/shm
+bb mount -t tmpfs -o mode=755 none /run
+bb ln -s /proc/self/fd /dev/fd
 pg=/usr/lib/postgresql/15/bin
 postgres() { setpriv --reuid=postgres --regid=postgres --clear-groups "$@"; }
 # within SECONDS COMMAND...
@@ -14,65 +28,55 @@ within() {
     shift
     until "$@"; do
         [ $SECONDS -ge $end ] && echo "in vain: $*" && return 1
-        sleep 0.05
+        sleep 0.1
     done
 }
 
 # A group's daemon.
 serve() {
-    at serve
     rm -f /run/volrep/g/control.sock
     volrep serve g </dev/null >&6 2>&6 5>&- &
     echo $! >/run/daemon
-    within 60 test -S /run/volrep/g/control.sock; at served
+    within 200 test -S /run/volrep/g/control.sock
 }
 running() { kill -0 "$(cat /run/daemon)" 2>/dev/null; }
 gone() { ! running; }
 # end SIGNAL
 end() {
-    kill "-$1" "$(cat /run/daemon)" && within 60 gone
+    kill "-$1" "$(cat /run/daemon)" && within 200 gone
 }
 # The database, on a device of this kind: database KIND
 database() {
     local device
-    [ "$1" = ublk ] && modprobe ublk_drv
-    [ "$1" = nbd ] && modprobe nbd
+    case $1 in ublk) modprobe ublk_drv ;; nbd) modprobe nbd ;; esac
     device=$(volrep attach g --device "$1") || return
-    at attached
-    mkdir -p /pg
     mount -t ext4 "$device" /pg || return
     (cd / && postgres "$pg/postgres" -D /pg/cluster) </dev/null >&6 2>&6 5>&- &
     echo $! >/run/database
 }
 
 for block in /sys/block/vd*; do
-    serial=$(<"$block/serial")
-    case $serial in state | backing) ln -s "/dev/${block##*/}" "/dev/$serial" ;; esac
+    read -r serial <"$block/serial"
+    case $serial in state | backing | tools) bb ln -s "/dev/${block##*/}" "/dev/$serial" ;; esac
 done
-at disks
-modprobe virtio_net
-at modprobe
+bb mount -t ext4 -o ro /dev/tools /tools
+bb ln -s /tools/volrep /usr/bin/volrep
+bb modprobe virtio_net
+bb ip link set lo up
 for card in /sys/class/net/eth*; do
-    case $(<"$card/address") in
+    read -r address <"$card/address"
+    case $address in
     52:54:00:77:*) address=10.77.0.$NUMBER/24 ;;
     *) address=10.0.2.15/24 ;;
     esac
-    ip addr add "$address" dev "${card##*/}"
-    ip link set "${card##*/}" up
+    bb ip addr add "$address" dev "${card##*/}"
+    bb ip link set "${card##*/}" mtu "$(<"$card/mtu")" up
 done
-mkdir -p /state
-mount -t ext4 /dev/state /state || exit 1
-at mounted
-mkdir -p /state/etc /state/lib
-ln -sfn /state/etc /etc/volrep
-ln -sfn /state/lib /var/lib/volrep
+bb mount -t ext4 /dev/state /state || exit 1
+bb mkdir -p /state/etc /state/lib
+bb ln -sfn /state/etc /etc/volrep
+bb ln -sfn /state/lib /var/lib/volrep
 
-port() {
-    local each
-    for each in /sys/class/virtio-ports/*; do
-        [ "$(<"$each/name")" = "$1" ] && echo "/dev/${each##*/}"
-    done
-}
 answer() {
     local line text=
     exec 5<>"$(port "$1")"
@@ -86,6 +90,6 @@ answer() {
         text=
     done
 }
-at answering
+echo ready >"$(port status)"
 answer look &
 answer act

@@ -17,7 +17,7 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from client import Client, Observer, check, connected  # noqa: E402
-from guests import Disks, Failed, Gone, Machine, Wire, images, machine, make_database, make_disk, until  # noqa: E402
+from guests import Disks, Failed, Gone, Machine, Wire, images, machine, make_database, make_disk, make_tools, until  # noqa: E402
 
 # What may happen in a cycle, in this order. The first five cycles of a run, unless it is told what to do: every word is there
 # once, both ack levels, both kinds of devices; the mode is that of what follows.
@@ -74,7 +74,7 @@ class Lab:
         self.client = Client(os.path.join(self.folder, "commits.log"))
         self.observer = Observer(self.client)
         image = images.image([], lambda text: print(f"image: {text}", flush=True))
-        self.machines = [Machine(number, self, self.folder, image, args.volrep) for number in (1, 2)]
+        self.machines = [Machine(number, self, self.folder, image) for number in (1, 2)]
         self.primary, self.shadow = self.machines
         self.short = args.kind is None and args.seed == 1
         _, drawn, draw = plan(args.seed)
@@ -149,6 +149,7 @@ class Lab:
     # --- the pair
 
     def set_up(self):
+        make_tools(self.machines[0].tools, self.args.volrep)
         database = os.path.join(self.folder, "one-backing")
         make_database(database)
         with open(os.path.join(self.folder, "two-backing"), "wb") as file:
@@ -200,7 +201,8 @@ class Lab:
             until("the shadow is back", lambda: (s.state() or {}).get("state") == "UpToDate")
         self.client.start(number, p.sql, before)
         self.observer.start(p, s)
-        self.client.goes_on()
+        self.client.goes_on(12)
+        until("volrep says that commits are on the shadow", lambda: sum(self.observer.promised().values()) > sum(before.values()))
         time.sleep(draw.uniform(0, 1.5))
         self.disturb(kind, draw)
         self.observer.stop()
@@ -233,6 +235,8 @@ class Lab:
         p, s = self.primary, self.shadow
         if "link" in kind:
             self.wire.cut()
+            if self.mode == "local":
+                self.client.goes_on(12)
             time.sleep(draw.uniform(0.2, 2.0))
         if "daemon" in kind:
             self.observer.again()
@@ -300,7 +304,7 @@ class Lab:
         worker.start()
         worker.join(draw.uniform(0, 6.0))
         self.cut(draw.getrandbits(32), server)
-        worker.join(timeout=150)
+        worker.join(timeout=240)
 
     def rejoin(self, mode):
         """The old primary comes back and follows."""
@@ -347,7 +351,7 @@ def main():
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     # Every wait has a limit; this one is for a defect here.
-    faulthandler.dump_traceback_later(300 + args.cycles * 240, exit=True)
+    faulthandler.dump_traceback_later(600 + args.cycles * 600, exit=True)
     lab = Lab(args)
     done = 0
     try:
