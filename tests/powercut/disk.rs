@@ -21,8 +21,8 @@ const SECTOR: u64 = 512;
 const HELD: [u64; 2] = [200, 2000];
 /// How long a FLUSH takes, in microseconds: each order of magnitude as likely as another. It has its effect at the end.
 const FLUSH: [u64; 2] = [200, 100_000];
-/// How long a cut waits, at most, for a moment at which a disk has something to lose.
-const WORTH: Duration = Duration::from_millis(500);
+/// How long the flushes before a cut last, as a rule, in microseconds: whoever does not wait for them has time to be found out.
+const LAST: [u64; 2] = [1_000, 800_000];
 
 /// A write that is not durable.
 struct Pending {
@@ -56,6 +56,8 @@ struct State {
     pending: Vec<Pending>,
     next: u64,
     answered: u64,
+    /// No flush ends any more.
+    held: bool,
     /// Rises whenever power comes or goes; it is on while this is odd.
     power: u64,
     random: Prng,
@@ -93,6 +95,7 @@ impl Disk {
             pending: Vec::new(),
             next: 0,
             answered: 0,
+            held: false,
             power: 0,
             random,
             answers: BTreeMap::new(),
@@ -201,21 +204,19 @@ impl Disk {
     }
 }
 
-/// Power goes, for all of these at one moment: as a rule when one of them holds what was answered and not flushed.
+/// Power goes, for all of these at one moment: as a rule, in the middle of a flush.
 pub fn cut(disks: &[Disk], seed: u64) -> io::Result<Vec<Lost>> {
     let mut random = Prng::new(seed);
-    let (end, one) = (Instant::now() + WORTH, &disks[random.below(disks.len() as u64) as usize]);
     if random.below(4) > 0 {
-        while Instant::now() < end && !one.lock().pending.iter().any(|p| p.answered.is_some()) {
-            std::thread::sleep(Duration::from_micros(100));
-        }
-        std::thread::sleep(Duration::from_micros(random.log(10, 30_000)));
+        disks.iter().for_each(|disk| disk.lock().hold());
+        std::thread::sleep(Duration::from_micros(random.log(LAST[0], LAST[1])));
     }
     let mut states: Vec<_> = disks.iter().map(Disk::lock).collect();
     for state in &mut states {
         assert!(!state.power.is_multiple_of(2), "it has no power");
         state.power += 1;
         state.answers.clear();
+        state.held = false;
     }
     let lost = states.iter_mut().map(|state| state.forget(&mut random)).collect();
     drop(states);
@@ -235,7 +236,16 @@ impl State {
         Ok(())
     }
 
+    /// No flush ends before the power goes.
+    fn hold(&mut self) {
+        self.held = true;
+        self.answers.retain(|_, (due, _)| matches!(due, Due::Write(_)));
+    }
+
     fn answer_in(&mut self, micros: u64, due: Due, cookie: u64) {
+        if self.held && matches!(due, Due::Flush(_)) {
+            return;
+        }
         let at = Instant::now() + Duration::from_micros(micros);
         self.answers.insert((at, self.next), (due, cookie));
         self.next += 1;

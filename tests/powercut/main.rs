@@ -113,17 +113,8 @@ fn cycles() -> String {
     std::env::var("VOLREP_POWERCUT").unwrap_or(if long { "200" } else { "5" }.into())
 }
 
-fn main() {
-    let mut words: Vec<String> = std::env::args().skip(1).collect();
-    if words.first().is_some_and(|w| w == "--disks") {
-        return serve_disks();
-    }
-    // Of the harness that this is not.
-    words.retain(|w| w != "--show-output" && w != "--nocapture");
-    if let Some(why) = missing() {
-        println!("skipped: {why}");
-        return println!("test result: ok. 0 passed; 0 failed");
-    }
+/// Runs the script with these arguments, beside its own; whether all was right.
+fn power_cuts(mut words: Vec<String>) -> bool {
     let mut program = PathBuf::from(env!("CARGO_BIN_EXE_volrep"));
     if let Some(i) = words.iter().position(|w| w == "--program") {
         program = words.drain(i..=i + 1).nth(1).expect("--program PATH").into();
@@ -145,12 +136,22 @@ fn main() {
         .stdin(Stdio::null())
         .status()
         .expect("python can be run");
-    let (passed, failed) = if status.success() { (1, 0) } else { (0, 1) };
-    println!("test power_cuts ... {}", if status.success() { "ok" } else { "FAILED" });
-    println!("test result: {}. {passed} passed; {failed} failed", if failed == 0 { "ok" } else { "FAILED" });
-    if failed > 0 {
-        // The directory is taken away first.
-        drop(scratch);
-        std::process::exit(1);
+    status.success()
+}
+
+fn main() {
+    let mut words: Vec<String> = std::env::args().skip(1).collect();
+    if words.first().is_some_and(|w| w == "--disks") {
+        return serve_disks();
     }
+    // Of the harness that this is not.
+    words.retain(|w| w != "--show-output" && w != "--nocapture");
+    if let Some(why) = missing() {
+        println!("skipped: {why}");
+        return println!("test result: ok. 0 passed; 0 failed");
+    }
+    let right = power_cuts(words);
+    println!("test power_cuts ... {}", if right { "ok" } else { "FAILED" });
+    println!("test result: {}", if right { "ok. 1 passed; 0 failed" } else { "FAILED. 0 passed; 1 failed" });
+    std::process::exit(i32::from(!right));
 }
