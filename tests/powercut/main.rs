@@ -87,7 +87,8 @@ fn missing() -> Option<String> {
     }
     let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
     let there = |p: &str| std::env::split_paths(&path).any(|dir| dir.join(p).exists());
-    if let Some(program) = ["qemu-system-x86_64", "mkfs.ext4", "setpriv"].iter().find(|p| !there(p)) {
+    if let Some(program) = ["qemu-system-x86_64", "mkfs.ext4", "setpriv", "strip"].iter().find(|p| !there(p))
+    {
         return Some(format!("no {program}"));
     }
     if !Path::new("/usr/lib/postgresql/15/bin/initdb").exists() {
@@ -98,13 +99,6 @@ fn missing() -> Option<String> {
         return Some("no python3-psycopg2".into());
     }
     None
-}
-
-/// The program without what only a debugger needs, which is most of it.
-fn stripped(program: &Path, dir: &Path) -> PathBuf {
-    let small = dir.join("volrep");
-    let done = Command::new("strip").args(["--strip-debug", "-o"]).arg(&small).arg(program).status();
-    if done.is_ok_and(|s| s.success()) { small } else { program.to_owned() }
 }
 
 /// How many cycles, unless the arguments say so.
@@ -119,17 +113,14 @@ fn power_cuts(mut words: Vec<String>) -> bool {
     if let Some(i) = words.iter().position(|w| w == "--program") {
         program = words.drain(i..=i + 1).nth(1).expect("--program PATH").into();
     }
-    let scratch = tempfile::tempdir().expect("a scratch directory");
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let status = Command::new(PYTHON)
         .arg(root.join("tests/powercut/powercut.py"))
         .args(["--cycles", &cycles()])
         .arg("--volrep")
-        .arg(stripped(&program, scratch.path()))
+        .arg(program)
         .arg("--disks")
         .arg(std::env::current_exe().expect("this program's path"))
-        .arg("--scratch")
-        .arg(scratch.path())
         .arg("--keep")
         .arg(Path::new(env!("CARGO_TARGET_TMPDIR")).join("powercut"))
         .args(words)

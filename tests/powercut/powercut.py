@@ -5,6 +5,7 @@ Owns: the order of events. Invariant: a cycle begins with both nodes up to date 
 """
 import argparse
 import collections
+import ctypes
 import faulthandler
 import os
 import random
@@ -17,7 +18,7 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from client import Client, Observer, check, connected  # noqa: E402
-from guests import Disks, Failed, Gone, Machine, Wire, images, machine, make_database, make_disk, make_tools, until  # noqa: E402
+from guests import Disks, Failed, Gone, Machine, Wire, images, make_database, make_disk, make_tools, run, until  # noqa: E402
 
 # What may happen in a cycle, in this order. The first five cycles of a run, unless it is told what to do: every word is there
 # once, both ack levels, both kinds of devices; the mode is that of what follows.
@@ -39,7 +40,7 @@ def arguments():
     parser.add_argument("--mode", choices=["durable", "local"], help="the ack level of the first cycle; with --kind, of all")
     parser.add_argument("--device", choices=["ublk", "nbd"], help="of the first cycle; the next attach has the other one")
     parser.add_argument("--minutes", type=float, help="no cycle begins after so many")
-    for name in ("volrep", "disks", "scratch", "keep"):
+    for name in ("volrep", "disks", "keep"):
         parser.add_argument(f"--{name}", required=True)
     return parser.parse_args()
 
@@ -64,10 +65,15 @@ def plan(seed):
     return kind, draw.choice(["durable", "local"]), draw
 
 
+def outage(draw):
+    """Seconds: not noticed by the other side, or longer than the silence that is."""
+    return draw.choice([draw.uniform(0, 2), draw.uniform(3.5, 6)])
+
+
 class Lab:
     def __init__(self, args):
         self.args, self.begun, self.stage = args, time.monotonic(), "setting up"
-        self.folder = tempfile.mkdtemp(prefix="pc.", dir=args.scratch)
+        self.folder = tempfile.mkdtemp(prefix="pc.")
         self.disks = Disks(args.disks)
         self.wire = Wire(self.folder)
         self.last, self.counts, self.lost, self.commits, self.laps = {}, collections.Counter(), 0, 0, collections.Counter()
@@ -149,7 +155,10 @@ class Lab:
     # --- the pair
 
     def set_up(self):
-        make_tools(self.machines[0].tools, self.args.volrep)
+        # Without what only a debugger needs, which is most of it.
+        program = os.path.join(self.folder, "volrep")
+        run("strip", "--strip-debug", "-o", program, self.args.volrep)
+        make_tools(self.machines[0].tools, program)
         database = os.path.join(self.folder, "one-backing")
         make_database(database)
         with open(os.path.join(self.folder, "two-backing"), "wb") as file:
@@ -237,7 +246,7 @@ class Lab:
             self.wire.cut()
             if self.mode == "local":
                 self.client.goes_on(12)
-            time.sleep(draw.uniform(0.2, 2.0))
+            time.sleep(outage(draw))
         if "daemon" in kind:
             self.observer.again()
             p.act.run("end KILL")
@@ -255,7 +264,7 @@ class Lab:
                 time.sleep(draw.uniform(0, 0.5))
         if "shadow" in kind:
             self.cut(draw.getrandbits(32), s)
-            time.sleep(draw.uniform(0, 1.5))
+            time.sleep(outage(draw))
         cut = {"both": [p, s], "primary": [p]}
         for word in cut:
             if word in kind:
@@ -347,9 +356,9 @@ class Lab:
 
 def main():
     args = arguments()
-    machine.die_with_parent()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: it ends, and cleans up, with whoever started it
     # Every wait has a limit; this one is for a defect here.
     faulthandler.dump_traceback_later(600 + args.cycles * 600, exit=True)
     lab = Lab(args)
