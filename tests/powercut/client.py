@@ -133,7 +133,7 @@ class Observer:
         try:
             while not self.ending.is_set():
                 self.look(primary, shadow)
-                self.ending.wait(0.1)
+                self.ending.wait(0.4)
         except Failed as why:
             self.trouble = why
 

@@ -25,7 +25,7 @@ import machine  # noqa: E402
 LIMIT = 240.0  # seconds: the end of every wait, only there to end a hang
 PG = "/usr/lib/postgresql/15/bin"
 OWNER = 101  # of the database's files in the guest: tools/guest/image.py
-MEGABYTES = {"state": 160, "backing": 80}
+MEGABYTES = {"state": 160, "backing": 64}
 SETTINGS = """
 listen_addresses = '*'
 unix_socket_directories = '/tmp'
@@ -57,7 +57,7 @@ class Gone(Failed):
     """The machine has no power, or not the answer that was expected from one that has."""
 
 
-def until(what, condition, limit=LIMIT, pause=0.3):
+def until(what, condition, limit=LIMIT, pause=0.5):
     """Asking a guest costs it more than waiting does."""
     end = time.monotonic() + limit
     while True:
