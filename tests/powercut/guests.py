@@ -149,7 +149,10 @@ class Disks:
         return said[3:]
 
     def end(self):
-        self.process.stdin.close()
+        try:
+            self.process.stdin.close()
+        except BrokenPipeError:
+            pass  # it was interrupted, too
         self.process.wait(timeout=10)
 
 

@@ -348,16 +348,25 @@ class Lab:
         print(f"logs: {self.args.keep}", flush=True)
 
     def clean(self):
-        for node in self.machines:
-            node.kill()
-        self.disks.end()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            for node in self.machines:
+                node.kill()
+            self.disks.end()
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def interrupted(number, _):
+    """The end, once: cleaning up is not interrupted again."""
+    for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 def main():
     args = arguments()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+        signal.signal(number, interrupted)
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: it ends, and cleans up, with whoever started it
     # Every wait has a limit; this one is for a defect here.
     faulthandler.dump_traceback_later(600 + args.cycles * 600, exit=True)
