@@ -14,8 +14,9 @@
 //!
 //! The guests' disks have volatile caches (`disk`): a cut takes what no FLUSH had covered, or some of it, or tears it.
 //!
-//! Shown with a bug planted (`tests/bugs`): 07, in the first cycle of `--mode durable --kind shadow-daemon,primary,promote`.
-//! 90, in that of `--mode local --kind primary`. 06 was not, in eight cycles: an append that somebody waits for is durable when it is written.
+//! Shown with bugs planted (`tests/bugs`): 07, in the first cycle of `--mode durable --kind shadow-daemon,primary,promote`; 90, in that of
+//! `--mode local --kind primary`. 06 was not found in seven of those: an append that somebody waits for is, as a rule, durable when it is
+//! written.
 //!
 //! What it does not see: time is that of an emulator on a busy machine, so races that need microseconds are for
 //! `tests/sim`; a disk behind the guest's own file system sees that file system's order of writes, `tests/crash` all others.
