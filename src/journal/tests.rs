@@ -431,6 +431,10 @@ fn a_scrub_leaves_room_for_what_comes_and_reads_much_at_a_time() {
         one.step(&mut j),
         scrub::Step::Read(DiskOp::Read { offset: 16_777_216, len: 4_194_304 })
     ));
+    for read in [4 << 20, 8 << 20] {
+        one.feed(Bytes::from(vec![0; 4 << 20]));
+        assert_eq!(one.read, read);
+    }
     // The oldest ones are about to be overwritten: holding them would leave a writer less than 8 MiB.
     let mut j = fill(20, 2 << 20, 36);
     let mut one = scrub::Scrub::new(j.durable());
