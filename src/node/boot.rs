@@ -11,9 +11,9 @@ use super::{JOURNAL_RECOVERY, SUPER};
 use crate::apply::backlog::Backlog;
 use crate::disk::{DiskOp, DiskRequest, DiskResult, File, Memory, Token};
 use crate::format::mapped::Owner;
-use crate::format::message::Role;
+use crate::format::message::{Opening, Role};
 use crate::format::record::{Kind, Record, flags, origin};
-use crate::format::superblock::{ResyncStage, SLOT, Superblock};
+use crate::format::superblock::{MapRange, ResyncStage, SLOT, Superblock};
 use crate::journal::maps::Maps;
 use crate::journal::recovery::{Outcome, Recovered, Recovery};
 use crate::resync::index::Index;
@@ -42,6 +42,39 @@ struct Found {
     index: Index,
     marks: VecDeque<Mark>,
     backlog: Backlog,
+    unproved: Unproved,
+}
+
+/// What the superblock says of records after the checkpoint. They may be gone with a torn tail, and others in their
+/// place: only what the journal shows again is this history's past.
+struct Unproved {
+    runs: Vec<Opening>,
+    /// Where dirty maps begin.
+    boundaries: Vec<HistoryPoint>,
+}
+
+impl Unproved {
+    /// Takes the runs out of what the superblock lists.
+    fn take(openings: &mut Vec<Opening>, maps: &[MapRange], checkpoint: Lsn) -> Unproved {
+        let runs = openings.extract_if(.., |o| o.at.lsn > checkpoint).collect();
+        let boundaries = maps.iter().map(|r| r.from).filter(|p| p.lsn > checkpoint).collect();
+        Unproved { runs, boundaries }
+    }
+
+    /// That record is there; a run that it opens is noted by it.
+    fn met(&mut self, point: HistoryPoint) {
+        self.boundaries.retain(|b| *b != point);
+    }
+
+    /// The journal ends at `tail`.
+    fn settle(self, tail: HistoryPoint, openings: &mut Vec<Opening>, maps: &mut Maps) {
+        // A run that begins there has its number, though no record of it was written.
+        let empty = self.runs.into_iter().filter(|o| o.at == tail);
+        empty.for_each(|o| role::note_opening(openings, o.generation, o.at));
+        if let Some(first) = self.boundaries.iter().map(|b| b.lsn).min() {
+            maps.rewind(first.prev());
+        }
+    }
 }
 
 /// What boot ends with.
@@ -84,9 +117,10 @@ impl Boot {
         if token.owner() == SUPER {
             return self.superblock(cfg, token.id(), result, out).err().map(Err);
         }
-        let Found { sb, recovery, maps, marks, backlog, .. } = self.found.as_mut()?;
+        let Found { sb, recovery, maps, marks, backlog, unproved, .. } = self.found.as_mut()?;
         let mut seen = |r: &Record, offset| {
             note(sb, maps, r);
+            unproved.met(r.point());
             Marks::find(marks, r);
             backlog.push(r, offset);
         };
@@ -98,10 +132,11 @@ impl Boot {
                     .into(),
             )),
             Outcome::Found(recovered) => {
-                let Found { slot, mut sb, mut maps, index, marks, backlog, .. } = self.found.take()?;
+                let Found { slot, mut sb, mut maps, index, marks, backlog, unproved, .. } = self.found.take()?;
                 if recovered.tail.point.lsn == sb.checkpoint.lsn {
                     sb.checkpoint = recovered.tail.point;
                 }
+                unproved.settle(recovered.tail.point, &mut sb.openings, &mut maps);
                 if let Some(cut) = sb.cut {
                     maps.rewind(cut.lsn);
                 }
@@ -159,8 +194,9 @@ impl Boot {
             None => Recovery::new(JOURNAL_RECOVERY, &sb, origin),
         };
         recovery.start(out);
+        let unproved = Unproved::take(&mut sb.openings, &sb.maps, sb.checkpoint.lsn);
         let (marks, backlog) = (VecDeque::new(), Backlog::default());
-        self.found = Some(Found { slot, sb, recovery, maps, index, marks, backlog });
+        self.found = Some(Found { slot, sb, recovery, maps, index, marks, backlog, unproved });
         Ok(())
     }
 }
@@ -209,4 +245,55 @@ fn check(cfg: &NodeConfig, sb: &Superblock) -> Result<(), String> {
         ));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::journal::maps::{GRANULE, maps_len};
+    use crate::units::{Address, Extent, Generation, GroupId, Hash, NodeId, Term};
+
+    fn point(lsn: u64, hash: u8) -> HistoryPoint {
+        HistoryPoint { lsn: Lsn(lsn), hash: Hash([hash; 32]) }
+    }
+
+    fn run(start: u32, at: HistoryPoint) -> Opening {
+        let term = Term { counter: 1, node: NodeId(9) };
+        Opening { generation: Generation { term, start }, at }
+    }
+
+    /// A shadow had a superblock written that names records which were not durable in its journal.
+    #[test]
+    fn what_went_with_a_torn_tail_is_nobodys_past() {
+        let sizes = [(0u8, 8 * GRANULE)];
+        let id = Owner { group: GroupId([3; 16]), node: NodeId(4), number: 1 };
+        let granule = |n| Extent::new(Address(n * GRANULE), GRANULE).unwrap();
+        // Tail, the records met after the checkpoint at 7, runs and boundaries that are left.
+        let cases: [(HistoryPoint, &[HistoryPoint], &[u64], &[u64]); 4] = [
+            (point(60, 1), &[point(45, 1), point(60, 1)], &[0], &[0, 45]),
+            (point(49, 1), &[point(45, 1), point(49, 1)], &[0, 49], &[0, 45]),
+            (point(37, 1), &[point(37, 1)], &[0], &[0]),
+            // Other records are in their place.
+            (point(49, 2), &[point(45, 2), point(49, 2)], &[0], &[0]),
+        ];
+        for (tail, met, runs, boundaries) in cases {
+            let memory = Box::new(vec![0; maps_len(&sizes) as usize]);
+            let mut maps = Maps::new(memory, &sizes, Vec::new(), point(0, 0), (id, id)).unwrap();
+            maps.mark(granule(1));
+            maps.rotate(point(45, 1));
+            maps.mark(granule(2));
+            let mut openings = vec![run(1, point(0, 0)), run(2, point(49, 1))];
+            let mut unproved = Unproved::take(&mut openings, maps.ranges(), Lsn(7));
+            met.iter().for_each(|p| unproved.met(*p));
+            unproved.settle(tail, &mut openings, &mut maps);
+            assert_eq!(openings.iter().map(|o| o.at.lsn.0).collect::<Vec<_>>(), runs, "{tail:?}");
+            assert_eq!(
+                maps.ranges().iter().map(|r| r.from.lsn.0).collect::<Vec<_>>(),
+                boundaries,
+                "{tail:?}"
+            );
+            let both = Extent::new(granule(1).address(), 2 * GRANULE).unwrap();
+            assert_eq!(maps.since(Lsn(20)), [both], "no bit is lost");
+        }
+    }
 }

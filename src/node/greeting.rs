@@ -274,6 +274,10 @@ impl Run {
         if !followed || primary.group != own.group || primary.volumes != own.volumes {
             return self.drop_link(link, "it is not a primary of this group with these volumes");
         }
+        // Who has handed its place over does not follow the one that was not told of it, though it may feed shadows.
+        if primary.role == Role::Shadow && self.takes_back(link, primary) {
+            return;
+        }
         let rank = order(own.term, primary.term);
         if let Some(peer) = self.links.peer_of(link) {
             peer.blank = primary.blank;

@@ -20,6 +20,7 @@ use crate::journal::recovery::{Outcome, Recovery};
 use crate::link::receiver::{Held, Verdict, judge};
 use crate::units::{HistoryPoint, Lsn, MICROS, MILLIS, SECONDS};
 use hdrhistogram::Histogram;
+use std::borrow::Cow;
 use std::collections::VecDeque;
 
 /// See the module's documentation.
@@ -486,16 +487,19 @@ impl Meter {
         }
     }
 
-    fn merged(&self, stage: usize) -> Option<Histogram<u64>> {
-        let mut all = self.halves[0].as_ref()?[stage].clone();
-        if let Some(older) = &self.halves[1] {
-            all.add(&older[stage]).ok()?;
-        }
-        Some(all)
+    /// Without a copy while one half is all there is.
+    fn merged(&self, stage: usize) -> Option<Cow<'_, Histogram<u64>>> {
+        let newer = &self.halves[0].as_ref()?[stage];
+        let Some(older) = self.halves[1].as_ref().map(|h| &h[stage]).filter(|h| !h.is_empty()) else {
+            return Some(Cow::Borrowed(newer));
+        };
+        let mut all = newer.clone();
+        all.add(older).ok()?;
+        Some(Cow::Owned(all))
     }
 
     fn count(&self) -> u64 {
-        self.merged(2).map_or(0, |h| h.len())
+        self.halves.iter().flatten().map(|h| h[2].len()).sum()
     }
 
     fn quantiles(&self, stage: usize) -> Quantiles {

@@ -59,7 +59,7 @@ impl World {
         for _ in 0..rng.log(1, 8) {
             let (number, size, _) = rng.pick(&self.plan.volumes);
             let at = rng.below(size);
-            let byte = self.hosts[node].disk.content(File::Backing(number))[at as usize];
+            let byte = self.hosts[node].disk.part(File::Backing(number), at as usize..at as usize + 1)[0];
             let bit = 1 << rng.below(8);
             self.hosts[node].disk.install(File::Backing(number), at as usize, &[byte ^ bit]);
             self.hosts[node].rot.leaves.insert((number, at / LEAF), self.now);

@@ -6,12 +6,15 @@
 //! Requests in flight complete in any order. Two that overlap, one of them a write, are the caller's
 //! fault: which one would win is anybody's guess, so the model reports it.
 
+use crate::content::{SECTOR, WriteId, parse_run};
 use crate::prng::Prng;
+use crate::sparse::Sparse;
 use bytes::Bytes;
+use std::borrow::Cow;
 use std::collections::BTreeMap;
-use volrep::disk::{DiskOp, DiskRequest, DiskResult, File, IoError, aligned, freeze};
-
-const SECTOR: usize = 512;
+use std::ops::Range;
+use volrep::disk::{DiskOp, DiskRequest, DiskResult, File, IoError};
+use volrep::format::superblock::SLOT;
 
 /// How a request fails.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -35,10 +38,11 @@ impl Data {
             Data::Zeroes(n) => *n,
         }
     }
-    fn copy(&self, from: usize, to: &mut [u8]) {
+    /// Puts a part of it somewhere.
+    fn put(&self, part: Range<usize>, to: &mut Sparse, at: usize) {
         match self {
-            Data::Bytes(b) => to.copy_from_slice(&b[from..from + to.len()]),
-            Data::Zeroes(_) => to.fill(0),
+            Data::Bytes(b) => to.write(at, &b[part]),
+            Data::Zeroes(_) => to.zero(at, part.len()),
         }
     }
 }
@@ -51,49 +55,58 @@ struct Pending {
 }
 
 impl Pending {
-    fn apply(&self, to: &mut [u8]) {
-        self.data.copy(0, &mut to[self.offset..self.offset + self.data.len()]);
+    fn apply(&self, to: &mut Sparse) {
+        self.data.put(0..self.data.len(), to, self.offset);
     }
     /// Each sector with this chance.
-    fn apply_some(&self, to: &mut [u8], permille: u64, rng: &mut Prng) {
+    fn apply_some(&self, to: &mut Sparse, permille: u64, rng: &mut Prng) {
         for from in (0..self.data.len()).step_by(SECTOR) {
             if rng.permille(permille) {
-                let at = self.offset + from;
-                self.data.copy(from, &mut to[at..at + SECTOR]);
+                self.data.put(from..from + SECTOR, to, self.offset + from);
             }
         }
     }
 }
 
+/// A file that is read in large parts, each within a piece of this size.
+const LARGE: usize = 2 << 20;
+/// Any other, and what of any is durable.
+const SMALL: usize = 16 << 10;
+
 struct Model {
-    live: Vec<u8>,
-    durable: Vec<u8>,
+    live: Sparse,
+    durable: Sparse,
     pending: Vec<Pending>,
 }
 
 impl Model {
+    fn new(file: File, size: u64) -> Model {
+        let (live, durable) = match file {
+            File::Journal => (LARGE, SMALL),
+            File::Superblock => (SLOT, SLOT),
+            _ => (SMALL, SMALL),
+        };
+        let sparse = |piece| Sparse::new(size as usize, piece);
+        Model { live: sparse(live), durable: sparse(durable), pending: Vec::new() }
+    }
     fn write(&mut self, order: u64, offset: usize, data: Data) {
         let pending = Pending { order, offset, data };
         pending.apply(&mut self.live);
         self.pending.push(pending);
     }
     fn sync(&mut self, before: u64) {
-        let (covered, rest): (Vec<_>, Vec<_>) =
-            std::mem::take(&mut self.pending).into_iter().partition(|p| p.order < before);
-        covered.iter().for_each(|p| p.apply(&mut self.durable));
         // A later write of the same range may have been made durable by itself.
-        self.pending = rest;
+        for p in self.pending.extract_if(.., |p| p.order < before) {
+            p.apply(&mut self.durable);
+        }
     }
     /// The device drops what the failed sync should have covered: some of it is durable, the rest gone.
     fn drop_cache(&mut self, before: u64, rng: &mut Prng) {
-        let (covered, rest): (Vec<_>, Vec<_>) =
-            std::mem::take(&mut self.pending).into_iter().partition(|p| p.order < before);
-        self.pending = rest;
+        let covered: Vec<_> = self.pending.extract_if(.., |p| p.order < before).collect();
         let permille = rng.pick(&[0, 500, 900]);
         covered.iter().for_each(|p| p.apply_some(&mut self.durable, permille, rng));
         for p in &covered {
-            let range = p.offset..p.offset + p.data.len();
-            self.live[range.clone()].copy_from_slice(&self.durable[range]);
+            self.live.copy_from(&self.durable, p.offset, p.data.len());
         }
         self.pending.iter().for_each(|p| p.apply(&mut self.live));
     }
@@ -103,8 +116,7 @@ impl Model {
         for p in std::mem::take(&mut self.pending) {
             let permille = if per_write { rng.pick(&[0, 0, 500, 1000]) } else { shared };
             p.apply_some(&mut self.durable, permille, rng);
-            let range = p.offset..p.offset + p.data.len();
-            self.live[range.clone()].copy_from_slice(&self.durable[range]);
+            self.live.copy_from(&self.durable, p.offset, p.data.len());
         }
     }
 }
@@ -115,7 +127,7 @@ struct InFlight {
 }
 
 /// A copy of the files of a node.
-pub struct Content(Vec<(File, Vec<u8>)>);
+pub struct Content(Vec<(File, Sparse)>);
 
 /// The files of one node.
 pub struct Disk {
@@ -129,10 +141,8 @@ pub struct Disk {
 impl Disk {
     /// Files of these sizes, all zeroes, each with the unit in which it may be addressed.
     pub fn new(files: &[(File, u64, u64)]) -> Disk {
-        let zeroes = |n: u64| vec![0; n as usize];
-        let model = |n| Model { live: zeroes(n), durable: zeroes(n), pending: Vec::new() };
         Disk {
-            files: files.iter().map(|&(file, size, _)| (file, model(size))).collect(),
+            files: files.iter().map(|&(file, size, _)| (file, Model::new(file, size))).collect(),
             blocks: files.iter().map(|&(file, _, block)| (file, block)).collect(),
             in_flight: BTreeMap::new(),
             order: 1,
@@ -141,8 +151,7 @@ impl Disk {
     }
     /// A new file of zeroes.
     pub fn make(&mut self, file: File, size: u64, block: u64) {
-        let zeroes = vec![0; size as usize];
-        self.files.insert(file, Model { live: zeroes.clone(), durable: zeroes, pending: Vec::new() });
+        self.files.insert(file, Model::new(file, size));
         self.blocks.insert(file, block);
     }
     /// The file is gone. No change of it may be in flight.
@@ -160,24 +169,44 @@ impl Disk {
     }
     /// The copy, and nothing else.
     pub fn restore(&mut self, copy: Content) {
-        let model = |(file, live): (File, Vec<u8>)| {
-            (file, Model { durable: live.clone(), live, pending: Vec::new() })
+        let model = |(file, durable): (File, Sparse)| {
+            let mut model = Model { durable, ..Model::new(file, 0) };
+            model.live = Sparse::new(model.durable.len(), model.live.piece_len());
+            model.live.copy_from(&model.durable, 0, model.durable.len());
+            (file, model)
         };
         self.files = copy.0.into_iter().map(model).collect();
     }
     /// Durable content, put there before anything runs.
     pub fn install(&mut self, file: File, offset: usize, bytes: &[u8]) {
         let model = self.files.get_mut(&file).expect("a file of the node");
-        model.live[offset..offset + bytes.len()].copy_from_slice(bytes);
-        model.durable[offset..offset + bytes.len()].copy_from_slice(bytes);
+        model.live.write(offset, bytes);
+        model.durable.write(offset, bytes);
     }
     /// What the file reads as.
-    pub fn content(&self, file: File) -> &[u8] {
-        &self.files[&file].live
+    pub fn content(&self, file: File) -> Cow<'_, [u8]> {
+        let live = &self.files[&file].live;
+        live.get(0..live.len())
     }
-    /// What a power cut would certainly leave.
-    pub fn durable(&self, file: File) -> &[u8] {
-        &self.files[&file].durable
+    /// Of which writes the sectors of a volume's file are.
+    pub fn writes(&self, file: File, number: u8) -> Result<Vec<WriteId>, String> {
+        let live = &self.files[&file].live;
+        let mut ids = Vec::with_capacity(live.len() / SECTOR);
+        for piece in live.pieces() {
+            match piece {
+                Ok(bytes) => ids.extend(parse_run(bytes, number, ids.len() as u64)?),
+                Err(zeroes) => ids.resize(ids.len() + zeroes / SECTOR, 0),
+            }
+        }
+        Ok(ids)
+    }
+    /// What a part of it reads as.
+    pub fn part(&self, file: File, range: Range<usize>) -> Cow<'_, [u8]> {
+        self.files[&file].live.get(range)
+    }
+    /// What a power cut would certainly leave of it.
+    pub fn durable(&self, file: File, range: Range<usize>) -> Cow<'_, [u8]> {
+        self.files[&file].durable.get(range)
     }
 
     /// Takes a request; the ticket completes it. An error is a broken rule of the caller.
@@ -250,9 +279,7 @@ impl Disk {
         }
         match request.op {
             DiskOp::Read { offset, len } => {
-                let mut buf = aligned(len);
-                buf.extend_from_slice(&model.live[offset as usize..offset as usize + len]);
-                return Ok(freeze(buf));
+                return Ok(model.live.read(offset as usize, len));
             }
             DiskOp::Write { offset, data, dsync } => {
                 let data = Data::Bytes(data);
@@ -383,7 +410,7 @@ pub fn describe(request: &DiskRequest) -> String {
 
 /// The model keeps its promises over random schedules.
 pub fn check() {
-    use volrep::disk::Token;
+    use volrep::disk::{Token, aligned, freeze};
     let filled = |byte: u8, sectors: usize| {
         let mut buf = aligned(sectors * SECTOR);
         buf.resize(sectors * SECTOR, byte);

@@ -91,6 +91,16 @@ impl World {
         }
     }
 
+    /// A primary that has started is read: what it shows may not be lost with its power.
+    pub fn start_step(&mut self, node: usize) {
+        let due = self.plan.ambush_start > 0 && self.scenario.may_strike();
+        if due && self.scenario.rng.permille(self.plan.ambush_start) && self.scenario.strikes() {
+            self.counts.met("death while a primary that has started is read");
+            let delay = self.scenario.rng.log(10 * MICROS, 30 * MILLIS);
+            self.after(delay, Coming::Ambush { node, fault: Fault::PowerShadow });
+        }
+    }
+
     /// A backing is written to: perhaps its node dies, if it serves beside that.
     pub fn drain_step(&mut self, node: usize) {
         if self.hosts[node].status.as_ref().is_none_or(|s| s.drain_records == 0) {

@@ -12,10 +12,12 @@ use volrep::units::Term;
 impl World {
     /// A superblock was written, or its node starts: what does either slot say, durably?
     pub fn note_slots(&mut self, node: usize) {
-        let durable = self.hosts[node].disk.durable(File::Superblock);
-        let terms =
-            durable.chunks(SLOT).map(|slot| Superblock::decode(slot).map_or(Term::default(), |s| s.term));
-        let least = terms.min_by_key(|t| t.counter).unwrap_or_default();
+        let disk = &self.hosts[node].disk;
+        let terms = [0..SLOT, SLOT..2 * SLOT].map(|slot| {
+            let durable = disk.durable(File::Superblock, slot);
+            Superblock::decode(&durable).map_or(Term::default(), |s| s.term)
+        });
+        let least = terms.into_iter().min_by_key(|t| t.counter).unwrap_or_default();
         self.hosts[node].watch.safe_term = least;
     }
 

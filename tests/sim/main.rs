@@ -34,6 +34,7 @@ mod rest;
 mod rewind;
 mod rollback;
 mod scenario;
+mod sparse;
 mod sweep;
 mod trace;
 mod view;
@@ -170,13 +171,14 @@ fn report(seed: u64, ran: Ran, failure: Violation, args: &Args) {
 }
 
 fn models() -> (u64, u64) {
-    let checks: [(&str, fn()); 7] = [
+    let checks: [(&str, fn()); 8] = [
         ("content", content::check),
         ("disk", disk::check),
         ("memory", memory::check),
         ("minimise", minimise::check),
         ("model", model::check),
         ("net", net::check),
+        ("sparse", sparse::check),
         ("journal", bare_journal::check),
     ];
     let failed = checks.iter().filter(|(name, check)| {

@@ -49,8 +49,14 @@ pub struct Slot(Arc<Mutex<Inner>>);
 impl Slot {
     /// `len` zeroes, synced.
     pub fn new(len: usize) -> Slot {
-        let inner = Inner { parked: vec![0; len], synced: vec![0; len], next: 1, ..Inner::default() };
-        Slot(Arc::new(Mutex::new(inner)))
+        Slot::of(vec![0; len], vec![0; len])
+    }
+    /// `len` zeroes in memory: no sync is asked of it, and a power cut leaves nothing of it.
+    pub fn volatile(len: usize) -> Slot {
+        Slot::of(vec![0; len], Vec::new())
+    }
+    fn of(parked: Vec<u8>, synced: Vec<u8>) -> Slot {
+        Slot(Arc::new(Mutex::new(Inner { parked, synced, next: 1, ..Inner::default() })))
     }
     fn inner(&self) -> MutexGuard<'_, Inner> {
         self.0.lock().expect("one thread")
@@ -100,9 +106,11 @@ impl Slot {
     /// Back to zeroes: it lived in memory and the power was cut.
     pub fn clear(&self) {
         let mut inner = self.inner();
-        inner.parked.fill(0);
         inner.synced.fill(0);
         inner.copies.clear();
+        let len = inner.parked.len();
+        inner.parked = Vec::new(); // most of fresh zeroes is never touched
+        inner.parked = vec![0; len];
     }
 }
 

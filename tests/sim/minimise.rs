@@ -11,10 +11,11 @@ use std::time::{Duration, Instant};
 type Part = (&'static str, fn(&mut Plan));
 
 /// What can be left out as a whole.
-const PARTS: [Part; 13] = [
+const PARTS: [Part; 14] = [
     ("ambush", |p| p.ambush = 0),
     ("role-ambush", |p| p.role_ambush = 0),
     ("slot-ambush", |p| p.slot_ambush = 0),
+    ("start-ambush", |p| p.ambush_start = 0),
     ("promotion", |p| p.promotion = None),
     ("double", |p| p.double = false),
     ("rejoin", |p| p.rejoin = false),

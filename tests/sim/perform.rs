@@ -462,7 +462,7 @@ impl World {
         };
         match answer {
             Answer::Status(status) => {
-                self.hosts[node].status = Some(status);
+                self.hosts[node].status = Some(status.into());
                 Ok(())
             }
             Answer::Done(text) => {

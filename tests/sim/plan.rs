@@ -218,6 +218,8 @@ pub struct Plan {
     /// How many of the writes that put the journal into the image of a primary that serves already are followed by
     /// a death, in thousandths.
     pub ambush_drain: u64,
+    /// How many of a primary's starts are followed by a loss of power while its image is read, in thousandths.
+    pub ambush_start: u64,
     /// Who holds records of its own after that is told to rejoin.
     pub rejoin: bool,
     /// Another shadow is promoted, too.
@@ -239,17 +241,17 @@ impl Plan {
     pub fn draw(rng: &mut Prng) -> Plan {
         let nodes = if rng.permille(350) { 3 } else { 2 };
         // Writes go round the journal several times, and shadows stay away for long.
-        let resyncs = rng.permille(400);
+        let resyncs = rng.permille(350);
         // Views are left open while the journal goes round.
         let views = rng.permille(300);
         let mut mix = draw_mix(rng);
-        let laps = views && rng.permille(400);
+        let laps = views && rng.permille(300);
         if laps {
             (mix.largest, mix.zero, mix.rich) = (4000, 0, 1000);
-            mix.requests = rng.within(60, 140);
+            mix.requests = rng.within(40, 100);
         } else if resyncs {
             mix.largest = rng.pick(&[256, 512]);
-            mix.requests = rng.within(200, 600);
+            mix.requests = rng.log(120, 600);
             mix.rich = rng.pick(&[700, 1000]);
         }
         let sync = if rng.permille(350) { rng.within(1, (1 << (nodes - 1)) - 1) as u8 } else { 0 } << 1;
@@ -348,12 +350,14 @@ impl Plan {
             slot_ambush: 0,
             patience: 0,
             ambush_drain: 0,
+            ambush_start: 0,
             batch: 4 << 20,
             ambush: if resyncs { rng.pick(&[0, 50, 300]) } else { 0 },
             segment: 2 << 20,
             segments: if laps { 4 } else { rng.pick(&[4, 4, 4, 5, 8]) },
             cache: rng.pick(&[1, 2, 4, 8]) << 20,
-            level: rng.pick(&[None, Some(1), Some(1), Some(3)]),
+            // Much data that hardly compresses takes its time, and tells nothing new.
+            level: rng.pick(if laps || resyncs { &[None, None, Some(1)] } else { &[None, Some(1), Some(3)] }),
             full: if behind { FullPolicy::Behind } else { FullPolicy::Block },
             sync,
             timing: draw_timing(rng),
@@ -377,6 +381,7 @@ impl Plan {
         };
         // Not drawn, for the seeds that were looked at before it.
         plan.slot_ambush = if plan.disk_write.is_multiple_of(4) { 60 } else { 0 };
+        plan.ambush_start = if plan.disk_sync.is_multiple_of(4) { 400 } else { 0 };
         // Drawn last, for the seeds that were looked at before it.
         plan.role_ambush = rng.pick(&[0, 0, 0, 100, 400]);
         if plan.double && plan.rejoin && plan.promotion.is_some() {
@@ -384,17 +389,18 @@ impl Plan {
             plan.role_ambush = rng.pick(&[0, 400, 1000]);
         }
         plan.timing.ask = rng.pick(&[MILLIS, 50 * MILLIS, SECONDS, SECONDS, 3 * SECONDS]);
-        if plan.promotion.is_none() && !plan.moves && plan.sync == 0 && rng.permille(80) {
+        if plan.promotion.is_none() && !plan.moves && plan.sync == 0 && rng.permille(200) {
             let first = rng.within(1, plan.mix.requests / 2);
             plan.rollback = Some((first, rng.within(first + 1, plan.mix.requests * 3 / 4 + 1)));
             (plan.ambush, plan.role_ambush, plan.before, plan.blank) = (0, 0, Default::default(), 0xff);
-            plan.slot_ambush = 0;
+            (plan.slot_ambush, plan.ambush_start) = (0, 0);
             plan.faults.clear();
             if plan.disk_write.is_multiple_of(2) {
                 // What the two copies wrote is out of the journal before the shadow is met again.
                 (plan.mix.largest, plan.mix.rich, plan.mix.zero) = (2000, 1000, 0);
                 (plan.full, plan.segments, plan.apart) = (FullPolicy::Behind, 4, (2 * SECONDS, 10 * SECONDS));
                 plan.mix.requests += 100;
+                plan.level = None;
             }
         }
         plan.patience = rng.pick(&[0, 0, 20 * MILLIS, 100 * MILLIS, 500 * MILLIS, 2 * SECONDS]);
@@ -485,7 +491,9 @@ impl Plan {
 
     /// An old primary that comes back finds the promoted one in time.
     pub fn finds_the_promoted(&self) -> bool {
-        self.faults.is_empty() && self.ambush + self.role_ambush == 0 && self.timing.ask >= SECONDS
+        self.faults.is_empty()
+            && self.ambush + self.role_ambush + self.ambush_start == 0
+            && self.timing.ask >= SECONDS
     }
 }
 
@@ -516,9 +524,9 @@ fn draw_mix(rng: &mut Prng) -> Mix {
         requests: if largest > 512 {
             rng.within(20, 60)
         } else if largest > 64 {
-            rng.within(100, 300)
+            rng.log(60, 300)
         } else {
-            rng.within(200, 700)
+            rng.log(100, 700)
         },
         largest,
         read: rng.pick(&[0, 100, 300]),

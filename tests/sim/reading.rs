@@ -37,6 +37,7 @@ impl World {
             (0..self.model.volumes.len()).map(|v| vec![0; self.model.volume_sectors(v) as usize]).collect();
         let rebase = self.scenario.rebase;
         self.scenario.verify = Some(Reading { left, outstanding: 0, image, rebase });
+        self.start_step(node);
         self.verify_on(node)
     }
 

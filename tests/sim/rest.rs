@@ -2,7 +2,6 @@
 //!
 //! Owns: nothing. Invariant: every image is that of its own journal's end, and they are all the same (I1).
 
-use crate::content::parse_run;
 use crate::world::{Outcome, World, broken};
 use volrep::disk::File;
 use volrep::units::{Address, Extent};
@@ -22,8 +21,8 @@ impl World {
             self.counts.check("I1");
             let mut image = Vec::new();
             for &(number, _, _) in &self.plan.volumes {
-                let content = self.hosts[node].disk.content(File::Backing(number));
-                image.push(parse_run(content, number, 0).or_else(|text| broken("I12", text))?);
+                let writes = self.hosts[node].disk.writes(File::Backing(number), number);
+                image.push(writes.or_else(|text| broken("I12", text))?);
             }
             self.same_image(&image, tail, &format!("at rest, node {node}"))?;
             self.check_marks(node, tail)?;
@@ -41,7 +40,7 @@ impl World {
             let tick = self.model.tick();
             let content = self.hosts[node].disk.content(File::Backing(number));
             self.model
-                .check_read(extent, content, tick)
+                .check_read(extent, &content, tick)
                 .or_else(|text| broken("I2", format!("at rest: {text}")))?;
         }
         Ok(())

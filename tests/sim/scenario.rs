@@ -16,6 +16,8 @@ use volrep::units::{MILLIS, SECONDS};
 
 /// Virtual time within which the system must come to rest once nothing disturbs it.
 const PATIENCE: u64 = 120 * SECONDS;
+/// Virtual time without progress after which somebody has a look.
+const ATTENTION: u64 = 5 * SECONDS;
 
 /// What is going on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -169,7 +171,7 @@ impl World {
             Phase::Work => {
                 self.work_on()?;
                 // A FLUSH may wait for it.
-                if self.now - self.work.progress > PATIENCE / 4 {
+                if self.is_stuck() {
                     self.resume_resyncs()?;
                 }
             }
@@ -187,7 +189,11 @@ impl World {
             _ => {}
         }
         self.impatient()?;
-        let pause = if self.scenario.phase == Phase::Work { 5 * MILLIS } else { 20 * MILLIS };
+        let pause = match (self.scenario.phase, self.waited()) {
+            (Phase::Work, 0..SECONDS) => 5 * MILLIS,
+            (_, 0..ATTENTION) => 20 * MILLIS,
+            _ => 100 * MILLIS,
+        };
         self.after(pause, Coming::Tick);
         Ok(())
     }
@@ -204,18 +210,25 @@ impl World {
         Ok(())
     }
 
+    /// For how long nothing has come of what is going on.
+    fn waited(&self) -> u64 {
+        let since = self.scenario.since;
+        self.now - if self.scenario.phase == Phase::Work { self.work.progress.max(since) } else { since }
+    }
+
+    /// Nobody's requests were answered for long enough that somebody has a look.
+    pub fn is_stuck(&self) -> bool {
+        self.scenario.phase == Phase::Work && self.waited() > ATTENTION
+    }
+
     fn impatient(&mut self) -> Outcome {
-        let waited = self.now
-            - match self.scenario.phase {
-                Phase::Work => self.work.progress.max(self.scenario.since),
-                _ => self.scenario.since,
-            };
-        if waited < PATIENCE {
-            return Ok(());
-        }
-        if self.blocked_for_good() {
+        let waited = self.waited();
+        if waited > 2 * ATTENTION && self.blocked_for_good() {
             self.counts.met("blocked: a member of the sync set has diverged");
             self.enter(Phase::Over);
+            return Ok(());
+        }
+        if waited < PATIENCE {
             return Ok(());
         }
         let states = (0..self.hosts.len()).map(|n| self.describe(n)).collect::<Vec<_>>().join("; ");

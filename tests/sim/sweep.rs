@@ -159,6 +159,7 @@ fn plan(scenario: &Scenario) -> Plan {
         faults: Vec::new(),
         before: Default::default(),
         ambush_drain: 0,
+        ambush_start: 0,
         batch: 64 << 10,
         apply_delay: 0,
         far_delay: None,

@@ -130,7 +130,7 @@ impl World {
     /// It is open, or was a moment ago.
     pub fn view_opened(&mut self, node: usize) -> Outcome {
         let Some(status) = self.poll(node)? else { return Ok(()) };
-        let Some(view) = status.view.filter(|v| v.state == "Open") else { return Ok(()) };
+        let Some(view) = status.view.as_ref().filter(|v| v.state == "Open") else { return Ok(()) };
         let lsn = view.lsn.unwrap_or_default();
         let host = &self.hosts[node];
         let Some(seen) = &host.view else { return Ok(()) };
@@ -168,9 +168,9 @@ impl World {
 
     /// What is on a node's disks.
     fn backings(&self, node: usize) -> Result<Image, Violation> {
-        let content = |number| self.hosts[node].disk.content(File::Backing(number));
-        let parsed = |&(number, ..): &(u8, u64, u64)| parse_run(content(number), number, 0);
-        self.plan.volumes.iter().map(parsed).collect::<Result<_, _>>().or_else(|text| broken("I12", text))
+        let disk = &self.hosts[node].disk;
+        let writes = |&(number, ..): &(u8, u64, u64)| disk.writes(File::Backing(number), number);
+        self.plan.volumes.iter().map(writes).collect::<Result<_, _>>().or_else(|text| broken("I12", text))
     }
 
     /// Nothing changes on the disks of a node with an open view.
@@ -373,8 +373,9 @@ impl World {
             None if opening => {}
             None => self.hosts[node].view = None,
         }
-        // Whoever tidies up closes what is open.
-        if matches!(self.scenario.phase(), Phase::Settle | Phase::Drain | Phase::Rest) && state.is_some() {
+        // Whoever tidies up closes what is open; a resync that a FLUSH waits for may wait for it, too.
+        let tidies = matches!(self.scenario.phase(), Phase::Settle | Phase::Drain | Phase::Rest);
+        if state.is_some() && (tidies || self.is_stuck()) {
             return self.close_view(node);
         }
         Ok(())

@@ -15,6 +15,7 @@ use crate::trace::Trace;
 use crate::workload::Workload;
 use bytes::Bytes;
 use std::collections::BTreeMap;
+use std::rc::Rc;
 use volrep::disk::{File, Token};
 use volrep::format::message::Role;
 use volrep::format::record::{Compressor, Encoded, origin};
@@ -157,7 +158,7 @@ pub struct Host {
     /// Answers awaited.
     pub waiting: BTreeMap<u64, Purpose>,
     /// The last status.
-    pub status: Option<Box<Status>>,
+    pub status: Option<Rc<Status>>,
     /// What checks know of it.
     pub watch: crate::watch::Watch,
     /// Disk slowness, times.
@@ -510,7 +511,7 @@ impl World {
     }
 
     /// The node's state, if it runs.
-    pub fn poll(&mut self, node: usize) -> Result<Option<Box<Status>>, Violation> {
+    pub fn poll(&mut self, node: usize) -> Result<Option<Rc<Status>>, Violation> {
         if self.hosts[node].node.is_none() {
             return Ok(None);
         }
@@ -573,7 +574,7 @@ fn host(plan: &Plan, n: usize, ids: &[NodeId], group: GroupId, key: [u8; 32], rn
     Host {
         id: ids[n],
         disk,
-        ring: Slot::new(volrep::cache::ring_len(plan.cache) as usize),
+        ring: Slot::volatile(volrep::cache::ring_len(plan.cache) as usize),
         maps,
         salvage: Vec::new(),
         kept: crate::marks::Kept::default(),
