@@ -19,6 +19,7 @@ mod interrupt;
 pub mod invitation;
 mod join;
 mod mark;
+mod outdate;
 mod output;
 pub mod places;
 mod progress;
@@ -74,6 +75,7 @@ enum Verb {
     Mark(mark::Mark),
     History(history::History),
     Promote(promote::Promote),
+    Outdate(outdate::Outdate),
     Switchover(switchover::Switchover),
     Refresh(refresh::Refresh),
     Verify(refresh::Verify),
@@ -115,6 +117,7 @@ fn act(args: &Args, out: &Output) -> Result<(), Failure> {
         Verb::History(v) => v.run(&places, out),
         Verb::Mark(v) => v.run(&places, out),
         Verb::Promote(v) => v.run(&places, out),
+        Verb::Outdate(v) => v.run(&places, out),
         Verb::Switchover(v) => v.run(&places, out),
         Verb::Refresh(v) => v.run(&places, out),
         Verb::Verify(v) => v.run(&places, out),

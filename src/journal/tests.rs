@@ -37,6 +37,7 @@ fn superblock() -> Superblock {
         openings: vec![],
         maps: vec![],
         sync_set: vec![],
+        outdated: vec![],
         peers: vec![],
         maps_id: 0,
         retired: None,

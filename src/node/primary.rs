@@ -383,7 +383,7 @@ impl Run {
     /// Answers those whose writes are durable to the ack level.
     fn commit(&mut self) -> bool {
         let durable = self.journal.durable();
-        let committed = durable.min(self.links.sync_durable(&self.meta.sb.sync_set));
+        let committed = durable.min(self.members_durable());
         let Part::Primary(p) = &mut self.part else { return false };
         p.pipeline.durable(durable, self.now.mono);
         while let Some((_, seq)) = p.undurable.pop_front_if(|(lsn, _)| *lsn <= durable) {

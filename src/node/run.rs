@@ -65,6 +65,8 @@ pub struct Run {
     pub(super) fault: Option<String>,
     pub(super) admin: super::admin::Admin,
     pub(super) compare: Comparing,
+    /// Who leaves the sync set, and what this node may claim to hold.
+    pub(super) standings: super::outdate::Standings,
     /// The node gives its place as primary up.
     pub(super) retiring: Option<super::retire::Retiring>,
     /// The primary hands its place over.
@@ -117,6 +119,7 @@ impl Run {
             fault: None,
             admin: super::admin::Admin::default(),
             compare: Comparing::new(HashKey::of(cfg.group)),
+            standings: super::outdate::Standings::default(),
             retiring: None,
             moving: None,
             asking: None,
@@ -208,6 +211,7 @@ impl Run {
         }
         self.pump_marks();
         moved |= self.pump_cascade();
+        moved |= self.pump_outdate();
         moved |= self.pump_links();
         moved |= self.pump_asking();
         moved |= self.pump_refresh();

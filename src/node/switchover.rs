@@ -71,6 +71,7 @@ impl Run {
             current,
             busy: matches!(&self.part, Part::Primary(p) if p.raising.is_some())
                 || self.moving.is_some()
+                || self.is_outdating()
                 || self.is_retiring()
                 || self.admin.is_draining(),
         };

@@ -12,6 +12,7 @@ use volrep::units::Term;
 impl World {
     /// A superblock was written, or its node starts: what does either slot say, durably?
     pub fn note_slots(&mut self, node: usize) {
+        self.note_named(node);
         let durable = self.hosts[node].disk.durable(File::Superblock);
         let terms =
             durable.chunks(SLOT).map(|slot| Superblock::decode(slot).map_or(Term::default(), |s| s.term));

@@ -183,3 +183,8 @@ pub fn check() {
     assert_eq!(arrived, 3);
     assert!(net.find(LinkId(1)).is_some() && net.standing().is_empty());
 }
+
+/// Index of a peer in a host's configuration, as a node number.
+pub fn peer_node(node: usize, peer: usize) -> usize {
+    if peer < node { peer } else { peer + 1 }
+}

@@ -5,9 +5,9 @@
 
 use crate::disk::{self, Fault as DiskFault};
 use crate::memory::Slot;
-use crate::net;
+use crate::net::{self, peer_node};
 use crate::plan::Fault;
-use crate::world::{Coming, Outcome, Purpose, Sabotage, World, broken, peer_node};
+use crate::world::{Coming, Outcome, Purpose, Sabotage, World, broken};
 use bytes::Bytes;
 use volrep::disk::{DiskOp, DiskRequest, File};
 use volrep::format::message::Message;
@@ -490,6 +490,7 @@ impl World {
                 return Ok(());
             }
             Purpose::Promote => return self.promotion_refused(text),
+            Purpose::Outdate => return self.not_outdated(why),
             Purpose::Switchover => {
                 self.switchover_answered(node);
                 return Ok(());

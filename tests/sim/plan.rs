@@ -81,9 +81,11 @@ pub enum Fault {
     ViewClose,
     /// An administrator marks the write order.
     Mark,
+    /// A member of the sync set is lost, and the primary is told to go on without it.
+    Outdate,
 }
 
-/// Every kind.
+/// Every kind that any plan may have.
 pub const FAULTS: [Fault; 35] = [
     Fault::KillPrimary,
     Fault::PowerPrimary,
@@ -430,6 +432,12 @@ impl Plan {
             plan.sync &= 0b010;
             plan.draw_cascade(rng);
             plan.draw_delays(rng);
+        }
+        if plan.sync != 0 && rng.permille(600) {
+            let count = rng.within(1, 4);
+            plan.faults.extend((0..count).map(|_| (rng.within(1, plan.mix.requests), Fault::Outdate)));
+            plan.faults.sort_unstable();
+            plan.mix.flush = plan.mix.flush.max(100);
         }
         plan
     }

@@ -125,6 +125,12 @@ impl World {
             return Ok(()); // that was promised, and is given up
         }
         self.counts.check("I4");
+        if self.claims_everything(node) {
+            self.counts.met("promoted as one that holds everything");
+            if let Some(text) = self.model.missing(image, |w| w.flushed) {
+                return broken("I4", format!("promoted as one that holds everything: {text}"));
+            }
+        }
         let bit = 1u8 << node;
         match self.model.missing(image, |w| w.remote & bit != 0) {
             None => Ok(()),

@@ -78,6 +78,10 @@ pub struct Watch {
     pub undelayed: u64,
     /// It does not now.
     pub lifted: bool,
+    /// Members of the sync set, as either slot durably says.
+    pub named: Vec<NodeId>,
+    /// When its process was last gone, by the model's clock.
+    pub down: u64,
 }
 
 impl Default for Watch {
@@ -116,6 +120,8 @@ impl Default for Watch {
             booted_at: 0,
             undelayed: 0,
             lifted: false,
+            named: Vec::new(),
+            down: 0,
         }
     }
 }
