@@ -217,7 +217,7 @@ impl Run {
             time: self.now.wall.max(tail.time),
             flags: s.flags | if waited { flags::SYNC } else { 0 },
             last_write,
-            durable: self.journal.durable(),
+            durable: p.announced,
             kind: s.kind,
         };
         let record = seal(s.encoded.expect("only encoded epochs are appended"), stamp);

@@ -21,6 +21,8 @@ pub struct End {
     pub up: bool,
     /// It was told that the connection is gone, or is itself gone.
     pub down: bool,
+    /// It has given the connection up: what still arrives is not read.
+    pub closed: bool,
     /// Frames on their way to it.
     inbound: VecDeque<Bytes>,
     /// Nothing arrives before this.
@@ -63,6 +65,7 @@ impl Network {
                 dialed,
                 up: false,
                 down: false,
+                closed: false,
                 inbound: VecDeque::new(),
                 not_before: 0,
                 allowance: None,

@@ -135,9 +135,12 @@ impl World {
     pub fn promotion_of(&mut self, node: usize) -> Result<Promote, crate::world::Violation> {
         let status = self.poll(node)?;
         let claim = standing(status.as_deref()).map(|s| (node, s.to_owned()));
+        let done = status.is_some_and(|s| s.role == "primary");
         let outdating = &mut self.scenario.outdating;
-        outdating.accepts &= claim.as_ref().is_some_and(|(_, s)| s == "outdated");
-        outdating.claim = claim;
+        if !done {
+            outdating.accepts &= claim.as_ref().is_some_and(|(_, s)| s == "outdated");
+            outdating.claim = claim;
+        }
         Ok(Promote { fenced: true, accept_outdated: outdating.accepts, ..Promote::default() })
     }
 
@@ -161,6 +164,12 @@ impl World {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Whether its operator has accepted that it does not: what it held may have been given up for a resync.
+    pub fn accepted_loss(&self, node: usize) -> bool {
+        let outdating = &self.scenario.outdating;
+        outdating.accepts && outdating.claim.as_ref().is_some_and(|(of, _)| *of == node)
     }
 
     /// Whether it said that it holds all that was acknowledged.

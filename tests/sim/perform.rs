@@ -334,10 +334,11 @@ impl World {
         let Some((connection, side)) = self.net.find(link) else {
             return;
         };
-        let c = &self.net.connections[&connection];
+        let c = self.net.connections.get_mut(&connection).expect("never removed");
         if c.ends[side].down {
             return;
         }
+        c.ends[side].closed = true;
         let other = c.after_all(1 - side, self.now);
         let delay = self.rng.below(500_000);
         self.after(delay, Coming::Down { connection, side });
@@ -385,6 +386,7 @@ impl World {
             return Ok(());
         }
         let c = self.net.connections.get_mut(&connection).expect("never removed");
+        let closed = c.ends[side].closed;
         let Some(frame) = c.arrive(side) else {
             return Ok(());
         };
@@ -392,8 +394,10 @@ impl World {
             Ok(message) => {
                 let (kind, number) = digest(&message);
                 self.trace.note(self.now, node, "receive", [link.0, kind, number]);
-                self.hosts[node].watch.heard(&message);
-                self.heard_tail(node, other, &message);
+                if !closed {
+                    self.hosts[node].watch.heard(&message);
+                    self.heard_tail(node, other, &message);
+                }
                 self.step(node, Event::Message { link, message })
             }
             Err(text) => {

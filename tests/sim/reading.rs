@@ -121,7 +121,8 @@ impl World {
             return broken("I5", format!("promoted without {applied:?}, which it had reported as applied"));
         }
         self.check_rewound(node, tail)?;
-        if self.hosts[node].watch.cut.is_some() || self.hosts[node].watch.second {
+        let watch = &self.hosts[node].watch;
+        if watch.cut.is_some() || watch.second || self.accepted_loss(node) {
             return Ok(()); // that was promised, and is given up
         }
         self.counts.check("I4");
