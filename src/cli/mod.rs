@@ -18,6 +18,7 @@ mod init;
 mod interrupt;
 pub mod invitation;
 mod join;
+mod lease;
 mod mark;
 mod outdate;
 mod output;
@@ -76,6 +77,7 @@ enum Verb {
     History(history::History),
     Promote(promote::Promote),
     Outdate(outdate::Outdate),
+    Lease(lease::Lease),
     Switchover(switchover::Switchover),
     Refresh(refresh::Refresh),
     Verify(refresh::Verify),
@@ -118,6 +120,7 @@ fn act(args: &Args, out: &Output) -> Result<(), Failure> {
         Verb::Mark(v) => v.run(&places, out),
         Verb::Promote(v) => v.run(&places, out),
         Verb::Outdate(v) => v.run(&places, out),
+        Verb::Lease(v) => v.run(&places, out),
         Verb::Switchover(v) => v.run(&places, out),
         Verb::Refresh(v) => v.run(&places, out),
         Verb::Verify(v) => v.run(&places, out),

@@ -70,6 +70,11 @@ pub enum Verb {
         /// Only say what would happen.
         dry_run: bool,
     },
+    /// Serve for a while, then stop by itself.
+    Lease {
+        /// For so many ns from now; none: no lease is needed.
+        ns: Option<u64>,
+    },
     /// Hand the place of the primary over to a shadow.
     Switchover {
         /// Its name.

@@ -240,6 +240,7 @@ async fn answer(verb: Verb, handle: &Handle, fronts: &Arc<Open>) -> Reply {
         Verb::Outdate { member, fenced, dry_run } => {
             reply(admin(handle, AdminOp::Outdate { member, fenced, dry_run }).await)
         }
+        Verb::Lease { ns } => reply(admin(handle, AdminOp::Lease { ns }).await),
         Verb::Promote { fenced, dry_run, at, accept_outdated } => {
             let wish = Promote { fenced, accept_outdated, dry_run, at };
             let done = reply(admin(handle, AdminOp::Promote(wish)).await);

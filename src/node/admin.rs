@@ -100,6 +100,7 @@ impl Run {
             AdminOp::Drain => self.drain(id, false),
             AdminOp::Shutdown => self.drain(id, true),
             AdminOp::Promote(wish) => self.promote(id, wish),
+            AdminOp::Lease { ns } => self.lease(id, ns),
             AdminOp::Outdate { member, fenced, dry_run } => self.outdate(id, &member, fenced, dry_run),
             AdminOp::Refresh(wish) => self.refresh(id, wish),
             AdminOp::Mark { text } => self.mark(id, text),

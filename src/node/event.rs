@@ -168,6 +168,11 @@ pub enum AdminOp {
         /// Only say what would happen.
         dry_run: bool,
     },
+    /// On the primary: serve for so many ns from now, then stop by itself; `None`: no lease is needed any more.
+    Lease {
+        /// For so long.
+        ns: Option<u64>,
+    },
     /// Prove a shadow equal, and repair it. On the primary it is handed to the connected shadow. Answered
     /// once the comparison has begun (or goes on where an earlier one was interrupted); its progress and
     /// its outcome are in [`Status::refresh`].

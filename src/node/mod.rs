@@ -11,7 +11,7 @@
 //! `drain` a primary that serves before its image has caught up, `reading` how such an image is read, `delay` the image that is held back, `rewind` a promotion as of an earlier record,
 //! `marks` the named places in the write order, `history` what is kept of all that for people,
 //! `followers` what a primary owes its shadows, `outdate` the loss of one that it waits for, `cascade` what a shadow passes on to others, `heartbeat` what is told of
-//! clocks and of the primary, `admin` what administrators ask, `report` what they are told.
+//! clocks and of the primary, `lease` a cluster manager's hold on a primary, `admin` what administrators ask, `report` what they are told.
 
 mod admin;
 mod asking;
@@ -29,6 +29,7 @@ mod heartbeat;
 pub mod history;
 mod image;
 mod job;
+mod lease;
 mod links;
 mod marks;
 mod meta;

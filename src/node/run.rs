@@ -67,6 +67,8 @@ pub struct Run {
     pub(super) compare: Comparing,
     /// Who leaves the sync set, and what this node may claim to hold.
     pub(super) standings: super::outdate::Standings,
+    /// Until when the cluster manager lets this primary serve, if it needs its word.
+    pub(super) lease: Option<u64>,
     /// The node gives its place as primary up.
     pub(super) retiring: Option<super::retire::Retiring>,
     /// The primary hands its place over.
@@ -120,6 +122,7 @@ impl Run {
             admin: super::admin::Admin::default(),
             compare: Comparing::new(HashKey::of(cfg.group)),
             standings: super::outdate::Standings::default(),
+            lease: None,
             retiring: None,
             moving: None,
             asking: None,
@@ -160,6 +163,7 @@ impl Run {
     /// Takes one event.
     pub fn step(&mut self, now: Now, event: Event, actions: &mut Actions) {
         self.now = now;
+        self.end_lease();
         match event {
             Event::Request { id, op } => self.request(id, op),
             Event::View { id, op } => self.view_request(id, op),
@@ -189,6 +193,7 @@ impl Run {
                 break;
             }
         }
+        self.await_lease();
         self.meta.pump(&mut self.disk);
         actions.list.append(&mut self.out);
         actions.list.extend(self.disk.drain(..).map(Action::Disk));

@@ -248,7 +248,7 @@ impl Run {
         self.part = Part::Shadow(shadow);
         // Whoever came meanwhile was greeted by a primary.
         self.close_links("this node is a shadow now");
-        self.links.entering = None;
+        (self.links.entering, self.lease) = (None, None);
         self.links.forget_followers();
         self.links.dial_now();
         self.update_keep();

@@ -133,3 +133,30 @@ fn a_member_that_was_started_anew_claims_nothing_before_its_primary_says_so() {
     until("it is told", || (pair.shadow.status()["standing"] == "member").then_some(()));
     pair.finish();
 }
+
+#[test]
+fn a_primary_whose_lease_has_run_out_acknowledges_nothing() {
+    let mut pair = Pair::start(&Setup { volumes: vec![("data", 64 << 20)], sync: false, ..SYNC });
+    pair.primary.attach("nbd-socket");
+    pair.shadow.place.run(&["lease", "g", "--for", "20s"]).expect(11, &["not a primary"]);
+    let mut client = Client::connect(&pair.primary.socket(), "data").unwrap();
+    let mut write = |pattern: u8| client.write(0, &[pattern; 4096]).and_then(|()| client.flush());
+    // What is renewed, or not needed any more, goes on.
+    let lend = |args: &[&str]| pair.primary.place.run(&[&["lease", "g"][..], args].concat()).code;
+    assert_eq!(lend(&["--for", "1h"]), 0);
+    write(1).unwrap();
+    assert_eq!(lend(&["--none"]), 0);
+    write(2).unwrap();
+    assert_eq!(lend(&["--for", "200ms"]), 0);
+    until("it stops by itself", || (pair.primary.status()["state"] == "Failed").then_some(()));
+    assert!(write(3).is_err(), "acknowledged after the lease had run out");
+    assert!(pair.primary.told().contains("lease has run out"), "{}", pair.primary.told());
+    pair.primary.kill();
+    pair.primary.start();
+    pair.primary.wait_attached();
+    let mut client = Client::connect(&pair.primary.socket(), "data").unwrap();
+    client.write(0, &[4; 4096]).unwrap();
+    client.flush().unwrap();
+    pair.wait_following();
+    pair.finish();
+}

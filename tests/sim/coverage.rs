@@ -23,6 +23,7 @@ const MET: &[&str] = &[
     "view at a record",
     "view of what is not in the image",
     "outdated",
+    "Lease",
     "an outdated member is one again",
     "promotion of an outdated member refused",
     "promoted as one that holds everything",

@@ -83,6 +83,8 @@ pub enum Fault {
     Mark,
     /// A member of the sync set is lost, and the primary is told to go on without it.
     Outdate,
+    /// A cluster manager gives the primary a lease, and does not renew it.
+    Lease,
 }
 
 /// Every kind that any plan may have.
@@ -438,6 +440,11 @@ impl Plan {
             plan.faults.extend((0..count).map(|_| (rng.within(1, plan.mix.requests), Fault::Outdate)));
             plan.faults.sort_unstable();
             plan.mix.flush = plan.mix.flush.max(100);
+        }
+        if plan.rollback.is_none() && rng.permille(60) {
+            let count = rng.within(1, 3);
+            plan.faults.extend((0..count).map(|_| (rng.within(1, plan.mix.requests), Fault::Lease)));
+            plan.faults.sort_unstable();
         }
         plan
     }

@@ -281,6 +281,7 @@ impl World {
     }
 
     fn may_acknowledge(&mut self, node: usize, latched: bool) -> Outcome {
+        self.check_lease(node)?;
         self.counts.check("I8");
         let watch = &self.hosts[node].watch;
         if watch.heard_term > watch.acting_term {
