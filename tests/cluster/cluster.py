@@ -534,7 +534,7 @@ def qdevice(lab):
 
 def probe(node):
     """Writes durably to the device in the node itself, as fast as it goes; each success is one line with its time."""
-    return subprocess.Popen(node.inside("sh", "-c", "while dd if=/dev/zero of=/pg/probe bs=512 count=1 oflag=dsync conv=notrunc 2>/dev/null; do cut -d' ' -f1 /proc/uptime; sleep 0.01; done"),
+    return subprocess.Popen(node.inside("sh", "-c", "touch /pg/probe; while dd if=/dev/zero of=/pg/probe bs=512 count=1 oflag=dsync conv=notrunc,nocreat 2>/dev/null; do cut -d' ' -f1 /proc/uptime; sleep 0.01; done"),
                             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
