@@ -11,13 +11,13 @@ use std::time::Duration;
 /// How long the hook may take.
 pub const LIMIT: Duration = Duration::from_secs(60);
 
-/// Calls `hook NODE TERM`.
-pub fn fence(hook: &Path, node: &str, term: u64) -> Result<(), Failure> {
+/// Calls `hook NODE TERM`. `flag`: what an administrator says who has fenced it by other means.
+pub fn fence(hook: &Path, node: &str, term: u64, flag: &str) -> Result<(), Failure> {
     eprintln!("volrep: fencing {node}: {} {node} {term}", hook.display());
     let call = format!("{} {node} {term}", hook.display());
     let failed = |why: String| {
         let what = format!("{node} is not fenced: {call} {why}");
-        let next = "correct the hook, or fence it by other means and pass --i-fenced-the-old-primary";
+        let next = format!("correct the hook, or fence it by other means and pass {flag}");
         Failure::new(Exit::Unfenced, what, next)
     };
     match run(Command::new(hook).arg(node).arg(term.to_string()), LIMIT) {
@@ -47,9 +47,9 @@ pub mod tests {
     fn only_success_is_a_proof() {
         let dir = tempfile::tempdir().unwrap();
         let path = script(dir.path(), r#"[ "$1" = db1 ] && [ "$2" = 7 ]"#);
-        assert!(fence(&path, "db1", 7).is_ok());
-        let failure = fence(&path, "db1", 8).unwrap_err();
+        assert!(fence(&path, "db1", 7, "--yes").is_ok());
+        let failure = fence(&path, "db1", 8, "--yes").unwrap_err();
         assert_eq!(failure.exit, Exit::Unfenced);
-        assert!(fence(&dir.path().join("none"), "db1", 7).is_err());
+        assert!(fence(&dir.path().join("none"), "db1", 7, "--yes").is_err());
     }
 }

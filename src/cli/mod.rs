@@ -18,7 +18,9 @@ mod init;
 mod interrupt;
 pub mod invitation;
 mod join;
+mod lease;
 mod mark;
+mod outdate;
 mod output;
 pub mod places;
 mod progress;
@@ -74,6 +76,8 @@ enum Verb {
     Mark(mark::Mark),
     History(history::History),
     Promote(promote::Promote),
+    Outdate(outdate::Outdate),
+    Lease(lease::Lease),
     Switchover(switchover::Switchover),
     Refresh(refresh::Refresh),
     Verify(refresh::Verify),
@@ -115,6 +119,8 @@ fn act(args: &Args, out: &Output) -> Result<(), Failure> {
         Verb::History(v) => v.run(&places, out),
         Verb::Mark(v) => v.run(&places, out),
         Verb::Promote(v) => v.run(&places, out),
+        Verb::Outdate(v) => v.run(&places, out),
+        Verb::Lease(v) => v.run(&places, out),
         Verb::Switchover(v) => v.run(&places, out),
         Verb::Refresh(v) => v.run(&places, out),
         Verb::Verify(v) => v.run(&places, out),

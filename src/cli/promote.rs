@@ -31,6 +31,10 @@ pub struct Promote {
     /// Your word that the old primary can no longer write; nothing else stands for it
     #[arg(long)]
     i_fenced_the_old_primary: bool,
+    /// Promote a node that was lost as a member of the sync set, though the primary went on without it: what was
+    /// acknowledged since is lost
+    #[arg(long)]
+    accept_outdated: bool,
     /// Don't ask for the group's name
     #[arg(long)]
     yes: bool,
@@ -62,7 +66,7 @@ impl Promote {
         let fenced = match (&config.fence_hook, named) {
             (Some(hook), false) => {
                 let (name, term) = old_primary(&before);
-                fence(hook, name, term).map(|()| true)?
+                fence(hook, name, term, "--i-fenced-the-old-primary").map(|()| true)?
             }
             (_, named) => named,
         };
@@ -90,7 +94,8 @@ impl Promote {
 
     fn ask(&self, places: &Places, fenced: bool, dry_run: bool) -> Result<String, Failure> {
         let at = self.at.as_deref().map(super::at::parse).transpose()?;
-        match remote::ask(places, &self.group, Verb::Promote { fenced, dry_run, at }, None)? {
+        let verb = Verb::Promote { fenced, dry_run, at, accept_outdated: self.accept_outdated };
+        match remote::ask(places, &self.group, verb, None)? {
             Reply::Done { text } => Ok(text),
             _ => Err(remote::odd(&self.group)),
         }
@@ -105,6 +110,7 @@ impl Promote {
             "group": self.group,
             "node": before.node,
             "dry_run": self.dry_run,
+            "standing": before.standing,
             "at": self.at,
             "old_primary": old,
             "old_term": term,

@@ -92,6 +92,7 @@ pub fn first(config: &Config, backings: &[Backing], role: Role, blank: bool) -> 
         volumes: backings.iter().enumerate().map(volume).collect(),
         openings: Vec::new(),
         sync_set: Vec::new(),
+        outdated: Vec::new(),
         peers: Vec::new(),
         maps_id: 0,
         retired: None,

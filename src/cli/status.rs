@@ -149,6 +149,7 @@ fn stopped(group: &str, config: &config::Config, s: &Superblock) -> Status {
         term: s.term.counter,
         ack_level: if s.sync_set.is_empty() { "local" } else { "durable" }.to_owned(),
         sync_set: s.sync_set.iter().map(|id| name(*id)).collect(),
+        standing: s.outdated.contains(&s.node).then(|| "outdated".to_owned()),
         volumes: config.volumes.iter().map(volume).collect(),
         tail_lsn: s.floor.0.max(checkpoint),
         tail_time: None,
@@ -163,7 +164,11 @@ fn stopped(group: &str, config: &config::Config, s: &Superblock) -> Status {
         cache_size: config.cache.size.0,
         written_bytes: 0,
         record_bytes: 0,
-        peers: s.peers.iter().map(|p| stopped_peer(p, in_set(p.node))).collect(),
+        peers: s
+            .peers
+            .iter()
+            .map(|p| stopped_peer(p, in_set(p.node), s.outdated.contains(&p.node)))
+            .collect(),
         lag: None,
         apply_delay: None,
         primary: None,
@@ -178,13 +183,14 @@ fn stopped(group: &str, config: &config::Config, s: &Superblock) -> Status {
     }
 }
 
-fn stopped_peer(p: &Peer, sync: bool) -> PeerStatus {
+fn stopped_peer(p: &Peer, sync: bool, outdated: bool) -> PeerStatus {
     PeerStatus {
         name: p.name.clone(),
         state: if p.behind { "Resync" } else { "Disconnected" }.to_owned(),
         reason: None,
         rival: false,
         sync,
+        outdated,
         received_lsn: p.durable.0,
         durable_lsn: p.durable.0,
         applied_lsn: 0,

@@ -112,7 +112,12 @@ fn head(s: &Status) -> String {
         [v] => format!("  {}  {}", place(v.device.as_deref(), v.backing.as_deref()), human(v.size)),
         volumes => format!("  {} volumes  {}", volumes.len(), human(volumes.iter().map(|v| v.size).sum())),
     };
-    format!("{}  {role} {}{state}  term {}{acks}{volume}", s.group, s.node, s.term)
+    let standing = match s.standing.as_deref() {
+        Some("member") => "  sync",
+        Some("outdated") => "  outdated: the primary went on without it",
+        _ => "",
+    };
+    format!("{}  {role} {}{state}{standing}  term {}{acks}{volume}", s.group, s.node, s.term)
 }
 
 fn place(device: Option<&str>, backing: Option<&str>) -> String {
@@ -162,6 +167,9 @@ fn peer(s: &Status, p: &PeerStatus, (name, state): (usize, usize), speeds: Optio
     line += &format!("  {}", journal(s));
     if p.sync {
         line += "  sync";
+    }
+    if p.outdated {
+        line += "  outdated";
     }
     if let Some(heard) = p.heard_seconds_ago.filter(|h| p.state == "Disconnected" || *h > 5.0) {
         line += &format!("  heard {} ago", span(heard));

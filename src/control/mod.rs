@@ -57,6 +57,23 @@ pub enum Verb {
         /// As of which record.
         #[serde(default)]
         at: Option<At>,
+        /// Though it knows that it lacks what was acknowledged.
+        #[serde(default)]
+        accept_outdated: bool,
+    },
+    /// A member of the sync set is lost: go on without it.
+    Outdate {
+        /// Its name.
+        member: String,
+        /// The operator's word that it is stopped.
+        fenced: bool,
+        /// Only say what would happen.
+        dry_run: bool,
+    },
+    /// Serve for a while, then stop by itself.
+    Lease {
+        /// For so many ns from now; none: no lease is needed.
+        ns: Option<u64>,
     },
     /// Hand the place of the primary over to a shadow.
     Switchover {

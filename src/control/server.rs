@@ -6,7 +6,7 @@
 use super::fronts::Fronts;
 use super::{DeviceKind, Kind, MAX_REQUEST, Reply, Verb, parse_request};
 use crate::daemon::Handle;
-use crate::node::event::{AdminOp, Answer, At, Refresh};
+use crate::node::event::{AdminOp, Answer, At, Promote, Refresh};
 use std::cell::Cell;
 use std::future::{Future, poll_fn};
 use std::io;
@@ -237,8 +237,13 @@ async fn answer(verb: Verb, handle: &Handle, fronts: &Arc<Open>) -> Reply {
         }
         Verb::Mark { text } => reply(admin(handle, AdminOp::Mark { text }).await),
         Verb::Switchover { to, dry_run } => reply(admin(handle, AdminOp::Switchover { to, dry_run }).await),
-        Verb::Promote { fenced, dry_run, at } => {
-            let done = reply(admin(handle, AdminOp::Promote { fenced, dry_run, at }).await);
+        Verb::Outdate { member, fenced, dry_run } => {
+            reply(admin(handle, AdminOp::Outdate { member, fenced, dry_run }).await)
+        }
+        Verb::Lease { ns } => reply(admin(handle, AdminOp::Lease { ns }).await),
+        Verb::Promote { fenced, dry_run, at, accept_outdated } => {
+            let wish = Promote { fenced, accept_outdated, dry_run, at };
+            let done = reply(admin(handle, AdminOp::Promote(wish)).await);
             if !dry_run && matches!(done, Reply::Done { .. }) && fronts.view.is_open() {
                 // It shows nothing any more.
                 let fronts = fronts.clone();

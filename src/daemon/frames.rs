@@ -79,7 +79,7 @@ impl Assembler {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::format::message::{MAX_BODY, refuse};
+    use crate::format::message::{MAX_BODY, Standing, refuse};
     use crate::units::Lsn;
 
     fn stream() -> (Vec<Message>, Vec<u8>) {
@@ -96,6 +96,7 @@ mod tests {
                 silent: 6,
                 live: true,
                 feeds: vec![],
+                standing: Standing::Member,
             },
         ];
         let mut wire = VecDeque::new();

@@ -20,7 +20,7 @@ use crate::units::{Address, Extent, Generation, GroupId, HistoryPoint, Lsn, Node
 use bytes::Bytes;
 
 /// The link protocol's version; both ends must speak the same one.
-pub const VERSION: u8 = 5;
+pub const VERSION: u8 = 6;
 /// Bytes of a frame's header.
 pub const FRAME: usize = 16;
 /// Most bytes of a body.
@@ -144,6 +144,29 @@ pub enum Verdict {
     Diverged(Lsn),
 }
 
+/// What a primary counts a shadow for.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub enum Standing {
+    /// Nothing that it promises.
+    #[default]
+    None = 0,
+    /// A member of the sync set that holds everything that any primary of this history has acknowledged.
+    Member = 1,
+    /// It was a member, was lost, and is not waited for: it lacks what was acknowledged since.
+    Outdated = 2,
+}
+
+impl Standing {
+    fn read(r: &mut Reader) -> Result<Standing, FormatError> {
+        Ok(match r.u8()? {
+            0 => Standing::None,
+            1 => Standing::Member,
+            2 => Standing::Outdated,
+            _ => return Err(FormatError::Field("standing")),
+        })
+    }
+}
+
 /// What goes over a link.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Message {
@@ -217,6 +240,8 @@ pub enum Message {
         live: bool,
         /// Of a shadow: those that get their records through it now.
         feeds: Vec<NodeId>,
+        /// Of a primary: what it counts the receiver for.
+        standing: Standing,
     },
     /// The shadow, after [`Verdict::Resync`]: I take up your history at your journal's end.
     Resync {
@@ -374,7 +399,7 @@ impl Message {
                 w.lsn(*received).lsn(*durable).lsn(*applied);
                 8
             }
-            Message::Heartbeat { wall, echo, tail, time, bytes, silent, live, feeds } => {
+            Message::Heartbeat { wall, echo, tail, time, bytes, silent, live, feeds, standing } => {
                 w.u64(*wall).u64(*echo);
                 w.option(tail.as_ref(), |w, lsn| {
                     w.lsn(*lsn);
@@ -383,6 +408,7 @@ impl Message {
                 w.list(feeds, |w, n| {
                     w.node(*n);
                 });
+                w.u8(*standing as u8);
                 9
             }
             Message::Resync { since } => {
@@ -462,6 +488,7 @@ impl Message {
                 silent: r.u64()?,
                 live: r.flag("live")?,
                 feeds: r.list(MAX_PEERS, "feeds", Reader::node)?,
+                standing: Standing::read(&mut r)?,
             },
             10 => Message::Resync { since: r.option("since", Reader::point)? },
             11 => Message::Candidates {

@@ -22,7 +22,7 @@ pub const MAX_PEERS: usize = 64;
 const _: () = assert!(super::record::MAX_MEMBERS <= MAX_PEERS, "a sync set fits in the list");
 const MAGIC: &[u8; 8] = b"VSUPERBK";
 /// Of this layout.
-pub const VERSION: u16 = 4;
+pub const VERSION: u16 = 5;
 const HEAD: usize = 14;
 
 /// A volume as the superblock knows it.
@@ -231,6 +231,9 @@ pub struct Superblock {
     pub maps: Vec<MapRange>,
     /// Members of the sync set.
     pub sync_set: Vec<NodeId>,
+    /// Those that were members, were lost, and are not waited for any more; until they are members again. Of itself a
+    /// shadow unlearns it from its primary's word alone.
+    pub outdated: Vec<NodeId>,
     /// Peers.
     pub peers: Vec<Peer>,
     /// On a shadow that holds records which its primary may not have.
@@ -362,6 +365,9 @@ impl Superblock {
         w.list(&self.sync_set, |w, n| {
             w.node(*n);
         });
+        w.list(&self.outdated, |w, n| {
+            w.node(*n);
+        });
         w.list(&self.peers, |w, p| {
             w.node(p.node).name(&p.name).lsn(p.durable).flag(p.behind).flag(p.resyncing);
             w.option(p.verified.as_ref(), |w, v| v.write(w));
@@ -447,6 +453,7 @@ impl Superblock {
             maps_id: r.u64()?,
             maps: r.list(MAX_MAPS, "maps", |r| Ok(MapRange { slot: r.u8()?, from: r.point()? }))?,
             sync_set: r.list(MAX_PEERS, "sync set", Reader::node)?,
+            outdated: r.list(MAX_PEERS, "outdated", Reader::node)?,
             peers: r.list(MAX_PEERS, "peers", |r| {
                 Ok(Peer {
                     node: r.node()?,

@@ -38,6 +38,7 @@ pub(super) fn superblock() -> Superblock {
         openings: vec![],
         maps: vec![],
         sync_set: vec![],
+        outdated: vec![],
         peers: vec![],
         maps_id: 0,
         retired: None,

@@ -4,7 +4,7 @@
 //! backing, never for a shadow; a promotion makes the journal, then the term, durable in both
 //! superblock slots before the first write under it (I7).
 
-use super::event::{Action, AdminId, AdminOp, Answer, At, Level, Refusal};
+use super::event::{Action, AdminId, AdminOp, Answer, At, Level, Promote, Refusal};
 use super::history::Happening;
 use super::meta::Ticket;
 use super::primary::Primary;
@@ -99,7 +99,9 @@ impl Run {
             },
             AdminOp::Drain => self.drain(id, false),
             AdminOp::Shutdown => self.drain(id, true),
-            AdminOp::Promote { fenced, dry_run, at } => self.promote(id, fenced, dry_run, at),
+            AdminOp::Promote(wish) => self.promote(id, wish),
+            AdminOp::Lease { ns } => self.lease(id, ns),
+            AdminOp::Outdate { member, fenced, dry_run } => self.outdate(id, &member, fenced, dry_run),
             AdminOp::Refresh(wish) => self.refresh(id, wish),
             AdminOp::Mark { text } => self.mark(id, text),
             AdminOp::RefreshStop => self.refresh_stop(id),
@@ -163,9 +165,18 @@ impl Run {
         let mut admin = std::mem::take(&mut self.admin);
         self.admin.heirs = std::mem::take(&mut admin.heirs);
         let text = why.to_owned();
+        let outdated = self.end_outdate();
         let compared = self.compare.asked.take().map(|(id, _)| id);
         let rejoined = self.take_rejoins();
-        for id in self.moving.take().and_then(Moving::asked).into_iter().chain(compared).chain(rejoined) {
+        for id in self
+            .moving
+            .take()
+            .and_then(Moving::asked)
+            .into_iter()
+            .chain(compared)
+            .chain(rejoined)
+            .chain(outdated)
+        {
             self.answer(id, Err((Refusal::Failed, text.clone())));
         }
         let drains = admin.drains.into_iter().map(|d| d.id);
@@ -275,7 +286,8 @@ impl Run {
         false
     }
 
-    fn promote(&mut self, id: AdminId, fenced: bool, dry_run: bool, at: Option<At>) {
+    fn promote(&mut self, id: AdminId, wish: Promote) {
+        let Promote { fenced, accept_outdated, dry_run, at } = wish;
         if self.admin.is_promoting() {
             return self.answer(id, Err((Refusal::Busy, "a promotion is under way".into())));
         }
@@ -292,6 +304,7 @@ impl Run {
             consistent: self.meta.sb.consistent,
             primary_heard: self.hears_primary(),
             fenced,
+            current: !self.is_outdated() || accept_outdated,
         };
         let plan = self.promotion_plan();
         let refusal = match role::promotion(facts) {
@@ -311,6 +324,13 @@ impl Run {
                 "the primary is connected and alive: two nodes would write. Stop it first (`volrep detach` \
                  and stop its daemon), or fence it"
                     .to_owned(),
+            ),
+            Promotion::Outdated => (
+                Refusal::WouldLoseData,
+                format!(
+                    "this node was lost as a member of the sync set, and the primary went on without it: acknowledged writes are \
+                     not here. {plan}\npromote the node that has them, or pass --accept-outdated to lose them"
+                ),
             ),
             Promotion::Unfenced => (
                 Refusal::Unfenced,
@@ -349,6 +369,12 @@ impl Run {
             None => {
                 "the primary was not heard since this node started: what it wrote later is unknown".into()
             }
+        };
+        let known = match self.holds_everything() {
+            true => format!(
+                "{known}; this node is a member of the sync set: nothing that a FLUSH has acknowledged is missing"
+            ),
+            false => known,
         };
         let pending = tail.point.lsn.0 - self.image.applied.point.lsn.0;
         if let Some(old) = self.old_image() {
@@ -427,6 +453,7 @@ impl Run {
         sb.term = role::next_term(sb.term, sb.node);
         sb.role = Role::Primary;
         sb.sync_set.retain(|n| *n != sb.node);
+        sb.outdated.retain(|n| *n != sb.node);
         (sb.retired, sb.handed) = (None, None);
         sb.redo = None;
         sb.peers.clear();

@@ -13,7 +13,7 @@ use crate::disk::{DiskOp, DiskRequest, DiskResult, File, Memory, Token};
 use crate::format::mapped::Owner;
 use crate::format::message::{Opening, Role};
 use crate::format::record::{Kind, Record, flags, origin};
-use crate::format::superblock::{MapRange, ResyncStage, SLOT, Superblock};
+use crate::format::superblock::{MAX_PEERS, MapRange, ResyncStage, SLOT, Superblock};
 use crate::journal::maps::Maps;
 use crate::journal::recovery::{Outcome, Recovered, Recovery};
 use crate::resync::index::Index;
@@ -42,6 +42,8 @@ struct Found {
     index: Index,
     marks: VecDeque<Mark>,
     backlog: Backlog,
+    /// It said already that this node is outdated.
+    outdated: bool,
     unproved: Unproved,
 }
 
@@ -132,13 +134,18 @@ impl Boot {
                     .into(),
             )),
             Outcome::Found(recovered) => {
-                let Found { slot, mut sb, mut maps, index, marks, backlog, unproved, .. } = self.found.take()?;
+                let Found { slot, mut sb, mut maps, index, marks, backlog, outdated, unproved, .. } =
+                    self.found.take()?;
                 if recovered.tail.point.lsn == sb.checkpoint.lsn {
                     sb.checkpoint = recovered.tail.point;
                 }
                 unproved.settle(recovered.tail.point, &mut sb.openings, &mut maps);
                 if let Some(cut) = sb.cut {
                     maps.rewind(cut.lsn);
+                }
+                if !outdated && sb.sync_set.contains(&sb.node) {
+                    // Read again were records from before those that the superblock knew of.
+                    sb.outdated.retain(|n| *n != sb.node);
                 }
                 if sb.role == Role::Primary {
                     // The record that names this node as a member is from before its promotion.
@@ -196,7 +203,8 @@ impl Boot {
         recovery.start(out);
         let unproved = Unproved::take(&mut sb.openings, &sb.maps, sb.checkpoint.lsn);
         let (marks, backlog) = (VecDeque::new(), Backlog::default());
-        self.found = Some(Found { slot, sb, recovery, maps, index, marks, backlog, unproved });
+        let outdated = sb.outdated.contains(&sb.node);
+        self.found = Some(Found { slot, sb, recovery, maps, index, marks, backlog, outdated, unproved });
         Ok(())
     }
 }
@@ -220,6 +228,16 @@ pub fn note(sb: &mut Superblock, maps: &mut Maps, record: &Record) {
     if stamp.kind == Kind::SyncSet
         && let Some(members) = record.members()
     {
+        // Who leaves in the middle of a run was lost. Of itself a shadow unlearns that from its primary alone: the record
+        // with which it enters is here before FLUSH waits for it.
+        if stamp.flags & flags::OPENS == 0 {
+            let left =
+                sb.sync_set.iter().copied().filter(|n| !members.contains(n) && !sb.outdated.contains(n));
+            sb.outdated.extend(left.collect::<Vec<_>>());
+            sb.outdated.truncate(MAX_PEERS);
+        }
+        let (own, opener) = (sb.node, stamp.generation.term.node);
+        sb.outdated.retain(|n| *n != opener && (*n == own || !members.contains(n)));
         sb.sync_set = members;
     }
     if sb.role == Role::Shadow {
@@ -269,7 +287,8 @@ mod tests {
         let id = Owner { group: GroupId([3; 16]), node: NodeId(4), number: 1 };
         let granule = |n| Extent::new(Address(n * GRANULE), GRANULE).unwrap();
         // Tail, the records met after the checkpoint at 7, runs and boundaries that are left.
-        let cases: [(HistoryPoint, &[HistoryPoint], &[u64], &[u64]); 4] = [
+        type Case<'a> = (HistoryPoint, &'a [HistoryPoint], &'a [u64], &'a [u64]);
+        let cases: [Case; 4] = [
             (point(60, 1), &[point(45, 1), point(60, 1)], &[0], &[0, 45]),
             (point(49, 1), &[point(45, 1), point(49, 1)], &[0, 49], &[0, 45]),
             (point(37, 1), &[point(37, 1)], &[0], &[0]),

@@ -148,12 +148,13 @@ impl Run {
     /// The newest record that may go over this link, and the newest that may be called durable on the primary.
     pub(super) fn feedable_to(&self, link: LinkId) -> (Lsn, Lsn) {
         let upto = self.feedable();
-        if let Part::Primary(_) = self.part {
-            return (upto, self.journal.durable());
-        }
-        // Its image is being made from the one here: it is not to be ahead of it.
         let node = self.links.by_id.get(&link).and_then(|l| l.peer());
         let remade = node.and_then(|n| self.links.view(n)).is_some_and(|v| v.resyncing);
+        if let Part::Primary(p) = &self.part {
+            // A member that is being remade has to be told of more than it has.
+            return (upto, if remade { self.journal.durable() } else { p.announced });
+        }
+        // Its image is being made from the one here: it is not to be ahead of it.
         let waits = self.compare.waits_for_window(link) && !self.is_held_back(upto);
         let most = if remade || waits { upto.min(self.image.applied.point.lsn) } else { upto };
         (most, upto)

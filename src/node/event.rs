@@ -157,13 +157,21 @@ pub enum AdminOp {
         text: String,
     },
     /// Become the primary.
-    Promote {
-        /// The operator's word that the old primary can no longer write.
+    Promote(Promote),
+    /// On the primary: a member of the sync set is lost; FLUSH does not wait for it until it has caught up. Answered
+    /// once that is durable.
+    Outdate {
+        /// Its name.
+        member: String,
+        /// The operator's word, or the fence hook's, that it is stopped.
         fenced: bool,
         /// Only say what would happen.
         dry_run: bool,
-        /// As of which record, of those that are held back; `None`: the newest.
-        at: Option<At>,
+    },
+    /// On the primary: serve for so many ns from now, then stop by itself; `None`: no lease is needed any more.
+    Lease {
+        /// For so long.
+        ns: Option<u64>,
     },
     /// Prove a shadow equal, and repair it. On the primary it is handed to the connected shadow. Answered
     /// once the comparison has begun (or goes on where an earlier one was interrupted); its progress and
@@ -199,6 +207,19 @@ pub enum AdminOp {
         /// Only say what would happen.
         dry_run: bool,
     },
+}
+
+/// A promotion.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct Promote {
+    /// The operator's word that the old primary can no longer write.
+    pub fenced: bool,
+    /// A node that knows that it lacks what was acknowledged is promoted all the same.
+    pub accept_outdated: bool,
+    /// Only say what would happen.
+    pub dry_run: bool,
+    /// As of which record, of those that are held back; `None`: the newest.
+    pub at: Option<At>,
 }
 
 /// A record of those that a shadow has not put into its image.

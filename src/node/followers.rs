@@ -9,6 +9,7 @@ use super::config::FullPolicy;
 use super::event::Action;
 use super::event::{Level, LinkId};
 use super::feed::Fetched;
+use super::history::Happening;
 use super::links::{LinkState, PeerView};
 use super::run::{Part, Run, fetch};
 use crate::format::message::Message;
@@ -16,6 +17,22 @@ use crate::format::record::{Kind, flags};
 use crate::format::superblock::{MAX_PEERS, Peer};
 use crate::link::sender::Sender;
 use crate::units::{Lsn, NodeId};
+
+/// A change of the sync set: whose, and the record that says it.
+pub struct Change {
+    pub(super) node: NodeId,
+    job: u64,
+    pub(super) lsn: Option<Lsn>,
+}
+
+impl Change {
+    /// The record of that number has this LSN.
+    pub(super) fn appended(&mut self, job: u64, lsn: Lsn) {
+        if job == self.job {
+            self.lsn = Some(lsn);
+        }
+    }
+}
 
 impl Run {
     /// A shadow asks for records from here on.
@@ -161,8 +178,10 @@ impl Run {
             self.update_keep();
             return true;
         }
-        // Who is fed by another shadow by now is not waited for.
-        let may = |p: &&Peer| !blocks || (self.fed_through(p.node).is_some() && !self.links.is_live(p.node));
+        // Who is fed by another shadow by now is not waited for, nor who was lost as a member of the sync set.
+        let through = |p: &Peer| self.fed_through(p.node).is_some() && !self.links.is_live(p.node);
+        let lost = |p: &Peer| self.meta.sb.outdated.contains(&p.node);
+        let may = |p: &&Peer| !blocks || through(p) || lost(p);
         let set = &self.meta.sb.sync_set;
         let slow = |p: &&Peer| !p.behind && p.durable < checkpoint && !set.contains(&p.node) && may(p);
         let Some(peer) = self.meta.sb.peers.iter().filter(slow).min_by_key(|p| p.durable) else {
@@ -176,11 +195,16 @@ impl Run {
     /// A peer that is configured for the sync set enters it once it is current.
     pub(super) fn enter_sync_set(&mut self) -> bool {
         let Part::Primary(p) = &mut self.part else { return false };
-        if !p.is_serving() || p.closing || self.fault.is_some() || self.moving.is_some() {
+        if !p.is_serving()
+            || p.closing
+            || self.fault.is_some()
+            || self.moving.is_some()
+            || self.is_outdating()
+        {
             return false;
         }
-        if let Some((node, lsn)) = self.links.entering {
-            // Its record has no LSN until it is appended; the first SyncSet record after is ours.
+        if let Some(Change { node, lsn, .. }) = self.links.entering {
+            // Its record has no LSN until it is appended.
             let lsn = lsn.unwrap_or(Lsn(u64::MAX));
             let there = self.links.view(node).map_or(Lsn(0), |v| v.durable);
             if self.journal.durable() < lsn || there < lsn {
@@ -188,8 +212,14 @@ impl Run {
             }
             self.links.entering = None;
             self.meta.sb.sync_set.push(node);
+            self.meta.sb.outdated.retain(|n| *n != node);
             self.meta.save(true);
             self.log(Level::Info, "a shadow entered the sync set: FLUSH waits for it from now on");
+            self.tell(Happening::TakenIn { peer: self.name_of(node) });
+            // It may claim so once it is told.
+            if let Some(link) = self.links.sending_to(node) {
+                self.send_heartbeat(link, 0);
+            }
             return true;
         }
         let wanted = |v: &&PeerView| {
@@ -200,16 +230,22 @@ impl Run {
         let Some(node) = self.links.peers.iter().find(wanted).and_then(|v| v.node) else { return false };
         let mut members = self.meta.sb.sync_set.clone();
         members.push(node);
-        self.links.entering = Some((node, None));
-        self.propose_sync_set(&members);
-        true
+        self.links.entering = self.propose_sync_set(node, &members);
+        self.links.entering.is_some()
     }
 
-    /// Puts the sync set's next members into the write order.
-    pub(super) fn propose_sync_set(&mut self, members: &[NodeId]) {
+    /// Puts the sync set's next members into the write order, in which `node` enters or leaves it.
+    pub(super) fn propose_sync_set(&mut self, node: NodeId, members: &[NodeId]) -> Option<Change> {
         let payload: Vec<u8> = members.iter().flat_map(|n| n.0.to_le_bytes()).collect();
-        if let Part::Primary(p) = &mut self.part {
-            p.pipeline.note(Kind::SyncSet, flags::SYNC, &payload, 0);
+        let Part::Primary(p) = &mut self.part else { return None };
+        Some(Change { node, job: p.pipeline.note(Kind::SyncSet, flags::SYNC, &payload, 0), lsn: None })
+    }
+
+    /// The record of a change has this LSN.
+    pub(super) fn changed_at(&mut self, job: u64, lsn: Lsn) {
+        if let Some(entering) = &mut self.links.entering {
+            entering.appended(job, lsn);
         }
+        self.leaving_at(job, lsn);
     }
 }

@@ -223,7 +223,10 @@ impl Run {
         };
         self.send(link, Message::Welcome { identity, verdict, proof });
         match state {
-            Some(state) => self.set_state(link, state),
+            Some(state) => {
+                self.set_state(link, state);
+                self.tell_outdated_at(link);
+            }
             None => self.drop_link(link, "it can't follow as it is"),
         }
     }

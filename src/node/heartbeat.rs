@@ -53,7 +53,8 @@ impl PeerView {
 impl Run {
     /// A heartbeat came.
     pub(super) fn heartbeat(&mut self, link: LinkId, message: Message) {
-        let Message::Heartbeat { wall, echo, tail, time, bytes, silent, live, feeds } = message else {
+        let Message::Heartbeat { wall, echo, tail, time, bytes, silent, live, feeds, standing } = message
+        else {
             return;
         };
         match self.links.by_id.get(&link).map(|l| &l.state) {
@@ -62,7 +63,9 @@ impl Run {
                 if let Some(tail) = tail {
                     self.heard_of(Heard { tail, time, bytes }, silent);
                 }
+                self.told_standing(standing, true);
             }
+            Some(state) if state.is_followed() => self.told_standing(standing, false),
             Some(LinkState::Sending(_)) => self.fed_by(link, feeds),
             _ => {}
         }
@@ -111,7 +114,8 @@ impl Run {
             }
         }
         let Beat { wall, tail, time, bytes, silent, live } = beat;
-        self.send(link, Message::Heartbeat { wall, echo, tail, time, bytes, silent, live, feeds });
+        let standing = self.standing_of(link);
+        self.send(link, Message::Heartbeat { wall, echo, tail, time, bytes, silent, live, feeds, standing });
     }
 
     /// What is known here of the primary, for a shadow that has applied so much.

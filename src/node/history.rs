@@ -59,6 +59,16 @@ pub enum Happening {
     },
     /// It has become a shadow.
     Retired,
+    /// A member of the sync set was lost, and is not waited for: a peer's, or this node's own name.
+    Outdated {
+        /// Its name.
+        peer: String,
+    },
+    /// A shadow is a member of the sync set: a peer, or this node, which was outdated.
+    TakenIn {
+        /// Its name.
+        peer: String,
+    },
     /// An administrator gives up what only this node holds.
     Rejoining,
     /// What only this node held was saved.
@@ -138,6 +148,10 @@ impl Happening {
             Happening::Promoted { cut: None } => "promoted".into(),
             Happening::Superseded { by } => format!("{by} was promoted over this primary"),
             Happening::Retired => "became a shadow".into(),
+            Happening::Outdated { peer } => {
+                format!("{peer} was lost as a member of the sync set: outdated, FLUSH does not wait for it")
+            }
+            Happening::TakenIn { peer } => format!("{peer} is a member of the sync set: FLUSH waits for it"),
             Happening::Rejoining => "gives up what only it holds".into(),
             Happening::Salvaged { path, records } => format!("{records} records saved in {path}"),
             Happening::Diverged { peer, reason } => format!("diverged from {peer}: {reason}"),

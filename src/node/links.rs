@@ -8,6 +8,7 @@ use super::cascade::Chain;
 use super::config::NodeConfig;
 use super::event::{Action, Level, LinkId};
 use super::feed::Reader;
+use super::followers::Change;
 use super::heartbeat::{Between, Heard};
 use super::history::Happening;
 use super::meta::Ticket;
@@ -169,8 +170,8 @@ pub struct Links {
     pub(super) record_bytes: u64,
     /// The checkpoint that is durable.
     pub(super) checkpoint: Lsn,
-    /// A peer is about to enter the sync set, with this record.
-    pub(super) entering: Option<(NodeId, Option<Lsn>)>,
+    /// A peer is about to enter the sync set.
+    pub(super) entering: Option<Change>,
 }
 
 /// After a verdict that dialling again won't change soon.
@@ -260,13 +261,6 @@ impl Links {
         view.heard = Some(now);
     }
 
-    /// The record that proposed the sync set has this LSN.
-    pub fn entering_at(&mut self, at: Lsn) {
-        if let Some((_, lsn @ None)) = &mut self.entering {
-            *lsn = Some(at);
-        }
-    }
-
     /// Those whose word on this shadow counts: not those that follow it.
     pub(super) fn above(&self) -> impl Iterator<Item = &PeerView> {
         self.peers.iter().filter(|p| !p.follows)
@@ -285,6 +279,12 @@ impl Links {
             self.heard_of_primary = None;
         }
         self.primary = Some(node);
+    }
+
+    /// A connection with that node that is not given up.
+    pub fn link_to(&self, node: NodeId) -> Option<LinkId> {
+        let with = |l: &Link| l.peer == Some(node) && !matches!(l.state, LinkState::Closing);
+        self.by_id.iter().find(|(_, l)| with(l)).map(|(id, _)| *id)
     }
 
     /// Whether a peer is connected and past its handshake.

@@ -10,8 +10,8 @@
 //! that its primary's journal can't feed, `view` what others see of a shadow, `retire` and `salvage` the end of a primary,
 //! `drain` a primary that serves before its image has caught up, `reading` how such an image is read, `delay` the image that is held back, `rewind` a promotion as of an earlier record,
 //! `marks` the named places in the write order, `history` what is kept of all that for people,
-//! `followers` what a primary owes its shadows, `cascade` what a shadow passes on to others, `heartbeat` what is told of
-//! clocks and of the primary, `admin` what administrators ask, `report` what they are told.
+//! `followers` what a primary owes its shadows, `outdate` the loss of one that it waits for, `cascade` what a shadow passes on to others, `heartbeat` what is told of
+//! clocks and of the primary, `lease` a cluster manager's hold on a primary, `admin` what administrators ask, `report` what they are told.
 
 mod admin;
 mod asking;
@@ -29,10 +29,12 @@ mod heartbeat;
 pub mod history;
 mod image;
 mod job;
+mod lease;
 mod links;
 mod marks;
 mod meta;
 mod offer;
+mod outdate;
 mod primary;
 mod reading;
 mod rebase;

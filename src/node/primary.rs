@@ -65,6 +65,9 @@ pub struct Primary {
     uncommitted: VecDeque<(Lsn, u64)>,
     durable_write: u64,
     committed_write: u64,
+    /// Everything up to here is durable here, and to the ack level: shadows may apply it. A shadow outside of the sync set
+    /// that had more in its image than the members have could not follow the member that is promoted.
+    pub(super) announced: Lsn,
     /// Records that are in the write cache, too.
     pub(super) tails: VecDeque<Tail>,
     pub(super) dirty_since: Option<u64>,
@@ -94,6 +97,7 @@ impl Primary {
             uncommitted: VecDeque::new(),
             durable_write: 0,
             committed_write: 0,
+            announced: Lsn(0),
             tails: VecDeque::new(),
             dirty_since: None,
             batch: Vec::new(),
@@ -124,6 +128,7 @@ impl Primary {
         self.durable_write = tail.last_write;
         if alone {
             self.committed_write = tail.last_write;
+            self.announced = tail.point.lsn;
         } else {
             self.uncommitted.push_back((tail.point.lsn, tail.last_write));
         }
@@ -383,9 +388,10 @@ impl Run {
     /// Answers those whose writes are durable to the ack level.
     fn commit(&mut self) -> bool {
         let durable = self.journal.durable();
-        let committed = durable.min(self.links.sync_durable(&self.meta.sb.sync_set));
+        let committed = durable.min(self.members_durable());
         let Part::Primary(p) = &mut self.part else { return false };
         p.pipeline.durable(durable, self.now.mono);
+        p.announced = p.announced.max(committed);
         while let Some((_, seq)) = p.undurable.pop_front_if(|(lsn, _)| *lsn <= durable) {
             p.durable_write = seq;
         }

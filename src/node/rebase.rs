@@ -342,6 +342,7 @@ impl Run {
         sb.resync = Some(resync);
         self.begin_journal(at, openings.iter().filter(|o| o.at.lsn <= at.point.lsn).copied().collect());
         self.meta.sb.sync_set = members;
+        self.unconfirm();
         self.meta.save(true)
     }
 

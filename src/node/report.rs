@@ -33,6 +33,7 @@ pub fn bare(cfg: &NodeConfig, state: &str, reason: Option<String>) -> Status {
         term: 0,
         ack_level: "local".into(),
         sync_set: vec![],
+        standing: None,
         volumes: cfg.volumes.iter().map(volume).collect(),
         tail_lsn: 0,
         tail_time: None,
@@ -86,6 +87,11 @@ impl Run {
             term: sb.term.counter,
             ack_level: if sb.sync_set.is_empty() { "local" } else { "durable" }.into(),
             sync_set: sb.sync_set.iter().map(|n| member(*n)).collect(),
+            standing: match (self.is_outdated(), self.holds_everything()) {
+                (true, _) => Some("outdated".into()),
+                (false, true) => Some("member".into()),
+                (false, false) => None,
+            },
             tail_lsn: self.journal.tail().point.lsn.0,
             tail_time: rfc3339(self.journal.tail().time),
             durable_lsn: self.journal.durable().0,
@@ -140,6 +146,7 @@ impl Run {
             reason: through.map(|name| format!("it is fed through {name}")).or_else(|| p.reason.clone()),
             rival: p.is_rival(),
             sync: p.node.is_some_and(|n| self.meta.sb.sync_set.contains(&n)),
+            outdated: p.node.is_some_and(|n| self.meta.sb.outdated.contains(&n)),
             received_lsn: p.received.0,
             durable_lsn: p.durable.0,
             applied_lsn: p.applied.0,
@@ -192,7 +199,11 @@ impl Run {
                         return ("Blocked", Some(why), "none: wait for the resync".into());
                     }
                     let why = format!("{name} is in the sync set and can't be reached: FLUSH waits for it");
-                    return ("Blocked", Some(why), format!("bring {name} or its link back"));
+                    let action = format!(
+                        "bring {name} or its link back; or stop or fence it, then: volrep outdate {} --member {name}",
+                        self.cfg.group_name
+                    );
+                    return ("Blocked", Some(why), action);
                 }
                 if let Some(name) = self.waits_for_room() {
                     let why = format!(

@@ -65,6 +65,10 @@ pub struct Run {
     pub(super) fault: Option<String>,
     pub(super) admin: super::admin::Admin,
     pub(super) compare: Comparing,
+    /// Who leaves the sync set, and what this node may claim to hold.
+    pub(super) standings: super::outdate::Standings,
+    /// Until when the cluster manager lets this primary serve, if it needs its word.
+    pub(super) lease: Option<u64>,
     /// The node gives its place as primary up.
     pub(super) retiring: Option<super::retire::Retiring>,
     /// The primary hands its place over.
@@ -117,6 +121,8 @@ impl Run {
             fault: None,
             admin: super::admin::Admin::default(),
             compare: Comparing::new(HashKey::of(cfg.group)),
+            standings: super::outdate::Standings::default(),
+            lease: None,
             retiring: None,
             moving: None,
             asking: None,
@@ -157,6 +163,7 @@ impl Run {
     /// Takes one event.
     pub fn step(&mut self, now: Now, event: Event, actions: &mut Actions) {
         self.now = now;
+        self.end_lease();
         match event {
             Event::Request { id, op } => self.request(id, op),
             Event::View { id, op } => self.view_request(id, op),
@@ -186,6 +193,7 @@ impl Run {
                 break;
             }
         }
+        self.await_lease();
         self.meta.pump(&mut self.disk);
         actions.list.append(&mut self.out);
         actions.list.extend(self.disk.drain(..).map(Action::Disk));
@@ -208,6 +216,7 @@ impl Run {
         }
         self.pump_marks();
         moved |= self.pump_cascade();
+        moved |= self.pump_outdate();
         moved |= self.pump_links();
         moved |= self.pump_asking();
         moved |= self.pump_refresh();

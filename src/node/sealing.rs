@@ -217,7 +217,7 @@ impl Run {
             time: self.now.wall.max(tail.time),
             flags: s.flags | if waited { flags::SYNC } else { 0 },
             last_write,
-            durable: self.journal.durable(),
+            durable: p.announced,
             kind: s.kind,
         };
         let record = seal(s.encoded.expect("only encoded epochs are appended"), stamp);
@@ -232,15 +232,16 @@ impl Run {
             p.pipeline.committing = record.stamp.lsn;
             p.pipeline.committing_since = Some(self.now.mono);
         }
-        if s.kind == Kind::SyncSet && s.flags & flags::OPENS == 0 {
-            self.links.entering_at(record.stamp.lsn);
-        }
         self.marks.appended(&record, Some(s.job));
+        let lsn = record.stamp.lsn;
         p.appended(tail_of(&record), self.now.mono);
         // By the own clock: the record's own time may be that of an earlier primary, whose clock was ahead.
-        self.note_sample(record.stamp.lsn, self.now.wall);
+        self.note_sample(lsn, self.now.wall);
         self.links.record_bytes += record.wire_len();
         self.feed.push(record, self.journal.written());
+        if s.kind == Kind::SyncSet {
+            self.changed_at(s.job, lsn);
+        }
     }
 
     /// The way from a recovered journal to a primary that serves; whether anything moved.

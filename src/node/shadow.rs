@@ -250,7 +250,12 @@ impl Run {
             let wanted = record.stamp.flags & flags::SYNC != 0;
             let offset = self.journal.append(self.now, &record, wanted, &mut self.disk);
             self.backlog.push(&record, offset);
+            let outdated = self.is_outdated();
             super::boot::note(&mut self.meta.sb, &mut self.maps, &record);
+            if !outdated && self.is_outdated() {
+                self.unconfirm();
+                self.tell_outdated();
+            }
             self.job_touched(&record);
             self.marks.appended(&record, None);
             if record.stamp.flags & flags::OPENS != 0 {

@@ -33,6 +33,10 @@ pub struct Status {
     pub ack_level: String,
     /// Names or ids of the sync set's members.
     pub sync_set: Vec<String>,
+    /// On a shadow: "member" (on the primary's word to this very process it holds all that was acknowledged), "outdated"
+    /// (it was lost as a member, and lacks what was acknowledged since), or null: nobody knows.
+    #[serde(default)]
+    pub standing: Option<String>,
     /// Volumes.
     pub volumes: Vec<VolumeStatus>,
     /// Newest record in the journal.
@@ -269,6 +273,9 @@ pub struct PeerStatus {
     pub rival: bool,
     /// In the sync set.
     pub sync: bool,
+    /// Lost as a member of the sync set, and not one again yet.
+    #[serde(default)]
+    pub outdated: bool,
     /// Last record it received.
     pub received_lsn: u64,
     /// Last record durable in its journal.

@@ -71,6 +71,7 @@ impl Run {
             current,
             busy: matches!(&self.part, Part::Primary(p) if p.raising.is_some())
                 || self.moving.is_some()
+                || self.is_outdating()
                 || self.is_retiring()
                 || self.admin.is_draining(),
         };
@@ -247,7 +248,7 @@ impl Run {
         self.part = Part::Shadow(shadow);
         // Whoever came meanwhile was greeted by a primary.
         self.close_links("this node is a shadow now");
-        self.links.entering = None;
+        (self.links.entering, self.lease) = (None, None);
         self.links.forget_followers();
         self.links.dial_now();
         self.update_keep();

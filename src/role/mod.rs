@@ -17,6 +17,8 @@ pub struct Facts {
     pub primary_heard: bool,
     /// The operator's word, or the fence hook's, that the old primary can't write any more.
     pub fenced: bool,
+    /// It does not know of acknowledged writes that it lacks, or the operator has accepted that.
+    pub current: bool,
 }
 
 /// The answer.
@@ -32,6 +34,8 @@ pub enum Promotion {
     PrimaryAlive,
     /// Nobody vouches that the old primary is stopped.
     Unfenced,
+    /// It was lost as a member of the sync set, and others went on without it.
+    Outdated,
 }
 
 /// The promotion table; its test enumerates every combination of facts.
@@ -41,7 +45,62 @@ pub fn promotion(f: Facts) -> Promotion {
         Facts { consistent: false, .. } => Promotion::Inconsistent,
         Facts { primary_heard: true, .. } => Promotion::PrimaryAlive,
         Facts { fenced: false, .. } => Promotion::Unfenced,
-        Facts { fenced: true, .. } => Promotion::Allowed,
+        Facts { current: false, .. } => Promotion::Outdated,
+        Facts { current: true, .. } => Promotion::Allowed,
+    }
+}
+
+/// What a primary knows when it is told that a member of its sync set is lost.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct OutdateFacts {
+    /// It is a primary that serves.
+    pub serving: bool,
+    /// Another change of this node is under way.
+    pub busy: bool,
+    /// The node is one of its peers.
+    pub known: bool,
+    /// That was done before.
+    pub outdated: bool,
+    /// It is a member.
+    pub member: bool,
+    /// It is connected, and was heard a moment ago.
+    pub heard: bool,
+    /// The operator's word, or the fence hook's, that it is stopped.
+    pub fenced: bool,
+}
+
+/// The answer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Outdate {
+    /// Go on.
+    Allowed,
+    /// There is nobody to wait for it.
+    NotPrimary,
+    /// Not now.
+    Busy,
+    /// No such peer.
+    Unknown,
+    /// It is outdated.
+    Already,
+    /// Nothing waits for it.
+    NotMember,
+    /// It is not lost.
+    Alive,
+    /// Nobody vouches that it is stopped: it might be promoted.
+    Unfenced,
+}
+
+/// The table of an outdating; its test enumerates every combination of facts.
+pub fn outdate(f: OutdateFacts) -> Outdate {
+    match f {
+        OutdateFacts { serving: false, .. } => Outdate::NotPrimary,
+        OutdateFacts { busy: true, .. } => Outdate::Busy,
+        OutdateFacts { known: false, .. } => Outdate::Unknown,
+        OutdateFacts { member: false, outdated: true, .. } => Outdate::Already,
+        OutdateFacts { member: false, .. } => Outdate::NotMember,
+        OutdateFacts { heard: true, .. } => Outdate::Alive,
+        OutdateFacts { fenced: false, .. } => Outdate::Unfenced,
+        OutdateFacts { fenced: true, .. } => Outdate::Allowed,
     }
 }
 
@@ -162,16 +221,40 @@ mod tests {
 
     #[test]
     fn the_promotion_table_answers_every_combination() {
-        for bits in 0..16u32 {
+        for bits in 0..32u32 {
             let bit = |i: u32| bits >> i & 1 == 1;
             let role = if bit(0) { Role::Primary } else { Role::Shadow };
-            let f = Facts { role, consistent: bit(1), primary_heard: bit(2), fenced: bit(3) };
-            let allowed = role == Role::Shadow && f.consistent && !f.primary_heard && f.fenced;
-            assert_eq!(promotion(f) == Promotion::Allowed, allowed, "{f:?}");
-            if f == (Facts { role: Role::Shadow, consistent: true, primary_heard: false, fenced: false }) {
-                assert_eq!(promotion(f), Promotion::Unfenced);
-            }
+            let f =
+                Facts { role, consistent: bit(1), primary_heard: bit(2), fenced: bit(3), current: bit(4) };
+            let able = role == Role::Shadow && f.consistent && !f.primary_heard;
+            assert_eq!(promotion(f) == Promotion::Allowed, able && f.fenced && f.current, "{f:?}");
+            assert_eq!(promotion(f) == Promotion::Unfenced, able && !f.fenced, "{f:?}");
+            assert_eq!(promotion(f) == Promotion::Outdated, able && f.fenced && !f.current, "{f:?}");
         }
+    }
+
+    #[test]
+    fn the_table_of_outdating_answers_every_combination() {
+        let mut counts = std::collections::BTreeMap::new();
+        for bits in 0..128u32 {
+            let bit = |i: u32| bits >> i & 1 == 1;
+            let f = OutdateFacts {
+                serving: bit(0),
+                busy: bit(1),
+                known: bit(2),
+                outdated: bit(3),
+                member: bit(4),
+                heard: bit(5),
+                fenced: bit(6),
+            };
+            let answer = outdate(f);
+            let able = f.serving && !f.busy && f.known;
+            // Nobody leaves the set by the primary's word alone, or while he is there.
+            assert_eq!(answer == Outdate::Allowed, able && f.member && !f.heard && f.fenced, "{f:?}");
+            assert_eq!(answer == Outdate::Already, able && !f.member && f.outdated, "{f:?}");
+            *counts.entry(format!("{answer:?}")).or_insert(0) += 1;
+        }
+        assert_eq!(counts.len(), 8, "{counts:?}");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use super::{Daemon, Place, place::until, volrep};
 
 /// Each verb, and a command line that is complete but names a group that does not exist.
-const VERBS: [(&str, &[&str], &[&str]); 18] = [
+const VERBS: [(&str, &[&str], &[&str]); 20] = [
     (
         "init",
         &["init", "g", "--volume", "a=/x"],
@@ -43,7 +43,17 @@ const VERBS: [(&str, &[&str], &[&str]); 18] = [
     ("status", &["status", "g"], &["--watch"]),
     ("history", &["history", "g"], &[]),
     ("mark", &["mark", "g", "before batch"], &[]),
-    ("promote", &["promote", "g"], &["--at", "--dry-run", "--i-fenced-the-old-primary", "--yes"]),
+    (
+        "promote",
+        &["promote", "g"],
+        &["--at", "--dry-run", "--i-fenced-the-old-primary", "--accept-outdated", "--yes"],
+    ),
+    (
+        "outdate",
+        &["outdate", "g", "--member", "db2"],
+        &["--member", "--dry-run", "--i-fenced-the-member", "--yes"],
+    ),
+    ("lease", &["lease", "g", "--for", "20s"], &["--for", "--none"]),
     ("switchover", &["switchover", "g", "--to", "db2"], &["--to", "--dry-run", "--yes"]),
     (
         "refresh",

@@ -26,6 +26,7 @@ VIP = "10.77.0.100"
 NODES = {"a": "10.77.0.1", "b": "10.77.0.2"}
 OUTSIDE = "10.77.0.3"
 SIZE = "192M"
+BOUND = 30.0  # seconds from the loss of quorum to a device that acknowledges nothing; see tools/ocf/README.md
 HANG = 180.0  # seconds; the deadline of every wait: only there to end one
 
 COROSYNC = """
@@ -267,8 +268,46 @@ class Client(threading.Thread):
         return max((b - a for a, b in zip(times[first:], times[first + 1:])), default=0.0)
 
 
+class Far:
+    """A remote shadow outside of the cluster and of the sync set: it follows whoever is the primary, and is promoted by hand."""
+
+    def __init__(self, volrep, dir):
+        self.volrep, self.dir = volrep, dir
+        os.makedirs(dir)
+        self.proc = self.events = None
+
+    def run(self, *args):
+        return run(self.volrep, "--config", os.path.join(self.dir, "etc"), *args, env={**os.environ, "VOLREP_SHM_DIR": self.dir})
+
+    def join(self, token, volume):
+        self.run("join", token, "--node", "c", "--listen", f"{OUTSIDE}:7654", "--journal-size", "128M", "--cache-size", "16M",
+                 "--volume", f"{volume}={self.dir}/data.img")
+        with open(os.path.join(self.dir, "etc", "epic.toml"), "a") as out:
+            out.write(f'\n[[peer]]\nname = "b"\naddress = "{NODES["b"]}:7654"\n')
+        log = open(os.path.join(self.dir, "log"), "ab")
+        self.proc = subprocess.Popen([self.volrep, "--config", os.path.join(self.dir, "etc"), "serve", "epic"], stdin=subprocess.DEVNULL,
+                                     stdout=log, stderr=log, env={**os.environ, "VOLREP_SHM_DIR": self.dir})
+
+    def status(self):
+        return json.loads(self.run("status", "epic", "--json"))
+
+    def resyncs(self):
+        told = [json.loads(line) for line in self.run("history", "epic", "--json").splitlines()]
+        return [e for e in told if e.get("event") in ("resync", "resync_stopped", "diverged", "rejoining")]
+
+    def follows(self, writer, scenario):
+        """Everything that the writer has now arrives, by its journal alone."""
+        tail = writer.status()["tail_lsn"]
+        until(f"{scenario}: the far shadow follows", lambda: self.status()["applied_lsn"] >= tail)
+        events = self.resyncs()
+        if self.events is None:
+            self.events = events
+        assert events == self.events, f"{scenario}: the far shadow was resynced: {events[len(self.events):]}"
+
+
 class Lab:
-    def __init__(self, volrep, top):
+    def __init__(self, volrep, top, far):
+        self.far = Far(volrep, far)
         # Its loop devices are known by the volume's name: those of a node that was killed stay.
         self.top, self.volume = top, os.path.basename(os.path.dirname(top)).lstrip(".")
         run("mount", "--make-rprivate", "/")
@@ -281,6 +320,7 @@ class Lab:
         self.nodes = {name: Node(name, top, volrep) for name in NODES}
         self.fencer = Fencer(self)
         self.client = Client()
+        self.bounds = {}
 
     def disk(self, name, real):
         os.makedirs(os.path.join(real, name))
@@ -299,6 +339,7 @@ class Lab:
         b.run("volrep", "join", token, "--node", "b", "--listen", "10.77.0.2:7654", "--journal-size", "128M", "--cache-size", "16M",
               "--volume", f"{self.volume}=/var/lib/volrep/data.img")
         b.run("sed", "-i", "s/^sync = false/sync = true/", "/etc/volrep/epic.toml")
+        far = a.run("volrep", "token", "epic", "--peer", "c").strip()
         first = a.spawn("volrep", "serve", "epic", log="volrep.first")
         second = b.spawn("volrep", "serve", "epic", log="volrep.first")
         until("a serves", lambda: a.status().get("state") == "UpToDate")
@@ -314,6 +355,8 @@ class Lab:
         a.run("umount", "/pg")
         a.run("volrep", "detach", "epic")
         until("b is in the sync set", lambda: a.status().get("sync_set") == ["b"])
+        self.far.join(far, self.volume)
+        self.far.follows(a, "set up")
         for node, process in ((a, first), (b, second)):
             with open(os.path.join(self.top, node.name, "disk", "epic", "lock")) as file:
                 node.run("kill", file.read().strip())
@@ -321,8 +364,7 @@ class Lab:
 
     def start_cluster(self):
         self.fencer.start()
-        subprocess.Popen(["corosync-qnetd", "-f", "-s", "off"], stdin=subprocess.DEVNULL,
-                         stdout=open(os.path.join(self.top, "qnetd"), "wb"), stderr=subprocess.STDOUT)
+        self.start_qnetd()
         for node in self.nodes.values():
             node.cluster()
         a = self.nodes["a"]
@@ -341,6 +383,10 @@ class Lab:
         self.client.start()
         until("the client commits", lambda: len(self.client.acked) > 20)
         say(f"the client commits on {self.writer()}")
+
+    def start_qnetd(self):
+        self.qnetd = subprocess.Popen(["corosync-qnetd", "-f", "-s", "off"], stdin=subprocess.DEVNULL,
+                                      stdout=open(os.path.join(self.top, "qnetd"), "ab"), stderr=subprocess.STDOUT)
 
     def writer(self):
         who = [n for n, node in self.nodes.items() if node.writes()]
@@ -379,6 +425,7 @@ class Lab:
         lost = acked - self.client.rows()
         assert not lost, f"{scenario}: acknowledged and lost: {sorted(lost)[:20]}"
         outage = self.client.outage(begun)
+        self.far.follows(self.nodes[who], scenario)
         say(f"{scenario}: on {who}, outage {outage:.2f} s, {len(acked)} commits, none lost")
         return who, outage
 
@@ -450,9 +497,120 @@ def unfenced(lab):
     return outage
 
 
+def shadow(lab):
+    """The shadow's node dies: FLUSH waits until the cluster has fenced it, then goes on without it, and it comes back as a member."""
+    name = lab.writer()
+    node, other = lab.nodes[name], lab.nodes[lab.other(name)]
+    before, begun = len(lab.client.acked), time.monotonic()
+    say(f"shadow: {other.name}")
+    other.kill()
+    until("the shadow is outdated", lambda: any(p["outdated"] for p in node.status()["peers"] if p["name"] == other.name))
+    who, outage = lab.check("shadow", begun, before)
+    assert who == name and node.status()["ack_level"] == "local"
+    lab.back(other.name)
+    lab.whole()
+    return outage
+
+
+def qdevice(lab):
+    """The quorum device alone is lost: nothing moves, and writes go on."""
+    name = lab.writer()
+    before, begun = len(lab.client.acked), time.monotonic()
+    say(f"qdevice: {name} writes")
+    lab.qnetd.kill()
+    lab.qnetd.wait(timeout=HANG)
+    while time.monotonic() < begun + 12:
+        assert lab.writer() == name
+        time.sleep(0.2)
+    assert all(node.proc for node in lab.nodes.values()), "somebody was fenced"
+    who, outage = lab.check("qdevice", begun, before)
+    assert who == name
+    lab.start_qnetd()
+    for node in lab.nodes.values():
+        until(f"{node.name} has the quorum device back",
+              lambda: re.search(r"Total votes:\s+3", subprocess.run(node.inside("corosync-quorumtool", "-s"), capture_output=True, text=True).stdout))
+    return outage
+
+
+def probe(node):
+    """Writes durably to the device in the node itself, as fast as it goes; each success is one line with its time."""
+    return subprocess.Popen(node.inside("sh", "-c", "touch /pg/probe; while dd if=/dev/zero of=/pg/probe bs=512 count=1 oflag=dsync conv=notrunc,nocreat 2>/dev/null; do cut -d' ' -f1 /proc/uptime; sleep 0.01; done"),
+                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def uptime():
+    with open("/proc/uptime") as file:
+        return float(file.read().split()[0])
+
+
+def stops(lab, node, cut, what):
+    """Without quorum the device goes away; seconds from the cut to that, and to the last write that it has acknowledged."""
+    writes = probe(node)
+    until("the probe writes", lambda: writes.stdout.readline())
+    at = uptime()
+    cut()
+    until(f"{what}: {node.name} stops", lambda: not node.writes())
+    gone = uptime() - at
+    told, _ = writes.communicate(timeout=HANG)
+    last = max([float(line) - at for line in told.split()] + [0.0])
+    say(f"{what}: {node.name} acknowledged its last write {max(last, 0.0):.2f} s after the cut, its device was gone after {gone:.2f} s")
+    lab.bounds.setdefault(what, []).append((last, gone))
+    assert last <= BOUND and gone <= BOUND, f"{what}: later than {BOUND} s"
+
+
+def isolated(lab):
+    """Both links of the primary are cut, and the other node sees nobody either: nothing moves, and the device stops."""
+    name = lab.writer()
+    node, other = lab.nodes[name], lab.nodes[lab.other(name)]
+    before, begun = len(lab.client.acked), time.monotonic()
+    say(f"isolated: {name} writes")
+
+    def cut():
+        for n in lab.nodes.values():
+            n.cut(True)
+    stops(lab, node, cut, "isolated")
+    while time.monotonic() < begun + 15:
+        assert not other.writes(), "promoted without quorum"
+        time.sleep(0.2)
+    for n in lab.nodes.values():
+        if n.proc:
+            n.cut(False)
+    lab.check("isolated", begun, before)
+    lab.back(name)
+    lab.back(other.name)
+    lab.whole()
+    return None
+
+
+def alone(lab):
+    """The shadow is lost and outdated, so the primary acknowledges alone; then it is cut off, too, and stops."""
+    name = lab.writer()
+    node, other = lab.nodes[name], lab.nodes[lab.other(name)]
+    before, begun = len(lab.client.acked), time.monotonic()
+    say(f"alone: {name} writes")
+    other.kill()
+    until("the shadow is outdated", lambda: any(p["outdated"] for p in node.status()["peers"] if p["name"] == other.name))
+    lab.check("alone, the shadow lost", begun, before)
+    before, begun = len(lab.client.acked), time.monotonic()
+    stops(lab, node, lambda: node.cut(True), "alone")
+    # The other comes back without its primary: it lacks what was acknowledged since, and must not be promoted.
+    lab.back(other.name)
+    while time.monotonic() < begun + 25:
+        assert not other.writes(), "an outdated member was promoted"
+        time.sleep(0.2)
+    if node.proc:
+        node.cut(False)
+    else:
+        lab.back(name)
+    who, _ = lab.check("alone", begun, before)
+    lab.back(lab.other(who))
+    lab.whole()
+    return None
+
+
 def disturb(lab, scenario):
-    if scenario == "unfenced":
-        return unfenced(lab)
+    if scenario in SPECIAL:
+        return SPECIAL[scenario](lab)
     name = lab.writer()
     node = lab.nodes[name]
     before, begun = len(lab.client.acked), time.monotonic()
@@ -480,17 +638,18 @@ def disturb(lab, scenario):
         until(f"{name} is fenced", lambda: not node.proc)
     lab.back(name)
     lab.whole()
-    # So that the next disturbance does not add to the failures of this one.
-    node.run("crm_resource", "--cleanup")
     return outage
+
+
+SPECIAL = {"unfenced": unfenced, "shadow": shadow, "qdevice": qdevice, "isolated": isolated, "alone": alone}
 
 
 def main():
     volrep, real, rounds = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    scenarios = sys.argv[4:] or ["database", "daemon", "node", "network", "move", "unfenced", "agent"]
+    scenarios = sys.argv[4:] or ["database", "daemon", "node", "network", "shadow", "qdevice", "isolated", "alone", "move", "unfenced", "agent"]
     top = os.path.join(real, "lab")
     os.makedirs(top)
-    lab = Lab(volrep, top)
+    lab = Lab(volrep, top, os.path.join(real, "far"))
     for name in NODES:
         lab.disk(name, os.path.join(real))
     try:
@@ -504,7 +663,11 @@ def main():
         outages = {s: [] for s in scenarios}
         for _ in range(rounds):
             for scenario in scenarios:
-                outages[scenario].append(disturb(lab, scenario))
+                outage = disturb(lab, scenario)
+                # So that the next disturbance does not add to the failures of this one.
+                lab.nodes[lab.writer()].run("crm_resource", "--cleanup")
+                if outage is not None:
+                    outages[scenario].append(outage)
     except BaseException:
         for node in lab.nodes.values():
             if node.proc:
@@ -519,9 +682,14 @@ def main():
     finally:
         for node in lab.nodes.values():
             node.kill()
+    print("outage      rounds  p50 s  worst s")
     for scenario, values in outages.items():
         values.sort()
-        say(f"outage {scenario}: median {values[len(values) // 2]:.2f} s, worst {values[-1]:.2f} s, {len(values)} rounds")
+        if values:
+            print(f"{scenario:<10} {len(values):>7} {values[len(values) // 2]:>6.2f} {values[-1]:>8.2f}")
+    for what, values in lab.bounds.items():
+        last, gone = max(v[0] for v in values), max(v[1] for v in values)
+        print(f"{what}: last acknowledged {last:.2f} s after the cut at the latest, device gone after {gone:.2f} s")
     print("all true", flush=True)
 
 

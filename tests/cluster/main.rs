@@ -9,7 +9,10 @@ use std::process::{Command, Stdio};
 
 const PYTHON: &str = "/usr/bin/python3"; // Debian's own: another one in PATH would not see its modules
 
-const SCENARIOS: [&str; 7] = ["agent", "database", "daemon", "node", "network", "move", "unfenced"];
+const SCENARIOS: [&str; 11] = [
+    "agent", "database", "daemon", "node", "network", "shadow", "qdevice", "isolated", "alone", "move",
+    "unfenced",
+];
 
 /// What can't be done here, if anything.
 fn missing() -> Option<String> {

@@ -13,7 +13,7 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
-use volrep::format::message::{FRAME, Message};
+use volrep::format::message::{FRAME, Message, Standing};
 
 const MIB: u64 = 1 << 20;
 
@@ -295,6 +295,7 @@ fn strangers_on_the_sockets_do_no_harm() {
         silent: 0,
         live: true,
         feeds: vec![],
+        standing: Standing::None,
     });
     let mut huge = good[..FRAME].to_vec();
     huge[..4].fill(0xFF);

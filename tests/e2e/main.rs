@@ -18,6 +18,7 @@ mod interop;
 mod model;
 mod nbd;
 mod outage;
+mod outdate;
 mod pair;
 #[path = "../place/mod.rs"]
 mod place;

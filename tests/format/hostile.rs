@@ -186,6 +186,7 @@ fn the_fullest_superblock_fits_in_its_slot() {
         .collect();
     s.maps = (0..MAX_MAPS).map(|i| MapRange { slot: i as u8, from: point(i as u64) }).collect();
     s.sync_set = (1..=MAX_PEERS as u64).map(NodeId).collect();
+    s.outdated = s.sync_set.clone();
     s.peers = (0..MAX_PEERS)
         .map(|i| Peer {
             node: NodeId(i as u64),

@@ -5,7 +5,7 @@
 use bytes::Bytes;
 use volrep::disk::aligned;
 use volrep::format::compare::{Compare, ExtentLeaves};
-use volrep::format::message::{Cause, Identity, Message, Opening, Role, Verdict};
+use volrep::format::message::{Cause, Identity, Message, Opening, Role, Standing, Verdict};
 use volrep::format::record::{self, Compressor, Content, EncodeJob, Kind, Record, Stamp};
 use volrep::format::salvage;
 use volrep::format::segment::SegmentHeader;
@@ -150,6 +150,7 @@ pub fn superblock() -> Superblock {
         maps_id: 0x0a0a,
         maps: vec![MapRange { slot: 2, from: point(13) }],
         sync_set: vec![NodeId(0x0808), NodeId(0x0909)],
+        outdated: vec![NodeId(0x0a0a)],
         peers: vec![
             Peer {
                 node: NodeId(0x0808),
@@ -259,6 +260,7 @@ pub fn messages() -> Vec<(&'static str, Message)> {
                 silent: 0x0b06,
                 live: true,
                 feeds: vec![NodeId(0x0b07)],
+                standing: Standing::Outdated,
             },
         ),
         ("resync", Message::Resync { since: Some(point(18)) }),

@@ -43,6 +43,7 @@ fn superblock(group: GroupId) -> Superblock {
         openings: vec![],
         maps: vec![],
         sync_set: vec![],
+        outdated: vec![],
         peers: vec![],
         maps_id: 0,
         retired: None,

@@ -22,6 +22,11 @@ const MET: &[&str] = &[
     "view at a time",
     "view at a record",
     "view of what is not in the image",
+    "outdated",
+    "Lease",
+    "an outdated member is one again",
+    "promotion of an outdated member refused",
+    "promoted as one that holds everything",
 ];
 
 impl World {

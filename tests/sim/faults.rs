@@ -247,6 +247,8 @@ impl World {
                 }
             }
             Fault::Switchover => return self.switch_over(),
+            Fault::Outdate => return self.lose_member(),
+            Fault::Lease => return self.lend(),
             Fault::LostMaps => {
                 let node = self.scenario.rng.below(self.hosts.len() as u64) as usize;
                 self.crash(node, false);

@@ -3,15 +3,18 @@
 //! Owns: the durable terms of both superblock slots. Invariants: nothing is sealed or followed under a term that is
 //! not in both slots (I7, I8); a node to which a failed write was told is a failed node (I10).
 
-use crate::world::{Outcome, World, broken};
+use crate::scenario::Phase;
+use crate::world::{Outcome, Purpose, World, broken};
 use volrep::disk::File;
 use volrep::format::superblock::{SLOT, Superblock};
+use volrep::node::event::AdminOp;
 use volrep::node::status::Status;
-use volrep::units::Term;
+use volrep::units::{MICROS, MILLIS, Term};
 
 impl World {
     /// A superblock was written, or its node starts: what does either slot say, durably?
     pub fn note_slots(&mut self, node: usize) {
+        self.note_named(node);
         let disk = &self.hosts[node].disk;
         let terms = [0..SLOT, SLOT..2 * SLOT].map(|slot| {
             let durable = disk.durable(File::Superblock, slot);
@@ -29,6 +32,30 @@ impl World {
             return broken(invariant, format!("{doing} under {term:?}, but a slot has durably {safe:?}"));
         }
         Ok(())
+    }
+
+    /// A cluster manager lends the primary its place for a while.
+    pub fn lend(&mut self) -> Outcome {
+        let primary = self.scenario.primary;
+        let serving = self.poll(primary)?.is_some_and(|s| s.role == "primary" && s.state == "UpToDate");
+        if !serving || self.scenario.moving.is_some() || self.scenario.phase() != Phase::Work {
+            return Ok(());
+        }
+        let ns = self.scenario.rng.log(MICROS, 200 * MILLIS);
+        let watch = &mut self.hosts[primary].watch;
+        // It fails at the end of it, and is started again.
+        (watch.faulted, watch.lease) = (true, Some(self.now + ns));
+        self.ask(primary, AdminOp::Lease { ns: Some(ns) }, Purpose::Mark)
+    }
+
+    /// It acknowledges something.
+    pub fn check_lease(&mut self, node: usize) -> Outcome {
+        let Some(until) = self.hosts[node].watch.lease else { return Ok(()) };
+        self.counts.check("I8");
+        match self.now >= until {
+            true => broken("I8", format!("acknowledges {} ns after its lease has run out", self.now - until)),
+            false => Ok(()),
+        }
     }
 
     /// It acknowledges what its primary sends.

@@ -25,6 +25,7 @@ mod minimise;
 mod model;
 mod moves;
 mod net;
+mod outdate;
 mod perform;
 mod plan;
 mod prng;

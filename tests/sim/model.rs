@@ -34,6 +34,8 @@ pub struct Write {
     pub acked: bool,
     /// Nodes on whose journals it was promised to be durable, as bits.
     pub remote: u8,
+    /// A flush that was answered covers it: whoever holds all that was acknowledged holds it.
+    pub flushed: bool,
 }
 
 /// One possible content of one sector.
@@ -90,6 +92,7 @@ impl Model {
             decided: 0,
             acked: true,
             remote: 0,
+            flushed: false,
         };
         Model {
             now: 0,
@@ -141,6 +144,7 @@ impl Model {
             decided,
             acked,
             remote: 0,
+            flushed: false,
         });
         self.enter(id, zero, submit);
         id
@@ -199,6 +203,7 @@ impl Model {
         self.reads.remove(&submit);
     }
     fn make_durable(&mut self, id: WriteId) {
+        self.writes[id as usize].flushed = true;
         let oldest = self.reads.first().copied().unwrap_or(NEVER);
         for list in self.versions(id) {
             let Some(at) = list.iter().rposition(|v| v.id == id && v.acked) else {
@@ -283,6 +288,7 @@ impl Model {
         let now = self.tick();
         self.kill();
         self.volatile.clear();
+        self.writes.iter_mut().for_each(|w| w.flushed = false);
         for (volume, ids) in self.volumes.iter_mut().zip(image) {
             for (list, id) in volume.sectors.iter_mut().zip(ids) {
                 let (id, zero) = (*id, *id == 0);

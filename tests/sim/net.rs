@@ -21,6 +21,8 @@ pub struct End {
     pub up: bool,
     /// It was told that the connection is gone, or is itself gone.
     pub down: bool,
+    /// It has given the connection up: what still arrives is not read.
+    pub closed: bool,
     /// Frames on their way to it.
     inbound: VecDeque<Bytes>,
     /// Nothing arrives before this.
@@ -63,6 +65,7 @@ impl Network {
                 dialed,
                 up: false,
                 down: false,
+                closed: false,
                 inbound: VecDeque::new(),
                 not_before: 0,
                 allowance: None,
@@ -182,4 +185,9 @@ pub fn check() {
     let arrived = (0..30).filter(|_| c.arrive(1).is_some()).count();
     assert_eq!(arrived, 3);
     assert!(net.find(LinkId(1)).is_some() && net.standing().is_empty());
+}
+
+/// Index of a peer in a host's configuration, as a node number.
+pub fn peer_node(node: usize, peer: usize) -> usize {
+    if peer < node { peer } else { peer + 1 }
 }

@@ -5,9 +5,9 @@
 
 use crate::disk::{self, Fault as DiskFault};
 use crate::memory::Slot;
-use crate::net;
+use crate::net::{self, peer_node};
 use crate::plan::Fault;
-use crate::world::{Coming, Outcome, Purpose, Sabotage, World, broken, peer_node};
+use crate::world::{Coming, Outcome, Purpose, Sabotage, World, broken};
 use bytes::Bytes;
 use volrep::disk::{DiskOp, DiskRequest, File};
 use volrep::format::message::Message;
@@ -334,10 +334,11 @@ impl World {
         let Some((connection, side)) = self.net.find(link) else {
             return;
         };
-        let c = &self.net.connections[&connection];
+        let c = self.net.connections.get_mut(&connection).expect("never removed");
         if c.ends[side].down {
             return;
         }
+        c.ends[side].closed = true;
         let other = c.after_all(1 - side, self.now);
         let delay = self.rng.below(500_000);
         self.after(delay, Coming::Down { connection, side });
@@ -385,6 +386,7 @@ impl World {
             return Ok(());
         }
         let c = self.net.connections.get_mut(&connection).expect("never removed");
+        let closed = c.ends[side].closed;
         let Some(frame) = c.arrive(side) else {
             return Ok(());
         };
@@ -392,8 +394,10 @@ impl World {
             Ok(message) => {
                 let (kind, number) = digest(&message);
                 self.trace.note(self.now, node, "receive", [link.0, kind, number]);
-                self.hosts[node].watch.heard(&message);
-                self.heard_tail(node, other, &message);
+                if !closed {
+                    self.hosts[node].watch.heard(&message);
+                    self.heard_tail(node, other, &message);
+                }
                 self.step(node, Event::Message { link, message })
             }
             Err(text) => {
@@ -490,6 +494,7 @@ impl World {
                 return Ok(());
             }
             Purpose::Promote => return self.promotion_refused(text),
+            Purpose::Outdate => return self.not_outdated(why),
             Purpose::Switchover => {
                 self.switchover_answered(node);
                 return Ok(());

@@ -81,9 +81,13 @@ pub enum Fault {
     ViewClose,
     /// An administrator marks the write order.
     Mark,
+    /// A member of the sync set is lost, and the primary is told to go on without it.
+    Outdate,
+    /// A cluster manager gives the primary a lease, and does not renew it.
+    Lease,
 }
 
-/// Every kind.
+/// Every kind that any plan may have.
 pub const FAULTS: [Fault; 35] = [
     Fault::KillPrimary,
     Fault::PowerPrimary,
@@ -436,6 +440,17 @@ impl Plan {
             plan.sync &= 0b010;
             plan.draw_cascade(rng);
             plan.draw_delays(rng);
+        }
+        if plan.sync != 0 && rng.permille(600) {
+            let count = rng.within(1, 4);
+            plan.faults.extend((0..count).map(|_| (rng.within(1, plan.mix.requests), Fault::Outdate)));
+            plan.faults.sort_unstable();
+            plan.mix.flush = plan.mix.flush.max(100);
+        }
+        if plan.rollback.is_none() && rng.permille(60) {
+            let count = rng.within(1, 3);
+            plan.faults.extend((0..count).map(|_| (rng.within(1, plan.mix.requests), Fault::Lease)));
+            plan.faults.sort_unstable();
         }
         plan
     }

@@ -122,10 +122,17 @@ impl World {
             return broken("I5", format!("promoted without {applied:?}, which it had reported as applied"));
         }
         self.check_rewound(node, tail)?;
-        if self.hosts[node].watch.cut.is_some() || self.hosts[node].watch.second {
+        let watch = &self.hosts[node].watch;
+        if watch.cut.is_some() || watch.second || self.accepted_loss(node) {
             return Ok(()); // that was promised, and is given up
         }
         self.counts.check("I4");
+        if self.claims_everything(node) {
+            self.counts.met("promoted as one that holds everything");
+            if let Some(text) = self.model.missing(image, |w| w.flushed) {
+                return broken("I4", format!("promoted as one that holds everything: {text}"));
+            }
+        }
         let bit = 1u8 << node;
         match self.model.missing(image, |w| w.remote & bit != 0) {
             None => Ok(()),

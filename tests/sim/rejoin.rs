@@ -7,7 +7,7 @@ use crate::scenario::Phase;
 use crate::world::{Coming, Outcome, Purpose, World, broken};
 use bytes::Bytes;
 use volrep::format::record::Record;
-use volrep::node::event::{AdminOp, Salvage};
+use volrep::node::event::{AdminOp, Promote, Salvage};
 use volrep::node::status::Status;
 
 impl World {
@@ -86,7 +86,11 @@ impl World {
         let Some(other) = other.filter(|_| self.plan.double && self.plan.rejoin) else { return Ok(()) };
         if self.scenario.other.is_none() {
             self.scenario.other = Some(other);
-            self.ask(other, AdminOp::Promote { fenced: true, dry_run: false, at: None }, Purpose::Promote)?;
+            self.ask(
+                other,
+                AdminOp::Promote(Promote { fenced: true, accept_outdated: true, ..Promote::default() }),
+                Purpose::Promote,
+            )?;
         }
         Ok(())
     }

@@ -10,7 +10,7 @@ use crate::reading::Reading;
 use crate::workload::Asked;
 use crate::world::{Coming, Outcome, Purpose, World, broken};
 use std::collections::BTreeSet;
-use volrep::node::event::{AdminOp, At, Op, Refresh};
+use volrep::node::event::{AdminOp, At, Op, Promote, Refresh};
 use volrep::node::status::Status;
 use volrep::units::{MILLIS, SECONDS};
 
@@ -68,6 +68,8 @@ pub struct Scenario {
     pub conflict: Option<u64>,
     /// The primary is being moved.
     pub moving: Option<Move>,
+    /// A member of the sync set is lost.
+    pub outdating: crate::outdate::Outdating,
 }
 
 impl Scenario {
@@ -94,6 +96,7 @@ impl Scenario {
             rollback: crate::rollback::Rollback::default(),
             conflict: None,
             moving: None,
+            outdating: crate::outdate::Outdating::default(),
         }
     }
     /// The whole image is being read.
@@ -164,6 +167,7 @@ impl World {
         self.check_lags()?;
         self.shut_out_old();
         self.ask_rejoins()?;
+        self.watch_lost()?;
         self.watch_move()?;
         let settled = self.scenario.phase == Phase::Settle && self.all_current(false) && self.all_mended()?;
         match self.scenario.phase {
@@ -322,6 +326,7 @@ impl World {
 
     /// A process is gone.
     pub fn process_gone(&mut self, node: usize, power: bool) {
+        self.hosts[node].watch.down = self.model.tick();
         self.work.forget(node);
         if self.scenario.phase == Phase::Promote
             && self.plan.promotion.is_some_and(|(.., target)| target == node)
@@ -363,6 +368,7 @@ impl World {
                 Ok(())
             }
             Purpose::Promote => {
+                self.check_granted(node)?;
                 self.counts.met("promoted");
                 self.scenario.crown(node);
                 self.stray_view_request(node)?;
@@ -386,6 +392,7 @@ impl World {
             }
             Purpose::View => self.view_opened(node),
             Purpose::Detach => self.check_detached(node),
+            Purpose::Outdate => self.outdated(),
             Purpose::Open
             | Purpose::Status
             | Purpose::Refresh
@@ -414,6 +421,9 @@ impl World {
             self.enter(Phase::Work);
             self.after(MILLIS, Coming::Boot { node: 0 });
             return Ok(());
+        }
+        if text.contains("lost as a member") {
+            return self.outdated_refused();
         }
         if text.contains("is the primary already") {
             // An earlier attempt was cut short after its term was durable.
@@ -525,7 +535,8 @@ impl World {
         if at.is_some() || self.hosts[target].watch.cut.is_none() {
             self.scenario.wanted.clone_from(&at);
         }
-        self.ask(target, AdminOp::Promote { fenced: true, dry_run: false, at }, Purpose::Promote)
+        let wish = Promote { at, ..self.promotion_of(target)? };
+        self.ask(target, AdminOp::Promote(wish), Purpose::Promote)
     }
 
     /// Nodes that must follow the primary: not the one that was replaced.
@@ -548,6 +559,9 @@ impl World {
         // Write-back goes on by itself, without a drain.
         let written = joining || p.applied_lsn == p.tail_lsn;
         if !written || p.state != "UpToDate" || p.role != "primary" || self.scenario.verify.is_some() {
+            return false;
+        }
+        if !joining && !self.all_members() {
             return false;
         }
         self.followers().all(|n| {

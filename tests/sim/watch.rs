@@ -79,6 +79,12 @@ pub struct Watch {
     pub undelayed: u64,
     /// It does not now.
     pub lifted: bool,
+    /// Members of the sync set, as either slot durably says.
+    pub named: Vec<NodeId>,
+    /// When its process was last gone, by the model's clock.
+    pub down: u64,
+    /// Until when its process may acknowledge anything.
+    pub lease: Option<u64>,
 }
 
 impl Default for Watch {
@@ -117,6 +123,9 @@ impl Default for Watch {
             booted_at: 0,
             undelayed: 0,
             lifted: false,
+            named: Vec::new(),
+            down: 0,
+            lease: None,
         }
     }
 }
@@ -126,7 +135,7 @@ impl Watch {
     pub fn booted(&mut self, now: u64) {
         self.booted_at = now;
         (self.faulted, self.latched, self.stopping, self.must_fail) = (false, false, false, false);
-        (self.said_applied, self.heard_tail) = (0, None);
+        (self.said_applied, self.heard_tail, self.lease) = (0, None, None);
         self.passed_on.clear();
     }
     /// What it claimed after `lsn` is given up.

@@ -244,7 +244,10 @@ impl World {
             Asked::Flush { tick, members, latched } => {
                 self.may_acknowledge(node, latched)?;
                 self.counts.check("I3");
-                for id in self.model.end_flush(tick) {
+                let members = members & !self.scenario.outdating.leaving;
+                let covered = self.model.end_flush(tick);
+                self.check_without(node, &covered)?;
+                for id in covered {
                     self.model.writes[id as usize].remote |= members;
                 }
                 self.promise(tick, members);
@@ -278,6 +281,7 @@ impl World {
     }
 
     fn may_acknowledge(&mut self, node: usize, latched: bool) -> Outcome {
+        self.check_lease(node)?;
         self.counts.check("I8");
         let watch = &self.hosts[node].watch;
         if watch.heard_term > watch.acting_term {
@@ -314,7 +318,7 @@ impl World {
     }
 
     /// Members of the sync set as the primary tells them now.
-    fn members(&mut self, node: usize) -> Result<u8, crate::world::Violation> {
+    pub fn members(&mut self, node: usize) -> Result<u8, crate::world::Violation> {
         if self.plan.sync == 0 {
             return Ok(0);
         }

@@ -119,6 +119,8 @@ pub enum Purpose {
     ViewClose,
     /// `Mark`.
     Mark,
+    /// `Outdate`.
+    Outdate,
 }
 
 /// A machine.
@@ -680,6 +682,7 @@ fn superblock(
         openings: Vec::new(),
         maps: Vec::new(),
         sync_set: Vec::new(),
+        outdated: Vec::new(),
         peers: Vec::new(),
         maps_id: 0,
         retired: None,
@@ -691,9 +694,4 @@ fn superblock(
         redo: None,
         cut: None,
     }
-}
-
-/// Index of a peer in a host's configuration, as a node number.
-pub fn peer_node(node: usize, peer: usize) -> usize {
-    if peer < node { peer } else { peer + 1 }
 }

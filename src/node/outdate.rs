@@ -1,0 +1,259 @@
+//! A member of the sync set that was lost: it is not waited for any more, and knows it once it is back.
+//!
+//! Owns: who leaves the sync set, and what a shadow may claim to hold. Invariants (I4): a member leaves only on an
+//! administrator's or a fence hook's word that it is stopped, and FLUSH goes on without it only once that is
+//! durable, in the write order and in both superblock slots; a shadow claims to hold everything that was
+//! acknowledged only while its process has the word of the newest primary that it knows for that. A process that was
+//! started anew has no such word: its primary may have gone on without it.
+
+use super::event::{AdminId, Level, LinkId, Refusal};
+use super::followers::Change;
+use super::history::Happening;
+use super::links::PeerView;
+use super::meta::Ticket;
+use super::run::{Part, Run};
+use crate::format::message::{Message, Role, Standing};
+use crate::format::superblock::MAX_PEERS;
+use crate::role::{self, Outdate};
+use crate::units::{Lsn, NodeId, Term};
+
+/// A member is leaving.
+struct Leaving {
+    change: Change,
+    /// The superblock that says so, once the record is durable.
+    ticket: Option<Ticket>,
+    asked: Vec<AdminId>,
+}
+
+/// See the module's documentation.
+#[derive(Default)]
+pub struct Standings {
+    leaving: Option<Leaving>,
+    /// The term of the primary on whose word this shadow holds all that was acknowledged.
+    confirmed: Option<Term>,
+}
+
+impl Run {
+    /// An administrator says that a member is lost.
+    pub(super) fn outdate(&mut self, id: AdminId, name: &str, fenced: bool, dry_run: bool) {
+        let view = self.links.peers.iter().find(|p| p.name == name);
+        let node = view.and_then(|p| p.node);
+        let sb = &self.meta.sb;
+        let leaving = self.standings.leaving.as_ref().map(|l| l.change.node);
+        let facts = role::OutdateFacts {
+            serving: matches!(&self.part, Part::Primary(p) if p.is_serving() && !p.closing),
+            busy: self.moving.is_some() || self.is_retiring() || leaving.is_some_and(|n| Some(n) != node),
+            known: view.is_some(),
+            outdated: node.is_some_and(|n| sb.outdated.contains(&n)),
+            member: node.is_some_and(|n| sb.sync_set.contains(&n)),
+            heard: view
+                .is_some_and(|v| node.is_some_and(|n| self.links.link_to(n).is_some()) && self.is_heard(v)),
+            fenced,
+        };
+        let names = || self.links.peers.iter().map(|p| p.name.as_str()).collect::<Vec<_>>().join(", ");
+        let refusal = match (role::outdate(facts), node) {
+            (Outdate::Allowed, Some(node)) => {
+                if dry_run {
+                    let text = format!(
+                        "FLUSH would no longer wait for {name}, and what is written from then on would not be there; it \
+                         would be a member again once it has caught up"
+                    );
+                    return self.answer(id, Ok(text));
+                }
+                return self.begin_leaving(id, node, name);
+            }
+            (Outdate::Already, _) => {
+                let text = format!("{name} is outdated already: FLUSH does not wait for it");
+                return self.answer(id, Ok(text));
+            }
+            (Outdate::NotPrimary, _) => {
+                (Refusal::Busy, "this node is not a primary that serves: run it on the primary".to_owned())
+            }
+            (Outdate::Busy, _) => {
+                (Refusal::Busy, "another change of this node is under way: try again in a moment".to_owned())
+            }
+            (Outdate::Alive, _) => {
+                (Refusal::Busy, format!("{name} is connected and alive: stop its daemon first, or fence it"))
+            }
+            (Outdate::Unfenced, _) => (
+                Refusal::Unfenced,
+                format!(
+                    "{name} is in the sync set: it may be promoted as one that holds everything, without what is written \
+                     from now on. Stop or fence it first, or pass --i-fenced-the-member"
+                ),
+            ),
+            (Outdate::NotMember, _) => {
+                (Refusal::Failed, format!("{name} is not in the sync set: nothing waits for it"))
+            }
+            (Outdate::Unknown | Outdate::Allowed, _) => {
+                (Refusal::Failed, format!("no peer is called {name}; there are: {}", names()))
+            }
+        };
+        self.answer(id, Err(refusal));
+    }
+
+    /// It was heard a moment ago.
+    fn is_heard(&self, peer: &PeerView) -> bool {
+        peer.heard.is_some_and(|at| self.now.mono.saturating_sub(at) <= 2 * self.cfg.timing.heartbeat)
+    }
+
+    fn begin_leaving(&mut self, id: AdminId, node: NodeId, name: &str) {
+        if let Some(leaving) = &mut self.standings.leaving {
+            return leaving.asked.push(id);
+        }
+        // One that is stopped says nothing more over it.
+        while let Some(link) = self.links.link_to(node) {
+            self.drop_link(link, "it is lost as a member of the sync set");
+        }
+        // Whoever was about to enter begins again: its record may come before the one that is written now.
+        self.links.entering = None;
+        let members: Vec<_> = self.meta.sb.sync_set.iter().copied().filter(|n| *n != node).collect();
+        let Some(change) = self.propose_sync_set(node, &members) else { return };
+        self.standings.leaving = Some(Leaving { change, ticket: None, asked: vec![id] });
+        self.log(Level::Warn, format!("{name} leaves the sync set: it is lost"));
+    }
+
+    /// Its record has this LSN.
+    pub(super) fn leaving_at(&mut self, job: u64, lsn: Lsn) {
+        if let Some(leaving) = &mut self.standings.leaving {
+            leaving.change.appended(job, lsn);
+        }
+    }
+
+    /// A member is on its way out: nobody enters meanwhile.
+    pub(super) fn is_outdating(&self) -> bool {
+        self.standings.leaving.is_some()
+    }
+
+    /// Moves it on; whether anything moved.
+    pub(super) fn pump_outdate(&mut self) -> bool {
+        let Some(Leaving { change, ticket, .. }) = &self.standings.leaving else { return false };
+        let (node, lsn) = (change.node, change.lsn);
+        match *ticket {
+            None if lsn.is_some_and(|lsn| self.journal.durable() >= lsn) => {
+                let sb = &mut self.meta.sb;
+                sb.sync_set.retain(|n| *n != node);
+                if !sb.outdated.contains(&node) && sb.outdated.len() < MAX_PEERS {
+                    sb.outdated.push(node);
+                }
+                let ticket = self.meta.save(true);
+                if let Some(leaving) = &mut self.standings.leaving {
+                    leaving.ticket = Some(ticket);
+                }
+                true
+            }
+            Some(ticket) if self.meta.is_saved(ticket) => {
+                let asked = self.standings.leaving.take().map_or(Vec::new(), |l| l.asked);
+                let (peer, at) = (self.name_of(node), lsn.unwrap_or_default());
+                self.tell(Happening::Outdated { peer: peer.clone() });
+                let text = format!(
+                    "{peer} is outdated from LSN {at} on: FLUSH does not wait for it, until it has caught up and is a \
+                     member again"
+                );
+                self.log(Level::Warn, text.clone());
+                asked.into_iter().for_each(|id| self.answer(id, Ok(text.clone())));
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Everything up to here is durable on every member, with those whose leaving is not durable yet.
+    pub(super) fn members_durable(&self) -> Lsn {
+        let leaving = self.standings.leaving.as_ref().map(|l| self.links.sync_durable(&[l.change.node]));
+        self.links.sync_durable(&self.meta.sb.sync_set).min(leaving.unwrap_or(Lsn(u64::MAX)))
+    }
+
+    /// Nothing comes of it: this node is no primary any more, or has failed. Those who wait for an answer.
+    pub(super) fn end_outdate(&mut self) -> Vec<AdminId> {
+        self.standings.leaving.take().map_or(Vec::new(), |l| l.asked)
+    }
+
+    /// What this node, as the primary, counts the shadow at the other end of a link for.
+    pub(super) fn standing_of(&self, link: LinkId) -> Standing {
+        let serving = matches!(&self.part, Part::Primary(p) if p.is_serving() && p.raising.is_none());
+        let node = self.links.by_id.get(&link).and_then(|l| l.peer());
+        let Some(node) = node.filter(|_| serving && !self.is_retiring() && self.fault.is_none()) else {
+            return Standing::None;
+        };
+        let sb = &self.meta.sb;
+        let leaves = self.standings.leaving.as_ref().is_some_and(|l| l.change.node == node);
+        if leaves || sb.outdated.contains(&node) {
+            return Standing::Outdated;
+        }
+        // All that was in the journal when this run began may have been acknowledged by an earlier one, without it.
+        let opening = sb.openings.iter().rfind(|o| o.generation == sb.generation).map(|o| o.at.lsn);
+        let fed = self.links.sending_to(node) == Some(link);
+        let whole =
+            self.links.view(node).is_some_and(|v| !v.resyncing && opening.is_some_and(|o| v.durable >= o));
+        match sb.sync_set.contains(&node) && fed && whole {
+            true => Standing::Member,
+            false => Standing::None,
+        }
+    }
+
+    /// A shadow was welcomed: one that was lost as a member of the sync set learns it before anything else.
+    pub(super) fn tell_outdated_at(&mut self, link: LinkId) {
+        let standing = self.standing_of(link);
+        if standing == Standing::Outdated {
+            let (wall, feeds) = (self.now.wall, Vec::new());
+            let (echo, tail, time, bytes, silent, live) = (0, None, 0, 0, 0, true);
+            self.send(
+                link,
+                Message::Heartbeat { wall, echo, tail, time, bytes, silent, live, feeds, standing },
+            );
+        }
+    }
+
+    /// The primary that is followed counts this shadow for that; `fed`: it is fed over that very link.
+    pub(super) fn told_standing(&mut self, standing: Standing, fed: bool) {
+        let (own, marked) = (self.cfg.node, self.is_outdated());
+        match standing {
+            Standing::Member if fed => {
+                self.standings.confirmed = Some(self.meta.sb.term);
+                if marked {
+                    self.meta.sb.outdated.retain(|n| *n != own);
+                    self.meta.save(false);
+                    self.tell(Happening::TakenIn { peer: self.cfg.name.clone() });
+                }
+            }
+            Standing::Outdated => {
+                self.standings.confirmed = None;
+                if !marked && self.meta.sb.outdated.len() < MAX_PEERS {
+                    self.meta.sb.outdated.push(own);
+                    self.meta.save(true);
+                    self.tell_outdated();
+                }
+            }
+            Standing::Member | Standing::None => {}
+        }
+    }
+
+    /// This shadow has learned that it is outdated.
+    pub(super) fn tell_outdated(&mut self) {
+        self.tell(Happening::Outdated { peer: self.cfg.name.clone() });
+        self.log(
+            Level::Warn,
+            "this node was lost as a member of the sync set: the primary went on without it",
+        );
+    }
+
+    /// It knows that it lacks what was acknowledged.
+    pub(super) fn is_outdated(&self) -> bool {
+        self.meta.sb.role == Role::Shadow && self.meta.sb.outdated.contains(&self.cfg.node)
+    }
+
+    /// It holds everything that was acknowledged: on the word of the newest primary that it knows, given to this
+    /// very process.
+    pub(super) fn holds_everything(&self) -> bool {
+        let sb = &self.meta.sb;
+        let member = sb.sync_set.contains(&self.cfg.node) && !self.is_outdated();
+        let whole = sb.consistent && sb.resync.is_none() && !self.is_remaking() && !self.is_rewinding();
+        sb.role == Role::Shadow && member && whole && self.standings.confirmed == Some(sb.term)
+    }
+
+    /// What it held is no image of the history any more.
+    pub(super) fn unconfirm(&mut self) {
+        self.standings.confirmed = None;
+    }
+}
