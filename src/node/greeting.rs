@@ -63,6 +63,10 @@ impl Run {
             // What it would be told of this node's role may be untrue in a moment.
             return self.drop_link(link, "this node is being promoted");
         }
+        if self.is_raising() {
+            // A term that is not durable may be forgotten, and come again from whoever was told of it.
+            return self.drop_link(link, "the term is being raised");
+        }
         self.meet(link, hello);
         self.heard_out_by_name(&hello.name);
         let term = order(self.meta.sb.term, hello.term);

@@ -624,7 +624,7 @@ impl Run {
 
     /// A shadow dials its primary; a primary those who do not come, for one may have been promoted.
     fn dial(&mut self) {
-        if self.fault.is_some() || self.admin.is_promoting() || self.is_retiring() {
+        if self.fault.is_some() || self.admin.is_promoting() || self.is_retiring() || self.is_raising() {
             return;
         }
         let patience = match &self.part {

@@ -350,6 +350,11 @@ impl Run {
         }
     }
 
+    /// A term above another primary's is on its way, and not durable.
+    pub(super) fn is_raising(&self) -> bool {
+        matches!(&self.part, Part::Primary(p) if p.raising.is_some())
+    }
+
     /// The new generation begins at a record that is durable.
     fn raise(&mut self, other: Term) -> bool {
         let tail = *self.journal.tail();

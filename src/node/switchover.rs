@@ -69,7 +69,7 @@ impl Run {
             dialled: self.cfg.peers.iter().any(|p| p.name == to && p.dial),
             linked: link.is_some(),
             current,
-            busy: matches!(&self.part, Part::Primary(p) if p.raising.is_some())
+            busy: self.is_raising()
                 || self.moving.is_some()
                 || self.is_outdating()
                 || self.is_retiring()
