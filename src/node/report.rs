@@ -289,10 +289,18 @@ impl Run {
 
     fn shadow_state(&self) -> (&'static str, Option<String>, String) {
         if !self.meta.sb.consistent {
-            let why = format!("a full copy has not ended{}", self.resync_percent());
-            let stopped = matches!(&self.part, Part::Shadow(s) if s.stopped.is_some());
-            let resume = format!("the copy was stopped: volrep refresh {}", self.cfg.group_name);
-            let action = if stopped { resume } else { "wait for the copy".into() };
+            let left = format!("a full copy has not ended{}", self.resync_percent());
+            let stopped = match &self.part {
+                Part::Shadow(s) => s.stopped.as_ref(),
+                Part::Primary(_) => None,
+            };
+            let (why, action) = match stopped {
+                Some(why) => (
+                    format!("the resync stopped: {why}; {left}"),
+                    format!("go on with it: volrep refresh {}", self.cfg.group_name),
+                ),
+                None => (left, "wait for the copy".into()),
+            };
             return ("Inconsistent", Some(why), action);
         }
         if self.meta.sb.resync.is_some() {
