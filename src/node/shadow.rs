@@ -432,11 +432,10 @@ impl Run {
         since.zip(clock).map_or(0, |(since, clock)| clock.since(since, self.now.wall))
     }
 
-    /// Lag as this shadow measures it; none before an exchange with the primary has told its clock.
+    /// Lag as this shadow measures it. Before an exchange with the primary has told its clock, by the own one.
     pub(super) fn lag(&self) -> Option<Lag> {
         let Part::Shadow(s) = &self.part else { return None };
-        // Whose clock is not known yet, of his records nothing can be said.
-        let clock = self.links.primary_clock().filter(|clock| clock.round_trip().is_some())?;
+        let clock = self.links.primary_clock()?;
         let applied = self.image.applied.point.lsn;
         let heard = self.links.heard_of_primary?;
         let newest = heard.tail.max(self.journal.tail().point.lsn);

@@ -36,12 +36,15 @@ pub struct Heard {
 impl World {
     /// A message of the primary to a shadow is read there.
     pub fn heard_tail(&mut self, node: usize, from: usize, message: &Message) {
-        let tail = if let Message::Heartbeat { tail, .. } = message { tail.map(|lsn| lsn.0) } else { None };
+        let (tail, silent) = match message {
+            Message::Heartbeat { tail, silent, .. } => (tail.map(|lsn| lsn.0), *silent),
+            _ => (None, 0),
+        };
         // One that was replaced is still the primary of those who have not heard of it.
         if self.hosts[from].watch.is_primary() {
             self.hosts[node].watch.heard_at = self.now;
         } else if let Some(tail) = tail {
-            return self.heard_through(node, from, tail);
+            return self.heard_through(node, from, tail, silent > 0);
         }
         if from != self.scenario.primary {
             return;
@@ -53,9 +56,10 @@ impl World {
     }
 
     /// A shadow tells another one what it knows of the primary.
-    fn heard_through(&mut self, node: usize, from: usize, tail: u64) {
+    fn heard_through(&mut self, node: usize, from: usize, tail: u64, old: bool) {
         let fed = |s: &Status| s.peers.iter().any(|p| p.name == self.hosts[node].config.name && p.follower);
-        if !self.hosts[from].status.as_ref().is_some_and(|s| fed(s)) {
+        // What it says is of the primary if it is some time old, whatever was last looked at.
+        if !old && !self.hosts[from].status.as_ref().is_some_and(|s| fed(s)) {
             return; // it tells where itself is
         }
         let told = &self.hosts[from].watch;
