@@ -4,7 +4,7 @@
 //! says so: a member that runs may be promoted as one that holds everything.
 
 use super::config;
-use super::failure::{Exit, Failure};
+use super::failure::Failure;
 use super::fence::fence;
 use super::output::{Output, confirm};
 use super::places::Places;
@@ -40,11 +40,7 @@ impl Outdate {
     /// Does it.
     pub fn run(&self, places: &Places, out: &Output) -> Result<(), Failure> {
         let config = config::load(places, &self.group)?;
-        let before = status::obtain(places, &self.group)?;
-        if before.state == "Stopped" {
-            let what = format!("`{}` is not running here", self.group);
-            return Err(Failure::new(Exit::Failure, what, before.action));
-        }
+        let before = status::running(places, &self.group)?;
         let named = self.i_fenced_the_member;
         // With a hook the plan is that for a fenced member: the hook runs only after the plan is confirmed.
         let plan = self.ask(places, named || config.fence_hook.is_some(), true)?;

@@ -4,7 +4,7 @@
 //! but the hook's success and the flag that says so; what may be lost is said before anything is done.
 
 use super::config;
-use super::failure::{Exit, Failure};
+use super::failure::Failure;
 use super::fence::fence;
 use super::hooks::Hook;
 use super::output::{Output, confirm};
@@ -44,11 +44,7 @@ impl Promote {
     /// Does it.
     pub fn run(&self, places: &Places, out: &Output) -> Result<(), Failure> {
         let config = config::load(places, &self.group)?;
-        let before = status::obtain(places, &self.group)?;
-        if before.state == "Stopped" {
-            let what = format!("`{}` is not running here, so it can't be promoted", self.group);
-            return Err(Failure::new(Exit::Failure, what, before.action));
-        }
+        let before = status::running(places, &self.group)?;
         eprintln!("{}", at_stake(&before));
         let named = self.i_fenced_the_old_primary;
         // With a hook the plan is that of a fenced primary: the hook runs only after the plan is confirmed.

@@ -131,12 +131,7 @@ impl JobArgs {
     }
 
     fn job(&self, places: &Places) -> Result<Option<RefreshStatus>, Failure> {
-        let status = status::obtain(places, &self.group)?;
-        if status.state == "Stopped" {
-            let what = format!("`{}` is not running here", self.group);
-            return Err(Failure::new(Exit::Failure, what, status.action));
-        }
-        Ok(status.refresh)
+        Ok(status::running(places, &self.group)?.refresh)
     }
 
     /// Tells of the job until it is over.

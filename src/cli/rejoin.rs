@@ -3,7 +3,7 @@
 //! Owns: what is said before it. Invariant: nothing is given up before the plan was confirmed, and everything that
 //! is given up is in a salvage file first (the node sees to that).
 
-use super::failure::{Exit, Failure};
+use super::failure::Failure;
 use super::output::{Output, confirm};
 use super::places::Places;
 use super::{remote, status};
@@ -67,11 +67,7 @@ impl Resolve {
 
 impl ActArgs {
     fn run(&self, keep: Option<&str>, places: &Places, out: &Output) -> Result<(), Failure> {
-        let before = status::obtain(places, &self.group)?;
-        if before.state == "Stopped" {
-            let what = format!("`{}` is not running here, so it can't follow another node", self.group);
-            return Err(Failure::new(Exit::Failure, what, before.action));
-        }
+        let before = status::running(places, &self.group)?;
         if let Some(keep) = keep {
             check_name(keep, &before)?;
         }

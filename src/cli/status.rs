@@ -114,6 +114,15 @@ pub fn obtain(places: &Places, group: &str) -> Result<Status, Failure> {
     }
 }
 
+/// The state as the daemon says; it has to run.
+pub fn running(places: &Places, group: &str) -> Result<Status, Failure> {
+    let status = obtain(places, group)?;
+    if status.state == "Stopped" {
+        return Err(Failure::new(Exit::Failure, format!("`{group}` is not running here"), status.action));
+    }
+    Ok(status)
+}
+
 /// What the files of a node tell while nobody serves it.
 fn stopped(group: &str, config: &config::Config, s: &Superblock) -> Status {
     let in_set = |id| s.sync_set.contains(&id);

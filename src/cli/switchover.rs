@@ -4,7 +4,7 @@
 //! the volumes are attached again and the database is started.
 
 use super::config::{self, Config};
-use super::failure::{Exit, Failure};
+use super::failure::Failure;
 use super::hooks::Hook;
 use super::output::{Output, confirm};
 use super::places::Places;
@@ -35,11 +35,7 @@ impl Switchover {
     /// Does it, on the primary.
     pub fn run(&self, places: &Places, out: &Output) -> Result<(), Failure> {
         let config = config::load(places, &self.group)?;
-        let before = status::obtain(places, &self.group)?;
-        if before.state == "Stopped" {
-            let what = format!("`{}` is not running here", self.group);
-            return Err(Failure::new(Exit::Failure, what, before.action));
-        }
+        let before = status::running(places, &self.group)?;
         let plan = self.ask(places, true)?;
         let devices: Vec<String> = before.volumes.iter().filter_map(|v| v.device.clone()).collect();
         for line in self.steps(&config, &devices) {

@@ -13,7 +13,7 @@ use crate::disk::{DiskOp, DiskRequest, DiskResult, File, Memory, Token};
 use crate::format::mapped::Owner;
 use crate::format::message::{Opening, Role};
 use crate::format::record::{Kind, Record, flags, origin};
-use crate::format::superblock::{MAX_PEERS, MapRange, ResyncStage, SLOT, Superblock};
+use crate::format::superblock::{MapRange, ResyncStage, SLOT, Superblock};
 use crate::journal::maps::Maps;
 use crate::journal::recovery::{Outcome, Recovered, Recovery};
 use crate::resync::index::Index;
@@ -231,10 +231,8 @@ pub fn note(sb: &mut Superblock, maps: &mut Maps, record: &Record) {
         // Who leaves in the middle of a run was lost. Of itself a shadow unlearns that from its primary alone: the record
         // with which it enters is here before FLUSH waits for it.
         if stamp.flags & flags::OPENS == 0 {
-            let left =
-                sb.sync_set.iter().copied().filter(|n| !members.contains(n) && !sb.outdated.contains(n));
-            sb.outdated.extend(left.collect::<Vec<_>>());
-            sb.outdated.truncate(MAX_PEERS);
+            let left = sb.sync_set.iter().filter(|n| !members.contains(n));
+            left.for_each(|n| role::note_outdated(&mut sb.outdated, *n));
         }
         let (own, opener) = (sb.node, stamp.generation.term.node);
         sb.outdated.retain(|n| *n != opener && (*n == own || !members.contains(n)));

@@ -13,7 +13,6 @@ use super::links::PeerView;
 use super::meta::Ticket;
 use super::run::{Part, Run};
 use crate::format::message::{Message, Role, Standing};
-use crate::format::superblock::MAX_PEERS;
 use crate::role::{self, Outdate};
 use crate::units::{Lsn, NodeId, Term};
 
@@ -133,9 +132,7 @@ impl Run {
             None if lsn.is_some_and(|lsn| self.journal.durable() >= lsn) => {
                 let sb = &mut self.meta.sb;
                 sb.sync_set.retain(|n| *n != node);
-                if !sb.outdated.contains(&node) && sb.outdated.len() < MAX_PEERS {
-                    sb.outdated.push(node);
-                }
+                role::note_outdated(&mut sb.outdated, node);
                 let ticket = self.meta.save(true);
                 if let Some(leaving) = &mut self.standings.leaving {
                     leaving.ticket = Some(ticket);
@@ -219,8 +216,8 @@ impl Run {
             }
             Standing::Outdated => {
                 self.standings.confirmed = None;
-                if !marked && self.meta.sb.outdated.len() < MAX_PEERS {
-                    self.meta.sb.outdated.push(own);
+                if !marked {
+                    role::note_outdated(&mut self.meta.sb.outdated, own);
                     self.meta.save(true);
                     self.tell_outdated();
                 }

@@ -254,6 +254,7 @@ impl Run {
             super::boot::note(&mut self.meta.sb, &mut self.maps, &record);
             if !outdated && self.is_outdated() {
                 self.unconfirm();
+                self.meta.save(true);
                 self.tell_outdated();
             }
             self.job_touched(&record);

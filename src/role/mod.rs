@@ -4,6 +4,7 @@
 //! term is higher than every term seen; nothing is acknowledged under a term that was superseded.
 
 use crate::format::message::{MAX_GENERATIONS, Opening, Role};
+use crate::format::superblock::MAX_PEERS;
 use crate::units::{Generation, HistoryPoint, NodeId, SALT_BITS, Term};
 
 /// What a node knows when it is told to become the primary.
@@ -214,10 +215,31 @@ pub fn note_opening(openings: &mut Vec<Opening>, generation: Generation, at: His
     }
 }
 
+/// Notes that a member of the sync set was lost. Who was lost longest ago is forgotten when there are too many.
+pub fn note_outdated(outdated: &mut Vec<NodeId>, node: NodeId) {
+    if outdated.contains(&node) {
+        return;
+    }
+    outdated.push(node);
+    if outdated.len() > MAX_PEERS {
+        outdated.remove(0);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::units::Lsn;
+
+    #[test]
+    fn who_was_lost_last_is_never_left_out() {
+        let mut outdated = Vec::new();
+        (0..MAX_PEERS as u64 + 1).for_each(|n| note_outdated(&mut outdated, NodeId(n)));
+        assert_eq!((outdated.len(), outdated[0]), (MAX_PEERS, NodeId(1)));
+        let last = NodeId(MAX_PEERS as u64);
+        note_outdated(&mut outdated, last);
+        assert_eq!(outdated.iter().filter(|n| **n == last).count(), 1);
+    }
 
     #[test]
     fn the_promotion_table_answers_every_combination() {
