@@ -6,6 +6,7 @@
 //! write is accepted only if the journal surely has room for it.
 
 use super::event::{Action, Op, RequestId};
+use super::foresight::Foresight;
 use super::meta::Ticket;
 use super::reading::ReadFor;
 use super::run::{Part, Run};
@@ -57,6 +58,7 @@ pub struct Primary {
     pub(super) stage: Stage,
     pub(super) cache: Option<Cache>,
     pub(super) pipeline: Pipeline,
+    pub(super) foresight: Foresight,
     /// Requests that wait: for service, or (writes) for room.
     waiting: VecDeque<(RequestId, Op)>,
     waiters: VecDeque<Waiter>,
@@ -91,6 +93,7 @@ impl Primary {
             stage: Stage::Redo,
             cache: None,
             pipeline: Pipeline::default(),
+            foresight: Foresight::default(),
             waiting: VecDeque::new(),
             waiters: VecDeque::new(),
             undurable: VecDeque::new(),
@@ -221,6 +224,7 @@ impl Run {
             Op::Read(extent) => self.read(ReadFor::Front(id), extent),
             Op::Flush => {
                 let seq = p.cache.as_ref().map_or(0, |c| c.last_seq());
+                p.foresight.flushed();
                 self.wait_for(seq, id);
             }
             Op::Write { .. } | Op::Zero { .. } if !p.waiting.is_empty() => p.waiting.push_back((id, op)),
@@ -296,6 +300,7 @@ impl Run {
                     return None;
                 }
                 None => {
+                    p.foresight.wrote();
                     self.complete(id, Ok(Bytes::new()));
                     return None;
                 }

@@ -127,14 +127,20 @@ impl Run {
                 .any(|s| s.last_write.is_some_and(|w| first_wanted.is_some_and(|f| f <= w)));
         let wanted = last_wanted.is_some_and(|w| w > tail) && !committing;
         let full = cache.open_bytes() >= timing.seal_bytes && pending < SHALLOW;
-        let old = self.now.mono >= since + timing.seal_after && pending < DEPTH;
+        // Not at once: the answer to the write goes out first.
+        let foreseen = p.foresight.is_due() && !committing && pending == 0;
+        let after = if foreseen { 1 } else { timing.seal_after };
+        let old = self.now.mono >= since + after && pending < DEPTH;
         if wanted || full || old || draining {
+            if foreseen {
+                p.foresight.closed(cache.last_seq());
+            }
             cache.close();
             p.pipeline.open_since = None;
             return true;
         }
         if pending < DEPTH {
-            self.wake_at(since + timing.seal_after);
+            self.wake_at(since + after);
         }
         false
     }
@@ -208,7 +214,9 @@ impl Run {
         let Part::Primary(p) = &mut self.part else { return };
         let tail = *self.journal.tail();
         let last_write = s.last_write.unwrap_or(tail.last_write);
-        let waited = p.first_wanted().is_some_and(|w| w <= last_write) || s.flags & flags::SYNC != 0;
+        let wanted = p.first_wanted().is_some_and(|w| w <= last_write);
+        let foreseen = s.last_write.is_some_and(|w| p.foresight.covers(w));
+        let waited = wanted || foreseen || s.flags & flags::SYNC != 0;
         let stamp = Stamp {
             group: self.cfg.group,
             generation: self.meta.sb.generation,
