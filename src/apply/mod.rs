@@ -161,6 +161,9 @@ impl Applier {
             end = next.end();
             parts += 1;
         }
+        if let (0, Source::Bytes(bytes)) = (parts, &source) {
+            return bytes.slice(..extent.len() as usize);
+        }
         let mut buf = aligned((end - extent.start()) as usize);
         let mut add = |extent: Extent, source: Source| match source {
             Source::Ring(at) => buf.extend_from_slice(ring(at, extent.len())),

@@ -4,8 +4,10 @@
 //! header has passed its bounds, and holds at most one message; the outcome does not depend on how
 //! the stream was cut.
 
+use crate::disk::{AlignedBuf, aligned, freeze};
 use crate::format::FormatError;
 use crate::format::message::{FRAME, Frame, FrameHeader, Message};
+use crate::format::record::padded;
 use bytes::Bytes;
 use std::collections::VecDeque;
 use std::io;
@@ -43,7 +45,48 @@ impl Transport {
 pub(super) struct Assembler {
     head: [u8; FRAME],
     have: usize,
-    body: Option<(FrameHeader, Vec<u8>)>,
+    body: Option<(FrameHeader, Body)>,
+}
+
+/// The body of a frame as it comes in.
+#[derive(Debug)]
+enum Body {
+    Small(Vec<u8>),
+    /// Aligned, and in the end whole blocks: what a journal takes without a copy.
+    Record(AlignedBuf),
+}
+
+impl Body {
+    fn new(header: &FrameHeader) -> Body {
+        match header.is_record() {
+            true => Body::Record(aligned(padded(header.len))),
+            false => Body::Small(Vec::with_capacity(header.len)),
+        }
+    }
+
+    fn len(&self) -> usize {
+        match self {
+            Body::Small(bytes) => bytes.len(),
+            Body::Record(bytes) => bytes.len(),
+        }
+    }
+
+    fn add(&mut self, part: &[u8]) {
+        match self {
+            Body::Small(bytes) => bytes.extend_from_slice(part),
+            Body::Record(bytes) => bytes.extend_from_slice(part),
+        }
+    }
+
+    fn whole(self) -> Bytes {
+        match self {
+            Body::Small(bytes) => bytes.into(),
+            Body::Record(mut bytes) => {
+                bytes.resize(padded(bytes.len()), 0);
+                freeze(bytes)
+            }
+        }
+    }
 }
 
 impl Assembler {
@@ -59,19 +102,18 @@ impl Assembler {
                     return Ok(());
                 }
                 let header = FrameHeader::decode(&self.head)?;
-                self.body = Some((header, Vec::with_capacity(header.len)));
+                self.body = Some((header, Body::new(&header)));
             }
             let Some((header, body)) = &mut self.body else { return Ok(()) };
             let part = input.len().min(header.len - body.len());
-            body.extend_from_slice(&input[..part]);
+            body.add(&input[..part]);
             input = &input[part..];
             if body.len() < header.len {
                 return Ok(());
             }
-            let header = *header;
-            let body = self.body.take().map(|(_, body)| Bytes::from(body)).unwrap_or_default();
+            let Some((header, body)) = self.body.take() else { return Ok(()) };
             self.have = 0;
-            messages.push(header.body(body)?);
+            messages.push(header.body(body.whole())?);
         }
     }
 }

@@ -14,7 +14,7 @@
 use super::FormatError;
 use super::compare::Compare;
 use super::fields::{Reader, Writer};
-use super::record::{MAX_RECORD, Record};
+use super::record::{MAX_RECORD, Record, padded};
 use super::superblock::{Anchor, MAX_MAPS, MAX_PEERS};
 use crate::units::{Address, Extent, Generation, GroupId, HistoryPoint, Lsn, NodeId, Term};
 use bytes::Bytes;
@@ -319,14 +319,27 @@ impl FrameHeader {
         Ok(FrameHeader { len, kind, check: r.u64()?, head })
     }
 
-    /// Verifies and decodes the body, which must be exactly `len` bytes.
+    /// The body is a record.
+    pub fn is_record(&self) -> bool {
+        matches!(self.kind, RECORD | COPY)
+    }
+
+    /// Verifies and decodes the body, which must be exactly `len` bytes. Those of a record may be followed by what
+    /// makes them whole blocks: then it goes into a journal as it lies here.
     pub fn body(&self, body: Bytes) -> Result<Message, FormatError> {
-        if body.len() != self.len {
+        if body.len() != self.len && !(self.is_record() && body.len() == padded(self.len)) {
             return Err(FormatError::Short);
         }
-        let covered: &[u8] = if matches!(self.kind, RECORD | COPY) { &[] } else { &body };
+        let covered: &[u8] = if self.is_record() { &[] } else { &body };
         if check(&self.head, covered) != self.check {
             return Err(FormatError::Checksum);
+        }
+        if self.is_record() {
+            let record = Record::decode(body)?;
+            if record.wire_len() != self.len as u64 {
+                return Err(FormatError::Field("length"));
+            }
+            return Ok(if self.kind == COPY { Message::Copy(record) } else { Message::Record(record) });
         }
         Message::decode(self.kind, body)
     }
@@ -455,13 +468,6 @@ impl Message {
     }
 
     fn decode(kind: u8, body: Bytes) -> Result<Message, FormatError> {
-        if let RECORD | COPY = kind {
-            let record = Record::decode(body.clone())?;
-            if record.wire().len() != body.len() {
-                return Err(FormatError::Field("length"));
-            }
-            return Ok(if kind == COPY { Message::Copy(record) } else { Message::Record(record) });
-        }
         let mut r = Reader(&body);
         let message = match kind {
             1 => Message::Challenge { nonce: r.array()? },

@@ -4,6 +4,7 @@
 //! never allocates more than the stated bound; what decodes encodes to the same bytes again. All
 //! integers are little endian. The golden bytes of tests/format pin every layout.
 
+pub mod codec;
 pub mod compare;
 pub mod fields;
 pub mod mapped;

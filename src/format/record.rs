@@ -17,8 +17,9 @@
 //! Owns: this layout and the chain. Invariant: the chain hash covers every byte of the record and,
 //! through the previous one, every record before it; equal chain hashes mean equal histories.
 
-use super::FormatError;
+pub use super::codec::Compressor;
 use super::fields::Reader;
+use super::{FormatError, codec};
 use crate::disk::{AlignedBuf, aligned};
 use crate::units::{
     Address, BLOCK, Extent, Generation, GroupId, Hash, HistoryPoint, Lsn, NodeId, SECTOR, round_up,
@@ -167,28 +168,6 @@ impl Encoded {
 /// Bytes before the payload in a record of `extents` extents.
 pub fn room(extents: usize) -> usize {
     HEADER + extents * ENTRY
-}
-
-/// A compression context and its output buffer, reused: making them costs more than compressing a
-/// small record.
-#[derive(Default)]
-pub struct Compressor {
-    context: Option<(i32, zstd::bulk::Compressor<'static>)>,
-    packed: Vec<u8>,
-}
-
-impl Compressor {
-    /// `from` compressed to less than `limit` bytes, or `None`.
-    fn compress(&mut self, level: i32, from: &[u8], limit: usize) -> Option<&[u8]> {
-        if self.context.as_ref().is_none_or(|(l, _)| *l != level) {
-            self.context = Some((level, zstd::bulk::Compressor::new(level).ok()?));
-        }
-        // Never made smaller: what a longer one needed is zeroed once.
-        self.packed.resize(limit.max(self.packed.len()), 0);
-        // An error here means that it does not fit in `limit`: stored raw instead.
-        let n = self.context.as_mut()?.1.compress_to_buffer(from, &mut self.packed[..limit]).ok()?;
-        Some(&self.packed[..n])
-    }
 }
 
 /// Compresses if it pays (a sixteenth at least, and a block of the journal), writes the table, hashes.
@@ -447,15 +426,7 @@ impl Record {
         match self.codec {
             Codec::Raw => Ok(stored),
             Codec::Zstd => {
-                let mut out = aligned(self.raw as usize);
-                out.resize(self.raw as usize, 0);
-                let n = zstd::bulk::decompress_to_buffer(&stored, &mut out[..])
-                    .map_err(|_| FormatError::Field("payload"))?;
-                if n == self.raw as usize {
-                    Ok(crate::disk::freeze(out))
-                } else {
-                    Err(FormatError::Field("raw"))
-                }
+                codec::unpack(&stored, self.raw as usize).ok_or(FormatError::Field("payload"))
             }
         }
     }

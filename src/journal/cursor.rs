@@ -73,6 +73,11 @@ impl Cursor {
         self.last
     }
 
+    /// Sequence of the segment that it is in.
+    pub fn segment(&self) -> u64 {
+        self.place.segment
+    }
+
     /// Bytes of the answer to [`Step::Read`].
     pub fn feed(&mut self, bytes: Bytes) {
         self.chunk_at = self.place;

@@ -89,7 +89,10 @@ impl Reader {
         if self.pending.is_some() || lsn > journal.written() {
             return Fetched::Pending;
         }
-        if self.cursor.as_ref().is_none_or(|c| c.last().lsn >= lsn) {
+        // Where memory has fed this follower for a while, what lies between is not read.
+        let segment = journal.segment_of(lsn.prev());
+        let far = |c: &Cursor| c.last().lsn.next() != lsn && c.segment() < segment;
+        if self.cursor.as_ref().is_none_or(|c| c.last().lsn >= lsn || far(c)) {
             self.cursor = journal.cursor(lsn.prev());
             self.made_for = lsn;
         }

@@ -22,8 +22,23 @@ const DEPTH: usize = 8;
 const APPENDS: usize = 8;
 /// Epochs of small writes that may be in the pipeline while another fills up.
 const SHALLOW: usize = 2;
+/// zstd levels of twice and of four times the speed of level 1, for nearly as good a ratio (database pages at 8 KiB:
+/// 18 at level 1, 15.5 at -1, 10.7 at -3; `zstd -b --fast=3 -B8K`).
+const QUICK: i32 = -1;
+const HASTY: i32 = -3;
 /// The longest that a commit counts for, ns.
 const LONG: u64 = 5 * MILLIS;
+
+/// What an epoch is compressed with: the strongest level while there is time for it, faster ones the more epochs wait,
+/// none when so many do that compressing would make it worse.
+fn level(strongest: i32, idle: bool, waiting: usize) -> Option<i32> {
+    match waiting {
+        DEPTH.. => None,
+        n if n > SHALLOW => Some(strongest.min(HASTY)),
+        0 | 1 if idle => Some(strongest),
+        _ => Some(strongest.min(QUICK)),
+    }
+}
 
 struct Sealing {
     job: u64,
@@ -146,7 +161,8 @@ impl Run {
     }
 
     fn gather_epochs(&mut self) -> bool {
-        let level = self.cfg.level;
+        let strongest = self.cfg.level;
+        let idle = self.journal.in_flight() == 0;
         let mut moved = false;
         loop {
             moved |= self.gather_marks();
@@ -155,8 +171,7 @@ impl Run {
             if p.pipeline.queue.len() >= DEPTH {
                 break;
             }
-            // Behind: compressing would make it worse.
-            let level = level.filter(|_| cache.closed() < DEPTH);
+            let level = strongest.and_then(|l| level(l, idle, cache.closed() + p.pipeline.queue.len()));
             let Some(Gathered { job, last_seq, reserved }) = cache.gather(level) else { break };
             p.pipeline.jobs += 1;
             p.pipeline.reserved += reserved;

@@ -8,7 +8,7 @@
 //! side by side (`blake3::platform`, which is not part of that crate's stable interface) is what
 //! `blake3::keyed_hash` gives; a test compares them.
 
-use crate::disk::{aligned, freeze};
+use crate::format::codec::unpack;
 use crate::format::compare::{EXTENT, EXTENT_LEAVES, LEAF, Root};
 use crate::units::GroupId;
 use blake3::IncrementCounter;
@@ -96,13 +96,6 @@ impl Job {
 fn pack(parts: &[Bytes]) -> Bytes {
     let raw = parts.concat();
     zstd::bulk::compress(&raw, LEVEL).expect("memory is enough for a bounded frame").into()
-}
-
-fn unpack(frame: &[u8], raw: usize) -> Option<Bytes> {
-    let mut out = aligned(raw);
-    out.resize(raw, 0);
-    let n = zstd::bulk::decompress_to_buffer(frame, &mut out[..]).ok()?;
-    (n == raw).then(|| freeze(out))
 }
 
 /// Hashes bytes that start at an extent.
