@@ -13,7 +13,7 @@ pub mod stage;
 
 use crate::disk::{DiskOp, DiskRequest, DiskResult, File, IoError, Token, aligned, freeze};
 use crate::extents::Piece;
-use crate::units::Extent;
+use crate::units::{BLOCK, Extent};
 use bytes::Bytes;
 use std::collections::{BTreeSet, VecDeque};
 
@@ -161,7 +161,9 @@ impl Applier {
             end = next.end();
             parts += 1;
         }
-        if let (0, Source::Bytes(bytes)) = (parts, &source) {
+        if let (0, Source::Bytes(bytes)) = (parts, &source)
+            && bytes.as_ptr().addr().is_multiple_of(BLOCK as usize)
+        {
             return bytes.slice(..extent.len() as usize);
         }
         let mut buf = aligned((end - extent.start()) as usize);
