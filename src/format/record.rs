@@ -425,9 +425,7 @@ impl Record {
         let stored = self.bytes.slice(room(self.extents as usize)..self.len as usize);
         match self.codec {
             Codec::Raw => Ok(stored),
-            Codec::Zstd => {
-                codec::unpack(&stored, self.raw as usize).ok_or(FormatError::Field("payload"))
-            }
+            Codec::Zstd => codec::unpack(&stored, self.raw as usize).ok_or(FormatError::Field("payload")),
         }
     }
 }

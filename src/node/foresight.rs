@@ -85,7 +85,10 @@ mod tests {
 
     #[test]
     fn a_broken_rhythm_is_learnt_anew() {
-        assert_eq!(foreseen("wfwfwfwfwwfwfwfwfwf"), [false, false, false, true, false, false, false, false, true]);
+        assert_eq!(
+            foreseen("wfwfwfwfwwfwfwfwfwf"),
+            [false, false, false, true, false, false, false, false, true]
+        );
         let mut foresight = Foresight::default();
         (0..9).for_each(|_| foresight.wrote());
         assert!(!foresight.is_due());

@@ -375,6 +375,8 @@ impl Run {
         let theirs = window.their_rotten.iter().map(|e| range(e, Some(&primary)));
         let room = MAX_RANGES.saturating_sub(status.rotten.len());
         status.rotten.extend(rotten.chain(theirs).take(room));
+        // Windows end in any order.
+        [&mut status.ranges, &mut status.rotten].into_iter().for_each(|r| sort(r));
         let mut lines: Vec<String> = Vec::new();
         let place = |e: &Extent| {
             let volume = name(e).map_or("", |n| n.as_str());
@@ -595,4 +597,9 @@ impl Run {
             job.syncing = job.low_water();
         }
     }
+}
+
+/// By volume, then by offset.
+fn sort(ranges: &mut [DifferentRange]) {
+    ranges.sort_by(|a, b| (&a.volume, a.offset).cmp(&(&b.volume, b.offset)));
 }

@@ -41,8 +41,14 @@ impl Postgres {
         ]);
         let log = fs::File::create(sockets.join("log")).unwrap();
         let child = command.stdout(Stdio::null()).stderr(log).spawn().unwrap();
-        let server = Postgres { child, dir: dir.into(), sockets: sockets.into() };
+        let mut server = Postgres { child, dir: dir.into(), sockets: sockets.into() };
         until("PostgreSQL answers", || {
+            if let Some(status) = server.child.try_wait().unwrap() {
+                panic!(
+                    "PostgreSQL has ended: {status}\n{}",
+                    fs::read_to_string(sockets.join("log")).unwrap()
+                );
+            }
             server.psql(&["-c", "select 1"]).output().unwrap().status.success().then_some(())
         });
         server
