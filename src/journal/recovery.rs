@@ -103,10 +103,20 @@ pub struct Recovered {
 }
 
 enum State {
-    Headers { next: u32, waiting: u32 },
+    Headers {
+        next: u32,
+        waiting: u32,
+    },
     Walk(Cursor),
-    Survivors { at: Place, until: u64 },
-    Erase { waiting: usize },
+    /// The next place to read, the last segment, and what is being read.
+    Survivors {
+        at: Place,
+        until: u64,
+        reading: BTreeMap<u64, Place>,
+    },
+    Erase {
+        waiting: usize,
+    },
     Sync,
     Done,
 }
@@ -132,6 +142,8 @@ pub struct Recovery {
 /// Told of a record, and where in the file it lies.
 type Seen<'a> = &'a mut dyn FnMut(&Record, u64);
 
+/// Reads behind the end of the chain at a time.
+const AHEAD: usize = 4;
 /// Segment headers read at a time.
 const BATCH: u32 = 64;
 
@@ -210,7 +222,10 @@ impl Recovery {
                 self.unread = Some(e);
                 Bytes::new()
             }
-            Err(e) => return Some(Outcome::Stopped(unreadable(e))),
+            Err(e) => {
+                self.state = State::Done;
+                return Some(Outcome::Stopped(unreadable(e)));
+            }
         };
         match &mut self.state {
             State::Headers { waiting, .. } => {
@@ -223,8 +238,9 @@ impl Recovery {
                 cursor.feed(bytes);
                 self.walk(seen, out)
             }
-            State::Survivors { .. } => {
-                self.search(&bytes);
+            State::Survivors { reading, .. } => {
+                let place = reading.remove(&id).expect("one answer to each read");
+                self.search(place, &bytes);
                 self.search_on(out)
             }
             State::Erase { waiting } => {
@@ -341,29 +357,31 @@ impl Recovery {
         let until = if self.target.is_some() { newest.max(place.segment) } else { place.segment + window };
         let later = self.headers.range(place.segment + 1..).map(|(s, _)| Place { segment: *s, offset: 0 });
         self.behind.extend(later);
-        self.state = State::Survivors { at: place, until };
+        self.state = State::Survivors { at: place, until, reading: BTreeMap::new() };
         self.search_on(out)
     }
 
     fn search_on(&mut self, out: &mut Vec<DiskRequest>) -> Option<Outcome> {
-        let g = self.sb.geometry;
-        let State::Survivors { at, until } = &mut self.state else { return None };
-        if at.offset >= g.segment {
-            *at = Place { segment: at.segment + 1, offset: 0 };
+        let (g, owner) = (self.sb.geometry, self.owner);
+        let State::Survivors { at, until, reading } = &mut self.state else { return None };
+        while reading.len() < AHEAD {
+            if at.offset >= g.segment {
+                *at = Place { segment: at.segment + 1, offset: 0 };
+            }
+            if at.segment > *until {
+                break;
+            }
+            let len = (g.segment - at.offset).min(CHUNK);
+            let (id, op) =
+                (at.file_offset(g) / BLOCK, DiskOp::Read { offset: at.file_offset(g), len: len as usize });
+            reading.insert(id, *at);
+            at.offset += len;
+            out.push(DiskRequest { token: Token::new(owner, id), file: File::Journal, op });
         }
-        if at.segment > *until {
-            return self.judge(out);
-        }
-        let len = (g.segment - at.offset).min(CHUNK) as usize;
-        let op = DiskOp::Read { offset: at.file_offset(g), len };
-        self.ask(0, op, out);
-        None
+        if reading.is_empty() { self.judge(out) } else { None }
     }
 
-    fn search(&mut self, bytes: &Bytes) {
-        let State::Survivors { at, .. } = &mut self.state else { return };
-        let place = *at;
-        at.offset += bytes.len() as u64;
+    fn search(&mut self, place: Place, bytes: &Bytes) {
         for (i, block) in bytes.chunks_exact(BLOCK as usize).enumerate() {
             let Ok(h) = Header::decode(block) else { continue };
             if h.stamp.group != self.sb.group || h.stamp.lsn <= self.tail.point.lsn {
