@@ -101,7 +101,8 @@ def until(what, condition, limit=HANG):
 
 
 def say(text):
-    print(f"{time.monotonic() - BEGUN:7.2f} {text}", flush=True)
+    # The logs of the nodes have the wall clock's time.
+    print(f"{time.monotonic() - BEGUN:7.2f} {time.strftime('%T', time.gmtime())} {text}", flush=True)
 
 
 class Node:
@@ -116,6 +117,7 @@ class Node:
         upper = os.path.join(self.dir, "upper")
         self.put(volrep, upper, "usr/local/bin/volrep")
         self.put(os.path.join(TOOLS, "group"), upper, "usr/lib/ocf/resource.d/volrep/group")
+        self.put(os.path.join(TOOLS, "pg_ctl"), upper, "usr/lib/volrep/pg_ctl")
         self.put(os.path.join(HERE, "fence_lab"), upper, "usr/sbin/fence_lab")
         self.write("etc/corosync/corosync.conf", COROSYNC)
 
@@ -673,13 +675,13 @@ def main():
             if node.proc:
                 print(subprocess.run(node.inside("crm_mon", "-1rfA"), capture_output=True, text=True).stdout, flush=True)
                 print(json.dumps(node.status()), flush=True)
-        keep = os.environ.get("CLUSTER_KEEP")
-        if keep:
-            for node in lab.nodes.values():
-                shutil.copytree(node.dir, os.path.join(keep, node.name), dirs_exist_ok=True, symlinks=True,
-                                ignore=shutil.ignore_patterns("root", "disk", "work", "usr"), ignore_dangling_symlinks=True)
         raise
     finally:
+        # Where the logs of the nodes are to be kept.
+        keep = os.environ.get("CLUSTER_KEEP")
+        for node in lab.nodes.values() if keep else []:
+            shutil.copytree(node.dir, os.path.join(keep, node.name), dirs_exist_ok=True, symlinks=True,
+                            ignore=shutil.ignore_patterns("root", "disk", "work", "usr"), ignore_dangling_symlinks=True)
         for node in lab.nodes.values():
             node.kill()
     print("outage      rounds  p50 s  worst s")
