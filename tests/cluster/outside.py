@@ -126,6 +126,9 @@ class Far:
         """An administrator promotes it: both nodes are gone, and fenced as far as he knows. The rows that its database has."""
         until("the far shadow misses its primary", lambda: not self.status()["primary"]["connected"])
         self.run("promote", "epic", "--yes", "--i-fenced-the-old-primary")
+        # It took over the sync set, too, and FLUSH would wait for those that are gone.
+        for member in self.status()["sync_set"]:
+            self.run("outdate", "epic", "--member", member, "--i-fenced-the-member", "--yes")
         self.run("attach", "epic", "--device", "fuse")
         place, sockets = os.path.join(self.dir, "pg"), os.path.join(self.dir, "sockets")
         os.mkdir(place)
