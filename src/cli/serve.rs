@@ -34,6 +34,10 @@ pub struct Serve {
     /// Attach the volumes once they are served
     #[arg(long, value_name = "KIND", value_enum)]
     attach: Option<DeviceKind>,
+    /// Attach nothing unless told to, neither what was attached when the last daemon died nor after a takeover: a
+    /// cluster manager says when
+    #[arg(long, conflicts_with = "attach")]
+    no_attach: bool,
     /// Threads that compress and hash [default: one less than the processors, 4 at most]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=64))]
     workers: Option<u8>,
@@ -86,19 +90,24 @@ impl Serve {
             group: self.group.clone(),
             hooks: config.hooks.clone(),
             attach: self.attach,
+            obeys: self.no_attach,
             turn: Mutex::new(()),
         });
         let trouble = Arc::new(Mutex::new(None));
         let result = daemon::run(options, |handle| {
             let view = Fronts::of_view(facts.clone(), &handle);
             let fronts = Arc::new(Open { volumes: Fronts::new(facts, handle.clone()), view });
+            if self.no_attach {
+                // Before anybody can ask for more.
+                remove_left(&fronts.volumes);
+            }
             if let Err(e) = server::start(&socket, handle.clone(), fronts.clone()) {
                 *trouble.lock().unwrap_or_else(PoisonError::into_inner) =
                     Some(Failure::io("serve", &socket, &e));
                 handle.stop();
                 return;
             }
-            when_served(handle.clone(), fronts.clone(), self.attach);
+            when_served(handle.clone(), fronts.clone(), self.attach, self.no_attach);
             when_taken_over(handle.clone(), fronts.clone(), heir.clone());
             let _ = running.set(Running { handle, fronts });
             // A signal that came before there was anything to shut down.
@@ -231,8 +240,17 @@ impl Running {
     }
 }
 
+/// The devices that the last daemon left.
+fn remove_left(fronts: &Fronts) {
+    let Some(kind) = fronts.remembered() else { return };
+    match fronts.detach(true) {
+        Reply::Refused { text, .. } => tracing::error!("the last daemon left {kind}, which stays: {text}"),
+        _ => tracing::info!("the last daemon left {kind}: removed, and nothing is attached"),
+    }
+}
+
 /// Once the node serves (or is known to be a shadow): attaches what was attached, and says READY.
-fn when_served(handle: Handle, fronts: Arc<Open>, asked: Option<DeviceKind>) {
+fn when_served(handle: Handle, fronts: Arc<Open>, asked: Option<DeviceKind>, obeys: bool) {
     let done = move |answer| {
         // A shadow refuses, too, and is ready; a node that could not recover is about to end.
         if interrupt::check().is_err() || matches!(answer, Answer::Refused(Refusal::Failed, _)) {
@@ -244,6 +262,7 @@ fn when_served(handle: Handle, fronts: Arc<Open>, asked: Option<DeviceKind>) {
         let work = move || {
             fronts.view.clear();
             match (served, wanted) {
+                (true, Some(_)) if obeys => {}
                 (true, Some(kind)) => drop(attach(&fronts.volumes, kind)),
                 (false, Some(kind)) => {
                     tracing::info!("{kind} is not attached: this node serves no volumes now");
@@ -281,6 +300,8 @@ struct Heir {
     group: String,
     hooks: Hooks,
     attach: Option<DeviceKind>,
+    /// Somebody else says when to attach.
+    obeys: bool,
     /// One takeover at a time; the next may come while the script of the first still runs.
     turn: Mutex<()>,
 }
@@ -291,6 +312,9 @@ impl Heir {
         if open.view.is_open() {
             // It shows nothing any more.
             open.view.close(true);
+        }
+        if self.obeys {
+            return;
         }
         let fronts = &open.volumes;
         let start = self.hooks.path(Hook::Start).is_some();

@@ -302,7 +302,8 @@ impl Run {
         let facts = role::Facts {
             role: self.meta.sb.role,
             consistent: self.meta.sb.consistent,
-            primary_heard: self.hears_primary(),
+            // One that was cut off or killed with its machine stays connected for a while.
+            primary_heard: self.hears_primary() && self.silence().is_none(),
             fenced,
             current: !self.is_outdated() || accept_outdated,
         };

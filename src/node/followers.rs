@@ -216,10 +216,6 @@ impl Run {
             self.meta.save(true);
             self.log(Level::Info, "a shadow entered the sync set: FLUSH waits for it from now on");
             self.tell(Happening::TakenIn { peer: self.name_of(node) });
-            // It may claim so once it is told.
-            if let Some(link) = self.links.sending_to(node) {
-                self.send_heartbeat(link, 0);
-            }
             return true;
         }
         let wanted = |v: &&PeerView| {

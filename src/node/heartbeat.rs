@@ -114,7 +114,7 @@ impl Run {
             }
         }
         let Beat { wall, tail, time, bytes, silent, live } = beat;
-        let standing = self.standing_of(link);
+        let standing = self.counted(link);
         self.send(link, Message::Heartbeat { wall, echo, tail, time, bytes, silent, live, feeds, standing });
     }
 

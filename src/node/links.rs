@@ -13,7 +13,7 @@ use super::heartbeat::{Between, Heard};
 use super::history::Happening;
 use super::meta::Ticket;
 use super::run::{Part, Run};
-use crate::format::message::{Identity, Message, Role, proof, refuse};
+use crate::format::message::{Identity, Message, Role, Standing, proof, refuse};
 use crate::format::superblock::{Peer, Superblock};
 use crate::journal::Tail;
 use crate::link::lag::{ClockEstimate, Timeline};
@@ -69,6 +69,8 @@ pub struct Link {
     begun: u64,
     heard: u64,
     beat: u64,
+    /// What the peer was last told that it counts for here.
+    pub(super) counted: Standing,
     /// The records after this one are kept for it, until it begins.
     pub(super) held: Option<Lsn>,
     /// Where the peer's history leaves the one here: offered to it as a common point.
@@ -339,6 +341,7 @@ impl Run {
             begun,
             heard,
             beat,
+            counted: Standing::None,
             held: None,
             fork: None,
         };
@@ -610,7 +613,7 @@ impl Run {
             _ => 0,
         };
         self.wake_at(wake);
-        if due {
+        if due || self.owes_word(id) {
             self.send_heartbeat(id, 0);
         }
         match step {

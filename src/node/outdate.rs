@@ -9,7 +9,7 @@
 use super::event::{AdminId, Level, LinkId, Refusal};
 use super::followers::Change;
 use super::history::Happening;
-use super::links::PeerView;
+use super::links::{Link, LinkState, PeerView};
 use super::meta::Ticket;
 use super::run::{Part, Run};
 use crate::format::message::{Message, Role, Standing};
@@ -189,9 +189,27 @@ impl Run {
         }
     }
 
+    /// The same; the peer is being told.
+    pub(super) fn counted(&mut self, link: LinkId) -> Standing {
+        let standing = self.standing_of(link);
+        if let Some(l) = self.links.by_id.get_mut(&link) {
+            l.counted = standing;
+        }
+        standing
+    }
+
+    /// The peer counts for something else here than it was told. Without that word a member may not be promoted, so it
+    /// does not wait for the next heartbeat.
+    pub(super) fn owes_word(&self, link: LinkId) -> bool {
+        let fed = |l: &&Link| matches!(l.state, LinkState::Sending(_));
+        let Some(told) = self.links.by_id.get(&link).filter(fed).map(|l| l.counted) else { return false };
+        let standing = self.standing_of(link);
+        standing != Standing::None && standing != told
+    }
+
     /// A shadow was welcomed: one that was lost as a member of the sync set learns it before anything else.
     pub(super) fn tell_outdated_at(&mut self, link: LinkId) {
-        let standing = self.standing_of(link);
+        let standing = self.counted(link);
         if standing == Standing::Outdated {
             let (wall, feeds) = (self.now.wall, Vec::new());
             let (echo, tail, time, bytes, silent, live) = (0, None, 0, 0, 0, true);

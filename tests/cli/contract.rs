@@ -37,7 +37,7 @@ const VERBS: [(&str, &[&str], &[&str]); 20] = [
             "--dry-run",
         ],
     ),
-    ("serve", &["serve", "g"], &["--attach", "--workers", "--dry-run"]),
+    ("serve", &["serve", "g"], &["--attach", "--no-attach", "--workers", "--dry-run"]),
     ("attach", &["attach", "g"], &["--device"]),
     ("detach", &["detach", "g"], &["--dry-run"]),
     ("status", &["status", "g"], &["--watch"]),

@@ -7,7 +7,6 @@ The client writes rows with rising numbers and logs those whose commit was ackno
 each scenario: exactly one node has the device, every logged row is there, and the client works again on the same address.
 """
 
-import ctypes
 import json
 import os
 import re
@@ -18,16 +17,14 @@ import sys
 import threading
 import time
 
-import psycopg2
+sys.dont_write_bytecode = True  # the tree may be read-only, and stays clean
+
+from outside import HANG, NODES, OUTSIDE, Client, Far, run, say, until
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TOOLS = os.path.join(HERE, "..", "..", "tools", "ocf")
-VIP = "10.77.0.100"
-NODES = {"a": "10.77.0.1", "b": "10.77.0.2"}
-OUTSIDE = "10.77.0.3"
 SIZE = "192M"
 BOUND = 30.0  # seconds from the loss of quorum to a device that acknowledges nothing; see tools/ocf/README.md
-HANG = 180.0  # seconds; the deadline of every wait: only there to end one
 
 COROSYNC = """
 totem {
@@ -82,28 +79,6 @@ logging {
 """
 
 
-def run(*args, limit=HANG, **more):
-    """A command that must succeed; its stdout."""
-    done = subprocess.run(args, capture_output=True, text=True, timeout=limit, **more)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(args)}: {done.returncode}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return done.stdout
-
-
-def until(what, condition, limit=HANG):
-    end = time.monotonic() + limit
-    while time.monotonic() < end:
-        value = condition()
-        if value:
-            return value
-        time.sleep(0.1)
-    raise RuntimeError(f"in vain for {limit:.0f} s: {what}")
-
-
-def say(text):
-    print(f"{time.monotonic() - BEGUN:7.2f} {text}", flush=True)
-
-
 class Node:
     """A machine: its overlay and disk stay when it is killed, as a real one's disks do."""
 
@@ -116,6 +91,7 @@ class Node:
         upper = os.path.join(self.dir, "upper")
         self.put(volrep, upper, "usr/local/bin/volrep")
         self.put(os.path.join(TOOLS, "group"), upper, "usr/lib/ocf/resource.d/volrep/group")
+        self.put(os.path.join(TOOLS, "pg_ctl"), upper, "usr/lib/volrep/pg_ctl")
         self.put(os.path.join(HERE, "fence_lab"), upper, "usr/sbin/fence_lab")
         self.write("etc/corosync/corosync.conf", COROSYNC)
 
@@ -220,89 +196,6 @@ class Fencer(threading.Thread):
                     say(f"fenced {name}")
                     open(path + ".done", "w").close()
             time.sleep(0.02)
-
-
-class Client(threading.Thread):
-    """Commits one row after the other at the virtual IP; keeps the acknowledged ones and when."""
-
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.acked, self.times, self.next, self.paused = [], [], 0, False
-
-    def connect(self):
-        c = psycopg2.connect(host=VIP, user="postgres", dbname="postgres", connect_timeout=2, options="-c statement_timeout=4000",
-                             tcp_user_timeout=1500, keepalives_idle=1, keepalives_interval=1, keepalives_count=2)
-        c.autocommit = True
-        return c
-
-    def run(self):
-        connection = None
-        while True:
-            try:
-                if connection is None:
-                    connection = self.connect()
-                    cursor = connection.cursor()
-                self.next += 1
-                cursor.execute("insert into log values (%s)", (self.next,))
-                self.acked.append(self.next)
-                self.times.append(time.monotonic())
-            except psycopg2.Error:
-                if connection is not None:
-                    connection.close()
-                connection = None
-                time.sleep(0.05)
-            time.sleep(0.005)
-
-    def rows(self):
-        connection = self.connect()
-        cursor = connection.cursor()
-        cursor.execute("select n from log")
-        found = {n for (n,) in cursor.fetchall()}
-        connection.close()
-        return found
-
-    def outage(self, since):
-        """Longest time without an acknowledgement from just before `since` on."""
-        times = list(self.times)
-        first = max((i for i, t in enumerate(times) if t <= since), default=0)
-        return max((b - a for a, b in zip(times[first:], times[first + 1:])), default=0.0)
-
-
-class Far:
-    """A remote shadow outside of the cluster and of the sync set: it follows whoever is the primary, and is promoted by hand."""
-
-    def __init__(self, volrep, dir):
-        self.volrep, self.dir = volrep, dir
-        os.makedirs(dir)
-        self.proc = self.events = None
-
-    def run(self, *args):
-        return run(self.volrep, "--config", os.path.join(self.dir, "etc"), *args, env={**os.environ, "VOLREP_SHM_DIR": self.dir})
-
-    def join(self, token, volume):
-        self.run("join", token, "--node", "c", "--listen", f"{OUTSIDE}:7654", "--journal-size", "128M", "--cache-size", "16M",
-                 "--volume", f"{volume}={self.dir}/data.img")
-        with open(os.path.join(self.dir, "etc", "epic.toml"), "a") as out:
-            out.write(f'\n[[peer]]\nname = "b"\naddress = "{NODES["b"]}:7654"\n')
-        log = open(os.path.join(self.dir, "log"), "ab")
-        self.proc = subprocess.Popen([self.volrep, "--config", os.path.join(self.dir, "etc"), "serve", "epic"], stdin=subprocess.DEVNULL,
-                                     stdout=log, stderr=log, env={**os.environ, "VOLREP_SHM_DIR": self.dir})
-
-    def status(self):
-        return json.loads(self.run("status", "epic", "--json"))
-
-    def resyncs(self):
-        told = [json.loads(line) for line in self.run("history", "epic", "--json").splitlines()]
-        return [e for e in told if e.get("event") in ("resync", "resync_stopped", "diverged", "rejoining")]
-
-    def follows(self, writer, scenario):
-        """Everything that the writer has now arrives, by its journal alone."""
-        tail = writer.status()["tail_lsn"]
-        until(f"{scenario}: the far shadow follows", lambda: self.status()["applied_lsn"] >= tail)
-        events = self.resyncs()
-        if self.events is None:
-            self.events = events
-        assert events == self.events, f"{scenario}: the far shadow was resynced: {events[len(self.events):]}"
 
 
 class Lab:
@@ -608,6 +501,56 @@ def alone(lab):
     return None
 
 
+def move(lab, to):
+    """As an administrator moves it: to that node, and no preference stays."""
+    node = lab.nodes[lab.writer()]
+    node.run("crm_resource", "--move", "--resource", "epic-clone", "--promoted", "--node", to)
+    # The command only asks for it: until it is done the client is served as before.
+    until("it has moved", lambda: lab.nodes[to].writes())
+    node.run("crm_resource", "--clear", "--resource", "epic-clone")
+
+
+def failback(lab):
+    """The node is killed, comes back as a shadow by changes alone, and gets its place back."""
+    name = lab.writer()
+    before, begun = len(lab.client.acked), time.monotonic()
+    say(f"failback: {name}")
+    lab.nodes[name].kill()
+    who, _ = lab.check("failback, killed", begun, before)
+    assert who != name, f"failback: it stayed on {name}"
+    lab.back(name)
+    lab.whole()
+    before, begun = len(lab.client.acked), time.monotonic()
+    move(lab, name)
+    who, outage = lab.check("failback", begun, before)
+    assert who == name, f"failback: it is on {who}"
+    lab.whole()
+    return outage
+
+
+def forget_failures(lab):
+    """So that the next disturbance does not add to the failures of this one. Not by `crm_resource --cleanup`: that forgets that
+    the instance is promoted, and restarts what depends on it."""
+    writer = lab.nodes[lab.writer()]
+    told = writer.run("cibadmin", "--query", "--xpath", "/cib/status")
+    for name in set(re.findall(r'name="((?:fail-count|last-failure)-[^"]+)"', told)):
+        for node in NODES:
+            writer.run("attrd_updater", "--name", name, "--delete", "--node", node)
+    until("nobody has failed", lambda: "fail-count-" not in writer.run("cibadmin", "--query", "--xpath", "/cib/status"))
+
+
+def remote(lab):
+    """Both nodes are lost for good: the remote shadow is promoted by hand, and lacks the newest commits at most. The last scenario."""
+    say(f"remote: {lab.writer()} writes")
+    for node in lab.nodes.values():
+        node.kill()
+    acked = list(lab.client.acked)
+    found = lab.far.take_over()
+    lost = [n for n in acked if n not in found]
+    say(f"remote: on c, {len(acked)} commits, the newest {len(lost)} lost")
+    assert lost == acked[len(acked) - len(lost):], f"remote: lost in the middle: {lost[:20]}"
+
+
 def disturb(lab, scenario):
     if scenario in SPECIAL:
         return SPECIAL[scenario](lab)
@@ -626,14 +569,10 @@ def disturb(lab, scenario):
     elif scenario == "network":
         node.cut(True)
     elif scenario == "move":
-        node.run("crm_resource", "--move", "--resource", "epic-clone", "--promoted", "--node", lab.other(name))
-        # The command only asks for it: until it is done the client is served as before.
-        until("it has moved", lambda: lab.nodes[lab.other(name)].writes())
+        move(lab, lab.other(name))
     who, outage = lab.check(scenario, begun, before)
     if scenario in ("node", "network", "move"):
         assert who != name, f"{scenario}: it stayed on {name}"
-    if scenario == "move":
-        node.run("crm_resource", "--clear", "--resource", "epic-clone")
     if scenario == "network":
         until(f"{name} is fenced", lambda: not node.proc)
     lab.back(name)
@@ -641,12 +580,13 @@ def disturb(lab, scenario):
     return outage
 
 
-SPECIAL = {"unfenced": unfenced, "shadow": shadow, "qdevice": qdevice, "isolated": isolated, "alone": alone}
+SPECIAL = {"unfenced": unfenced, "shadow": shadow, "qdevice": qdevice, "isolated": isolated, "alone": alone,
+           "failback": failback}
 
 
 def main():
     volrep, real, rounds = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    scenarios = sys.argv[4:] or ["database", "daemon", "node", "network", "shadow", "qdevice", "isolated", "alone", "move", "unfenced", "agent"]
+    scenarios = sys.argv[4:] or ["database", "daemon", "node", "network", "shadow", "qdevice", "isolated", "alone", "move", "failback", "unfenced", "remote", "agent"]
     top = os.path.join(real, "lab")
     os.makedirs(top)
     lab = Lab(volrep, top, os.path.join(real, "far"))
@@ -660,26 +600,28 @@ def main():
             scenarios = [s for s in scenarios if s != "agent"]
         if scenarios:
             lab.start_cluster()
-        outages = {s: [] for s in scenarios}
+        outages = {s: [] for s in scenarios if s != "remote"}
+        last, scenarios = "remote" in scenarios, [s for s in scenarios if s != "remote"]
         for _ in range(rounds):
             for scenario in scenarios:
                 outage = disturb(lab, scenario)
-                # So that the next disturbance does not add to the failures of this one.
-                lab.nodes[lab.writer()].run("crm_resource", "--cleanup")
+                forget_failures(lab)
                 if outage is not None:
                     outages[scenario].append(outage)
+        if last:
+            remote(lab)
     except BaseException:
         for node in lab.nodes.values():
             if node.proc:
                 print(subprocess.run(node.inside("crm_mon", "-1rfA"), capture_output=True, text=True).stdout, flush=True)
                 print(json.dumps(node.status()), flush=True)
-        keep = os.environ.get("CLUSTER_KEEP")
-        if keep:
-            for node in lab.nodes.values():
-                shutil.copytree(node.dir, os.path.join(keep, node.name), dirs_exist_ok=True, symlinks=True,
-                                ignore=shutil.ignore_patterns("root", "disk", "work", "usr"), ignore_dangling_symlinks=True)
         raise
     finally:
+        # Where the logs of the nodes are to be kept.
+        keep = os.environ.get("CLUSTER_KEEP")
+        for node in lab.nodes.values() if keep else []:
+            shutil.copytree(node.dir, os.path.join(keep, node.name), dirs_exist_ok=True, symlinks=True,
+                            ignore=shutil.ignore_patterns("root", "disk", "work", "usr"), ignore_dangling_symlinks=True)
         for node in lab.nodes.values():
             node.kill()
     print("outage      rounds  p50 s  worst s")
@@ -693,6 +635,5 @@ def main():
     print("all true", flush=True)
 
 
-BEGUN = time.monotonic()
 if __name__ == "__main__":
     main()

@@ -9,9 +9,9 @@ use std::process::{Command, Stdio};
 
 const PYTHON: &str = "/usr/bin/python3"; // Debian's own: another one in PATH would not see its modules
 
-const SCENARIOS: [&str; 11] = [
+const SCENARIOS: [&str; 13] = [
     "agent", "database", "daemon", "node", "network", "shadow", "qdevice", "isolated", "alone", "move",
-    "unfenced",
+    "failback", "unfenced", "remote",
 ];
 
 /// What can't be done here, if anything.

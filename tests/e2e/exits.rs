@@ -2,6 +2,7 @@
 
 use crate::pair::{Pair, Setup};
 use crate::place::{Ended, until};
+use nix::sys::signal::Signal;
 use std::os::unix::fs::PermissionsExt;
 
 fn small() -> Pair {
@@ -39,6 +40,26 @@ fn a_promotion_needs_proof_that_the_old_primary_can_t_write() {
     promote(&pair, &[]).expect(0, &["fencing db1"]);
     assert_eq!(pair.shadow.status()["role"], "primary");
     promote(&pair, &[]).expect(11, &["is the primary already"]);
+}
+
+#[test]
+fn a_fenced_primary_whose_connection_has_not_ended_is_replaced_once_it_is_silent() {
+    let setup = Setup { volumes: vec![("data", 16 << 20)], journal: "32M", ..Setup::default() };
+    let mut pair = Pair::prepare(&setup);
+    pair.shadow.configure(|t| t.replacen("# silence = \"5s\"", "silence = \"60s\"", 1));
+    pair.primary.start();
+    pair.shadow.start();
+    pair.wait_following();
+    // As if its machine were cut off, or lost with all that it would have said.
+    pair.primary.daemon().signal(Signal::SIGSTOP);
+    until("two heartbeats are missing", || {
+        let told = pair.shadow.status()["primary"].clone();
+        assert_eq!(told["connected"], true);
+        (told["heard_seconds_ago"].as_f64()? > 1.0).then_some(())
+    });
+    pair.shadow.place.run(&["promote", "g", "--yes"]).expect(15, &["or pass --i-fenced-the-old-primary"]);
+    pair.shadow.place.run(&["promote", "g", "--yes", "--i-fenced-the-old-primary"]).expect(0, &[]);
+    pair.primary.daemon().signal(Signal::SIGCONT);
 }
 
 #[test]

@@ -172,13 +172,14 @@ fn report(seed: u64, ran: Ran, failure: Violation, args: &Args) {
 }
 
 fn models() -> (u64, u64) {
-    let checks: [(&str, fn()); 8] = [
+    let checks: [(&str, fn()); 9] = [
         ("content", content::check),
         ("disk", disk::check),
         ("memory", memory::check),
         ("minimise", minimise::check),
         ("model", model::check),
         ("net", net::check),
+        ("word", outdate::check),
         ("sparse", sparse::check),
         ("journal", bare_journal::check),
     ];

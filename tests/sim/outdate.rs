@@ -6,6 +6,7 @@
 
 use crate::content::WriteId;
 use crate::plan::Fault;
+use crate::prng::Prng;
 use crate::scenario::Phase;
 use crate::world::{Coming, Outcome, Purpose, World, broken};
 use volrep::disk::File;
@@ -186,5 +187,25 @@ impl World {
         }
         let wanted = (1..self.hosts.len()).filter(|n| self.plan.sync & 1 << n != 0);
         wanted.into_iter().all(|n| standing(self.hosts[n].status.as_deref()) == Some("member"))
+    }
+}
+
+/// Seconds between two heartbeats: far more than a run takes.
+const NEVER: u64 = 1000;
+
+/// A member has its primary's word as soon as there is a ground for it, after a start of either: a run whose heartbeats do
+/// not come ends only if it needs none of them.
+pub fn check() {
+    // After a power loss a link is given up only for its silence.
+    let restarts = [Fault::KillPrimary, Fault::KillShadow, Fault::KillAll];
+    for (seed, fault) in (1..).zip(restarts.iter().cycle().take(16)) {
+        let mut plan = crate::sweep::plan(&("word", |p| p.sync = 0b10));
+        (plan.timing.heartbeat, plan.timing.silence) = (NEVER * SECONDS, 4 * NEVER * SECONDS);
+        plan.faults = vec![(6, *fault), (14, *fault), (22, *fault)];
+        let mut world = World::planned(plan, Prng::new(seed), false);
+        if let Err(v) = world.run() {
+            panic!("{fault:?}, seed {seed}: {}: {}", v.invariant, v.text);
+        }
+        assert!(world.now < NEVER * SECONDS, "{fault:?}, seed {seed}: not before a heartbeat");
     }
 }

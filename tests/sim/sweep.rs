@@ -121,7 +121,8 @@ const SCENARIOS: [Scenario; 15] = [
     }),
 ];
 
-fn plan(scenario: &Scenario) -> Plan {
+/// The plan of a scenario: a small run without anything at random.
+pub fn plan(scenario: &Scenario) -> Plan {
     let mut plan = Plan {
         nodes: 2,
         volumes: vec![(0, 1 << 20, 4096)],
