@@ -48,6 +48,11 @@ class Node:
         self.start()
         wait_for("control socket", self.status)
 
+    def said(self):
+        """The end of its log."""
+        with open(f"{self.home}/log-{self.starts}", errors="replace") as f:
+            return f.read()[-400:].strip() or "its log is empty"
+
     def end(self):
         """Cleanly."""
         self.bench.children.end(self.process)
@@ -125,12 +130,16 @@ class Group:
         self.shadows.append(shadow)
 
     def __enter__(self):
-        self.primary.serve()
-        for shadow in self.shadows:
-            shadow.serve()
-        if self.device:
-            self.uri = self.primary.attach(self.device)
-        self.follow()
+        try:
+            self.primary.serve()
+            for shadow in self.shadows:
+                shadow.serve()
+            if self.device:
+                self.uri = self.primary.attach(self.device)
+            self.follow()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_):
@@ -149,7 +158,12 @@ class Group:
 
     def follow(self):
         """Waits until every shadow follows."""
-        wait_for("the shadows", lambda: all(s.status().get("state") == "UpToDate" for s in self.shadows), 60)
+        for shadow in self.shadows:
+            end = time.monotonic() + 60
+            while (told := shadow.status()).get("state") != "UpToDate":
+                if time.monotonic() > end:
+                    raise RuntimeError(f"a shadow does not follow: {told.get('state')}, {told.get('reason')}; {shadow.said()}; its primary: {self.primary.said()}")
+                time.sleep(0.02)
 
     def settle(self, seconds=240):
         """Waits until the shadows have applied everything, so that one row's backlog is not the next one's."""
