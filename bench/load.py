@@ -1,7 +1,7 @@
 """fio on a target, and what a row costs the processes that serve it: processor time, disk, wire, memory."""
 import json, os, re, subprocess, time
 
-PERCENTILES = "50:90:95:99:99.5:99.9:99.99"
+PERCENTILES = "1:5:10:20:30:40:50:60:70:80:90:95:98:99:99.5:99.9:99.99"
 TICK = os.sysconf("SC_CLK_TCK")
 
 
