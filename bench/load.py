@@ -1,5 +1,5 @@
 """fio on a target, and what a row costs the processes that serve it: processor time, disk, wire, memory."""
-import json, os, re, subprocess, time
+import json, os, re, subprocess, threading, time
 
 PERCENTILES = "1:5:10:20:30:40:50:60:70:80:90:95:98:99:99.5:99.9:99.99"
 TICK = os.sysconf("SC_CLK_TCK")
@@ -73,17 +73,29 @@ def wire(pid):
 
 
 class Meter:
-    """What some processes spend between its making and `stop`."""
+    """What some processes spend between its making and `stop`; `link`: the one whose connections are the wire."""
 
     def __init__(self, pids, link=None):
-        self.pids, self.link = list(pids), link
+        self.pids, self.link, self.most = list(pids), link, [(0, 0)] * len(pids)
         self.before, self.begun = self.now(), time.monotonic()
+        self.ended = threading.Event()
+        self.watcher = threading.Thread(target=self.watch, daemon=True)
+        self.watcher.start()
 
     def now(self):
-        return {"cpu": sum(map(cpu, self.pids)), "disk": sum(map(disk_written, self.pids)), "wire": wire(self.link) if self.link else 0}
+        return {"cpu": [cpu(pid) for pid in self.pids], "disk": [disk_written(pid) for pid in self.pids], "wire": [wire(self.link)] if self.link else []}
+
+    def watch(self):
+        """The most memory, looked at ten times a second."""
+        while True:
+            for i, pid in enumerate(self.pids):
+                self.most[i] = tuple(map(max, self.most[i], memory(pid)))
+            if self.ended.wait(0.1):
+                return
 
     def stop(self):
-        """A dictionary: cpu (s), disk (bytes), wire (bytes), seconds, anon and shared (bytes of the largest process)."""
-        spent = {key: value - self.before[key] for key, value in self.now().items()}
-        held = [memory(pid) for pid in self.pids]
-        return dict(spent, seconds=time.monotonic() - self.begun, anon=max((a for a, _ in held), default=0), shared=max((s for _, s in held), default=0))
+        """`cpu` (s) and `disk` (bytes) of each process, `wire` (bytes, or nothing), `anon` and `shared` at most, `seconds`."""
+        self.ended.set()
+        self.watcher.join()
+        spent = {key: [b - a for a, b in zip(self.before[key], values)] for key, values in self.now().items()}
+        return dict(spent, seconds=time.monotonic() - self.begun, anon=[a for a, _ in self.most], shared=[s for _, s in self.most])
