@@ -9,13 +9,6 @@ import load
 from lab import free_port, wait_for
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
-
-def number(text):
-    """Bytes in a size such as 512M."""
-    n, unit = re.fullmatch(r"(\d+)([KMGT]?)", text).groups()
-    return int(n) * UNITS[unit]
 
 
 class Node:
@@ -112,22 +105,30 @@ class Group:
         self.ring = tempfile.mkdtemp(prefix="volrep-bench-ring-", dir="/dev/shm")
         self.primary = Node(bench, f"{self.places[0]}/a", self.ring)
         port, more = free_port(), ["--journal-size", journal] if journal else []
-        sync = [w for i in range(sync) for w in ("--sync", f"db{i + 2}")]
+        # As on real machines each side knows where the other listens.
+        listens = [f"127.0.0.1:{free_port()}" for _ in range(shadows)]
+        sync = [w for i in range(sync) for w in ("--sync", f"db{i + 2}={listens[i]}")]
         self.primary.volrep("init", "g", "--volume", f"data={self.places[0]}/a/vol:{size}", "--node", "db1", "--listen", f"127.0.0.1:{port}",
                             *sync, *more)
         for pattern, line in settings:
             self.primary.configure(pattern, line)
         if rtt is not None:
             self.proxy = Proxy(bench, f"127.0.0.1:{port}", rtt)
-        for i in range(shadows):
-            self.join(i, more)
+        for i, address in enumerate(listens):
+            self.join(i, address, more)
 
-    def join(self, i, more):
+    def join(self, i, address, more):
         shadow = Node(self.bench, f"{self.places[1]}/b{i}", self.ring)
         token = self.primary.volrep("token", "g", "--peer", f"db{i + 2}")
         through = ["--from", self.proxy.address] if self.proxy else []
-        shadow.volrep("join", token, "--volume", f"data={shadow.home}/vol", "--node", f"db{i + 2}", "--listen", "none", *through, *more)
+        shadow.volrep("join", token, "--volume", f"data={shadow.home}/vol", "--node", f"db{i + 2}", "--listen", address, *through, *more)
         self.shadows.append(shadow)
+        path = f"{self.primary.home}/c/g.toml"
+        with open(path) as f:
+            known = f'name = "db{i + 2}"' in f.read()
+        if not known:
+            with open(path, "a") as f:
+                f.write(f'\n[[peer]]\nname = "db{i + 2}"\naddress = "{address}"\n')
 
     def __enter__(self):
         try:

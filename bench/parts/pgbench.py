@@ -38,7 +38,8 @@ class Subject:
         self.cluster.sql("checkpoint")
         if self.group:
             self.group.settle()
-        row = dict(meter.stop(), tps=tps, latencies=latencies, taken=self.cluster.taken() - taken)
+        spent = meter.stop()
+        row = {"tps": tps, "latencies": latencies, "taken": self.cluster.taken() - taken, **{key: sum(spent[key]) for key in ("cpu", "disk", "wire")}}
         if self.group:
             row["written"] = self.group.primary.status()["written_bytes"] - written
         self.rows.setdefault(clients, []).append(row)

@@ -61,7 +61,7 @@ def measured(bench, group, level):
                 result = load.fio(group.uri, options, seconds, size="1G")
                 spent = meter.stop()
                 proxy = (load.cpu(group.proxy.process.pid) - proxy) / spent["seconds"]
-                rows.setdefault((name, rtt), []).append((result, spent["wire"] / spent["seconds"], proxy))
+                rows.setdefault((name, rtt), []).append((result, spent["wire"][0] / spent["seconds"], proxy))
                 bench.keep(f"rtt-{level}", {"job": name, "rtt": rtt, "spent": spent, "fio": result.job})
     return rows
 
