@@ -21,6 +21,14 @@ PACKAGES = ("postgresql", "e2fsprogs", "mount")
 GROUP = "pgbench"
 
 
+def processors(group):
+    """Seconds that all processors have been idle, and worked for anything; that each of volrep's daemons took of it."""
+    with open("/proc/stat") as f:
+        ticks = [int(n) / load.TICK for n in f.readline().split()[1:9]]
+    idle = ticks[3] + ticks[4]
+    return [idle, sum(ticks) - idle, *(load.cpu(pid) for pid in (group.pids() if group else []))]
+
+
 class Subject:
     """A cluster on its device; `group` is volrep's, or None."""
 
@@ -34,12 +42,14 @@ class Subject:
             self.group.settle()
         taken, written = self.cluster.taken(), self.group and self.group.primary.status()["written_bytes"]
         meter = load.Meter(self.group.pids() if self.group else [], self.group and self.group.primary.process.pid)
+        before = processors(self.group)
         tps, latencies = self.cluster.pgbench(clients, seconds)
+        busy = [b - a for a, b in zip(before, processors(self.group))]
         self.cluster.sql("checkpoint")
         if self.group:
             self.group.settle()
         spent = meter.stop()
-        row = {"tps": tps, "latencies": latencies, "taken": self.cluster.taken() - taken, **{key: sum(spent[key]) for key in ("cpu", "disk", "wire")}}
+        row = {"tps": tps, "latencies": latencies, "taken": self.cluster.taken() - taken, "busy": busy, **{key: sum(spent[key]) for key in ("cpu", "disk", "wire")}}
         if self.group:
             row["written"] = self.group.primary.status()["written_bytes"] - written
         self.rows.setdefault(clients, []).append(row)
@@ -102,12 +112,23 @@ def report(bench, made, clients, seconds, scale):
             for q, label in (0.5, "p50"), (0.99, "p99"), (0.999, "p99.9"):
                 against = ("plain loop device", postgres.quantile(base, q)) if s is not plain else None
                 bench.figure(f"{GROUP}, {count} client{'s' * (count > 1)}, latency", f"{s.name}: {label}", postgres.quantile(pooled, q), "ms", against, None, command)
+    for s in made:
+        shares(bench, s, most)
     for s in made[1:]:
         costs(bench, s, most)
     bench.plot(GROUP, f"Transactions with {most} clients", "bar",
                {s.name: [("median", s.median(most, "tps"))] for s in made}, "", "transactions/s")
     bench.plot(GROUP, f"Latency of a transaction, {most} clients", "cdf", {s.name: postgres.curve(s.pooled(most)) for s in made}, "ms",
                "share of transactions", logx=True)
+
+
+def shares(bench, subject, clients):
+    """Where the processors' time went during pgbench: who has none left is bound by it."""
+    idle, worked, *daemons = map(sum, zip(*(row["busy"] for row in subject.rows[clients])))
+    percent = lambda part: part / (idle + worked) * 100
+    note = "".join(f"{node} {percent(part):.1f} %, " for node, part in zip(("primary", "shadow"), daemons))
+    note += f"database, pgbench and the kernel's own threads {percent(worked - sum(daemons)):.1f} %"
+    bench.figure(f"{GROUP}, processors", f"{subject.name}: idle", percent(idle), "%", None, None, None, note)
 
 
 def costs(bench, subject, clients):

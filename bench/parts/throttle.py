@@ -24,7 +24,7 @@ def run(bench):
 
 
 def saturated(bench):
-    seconds = bench.args.seconds * (2 if bench.args.quick else 4)
+    seconds = 2 if bench.args.quick else max(20, bench.args.seconds * 4)
     size = "2G"
     for block, depth in ("64k", 16), ("1M", 4):
         name, series = f"saturated, {block} QD{depth}", {}
