@@ -8,7 +8,7 @@ shadow's daemon running, and stopped (a primary that has heard of peers asks the
 
 *Shadows*: 1, 2 and 4, all with their files on tmpfs and all on this machine's processors, which is what limits them here.
 
-*Backlog*: the shadow is stopped and 1 GiB of records that don't compress is written, with no checkpoint meanwhile (`checkpoint_after = "1h"`): a
+*Backlog*: the shadow is stopped and 1 GiB of records that don't compress is written, with no checkpoint meanwhile (`checkpoint_after = "1h"`, a journal of more than twice that): a
 restart walks the journal from the checkpoint, so what lies before that costs nothing, and the row fails if a checkpoint has come. The primary is killed
 (SIGKILL), and started again: from the start of `volrep serve` until a block was read, and until one was written and flushed.
 """
@@ -136,7 +136,7 @@ def backlog(bench):
     held = "128M" if bench.args.quick else "1G"
     times = []
     for number in range(1 if bench.args.quick else bench.args.rounds):
-        with nodes.Group(bench, f"backlog{number}", "2G", journal=f"{(size_of(held) >> 20) + 512}M",
+        with nodes.Group(bench, f"backlog{number}", "2G", journal=f"{(size_of(held) >> 20) * 2 + 512}M",
                          settings=[("#checkpoint_after", 'checkpoint_after = "1h"')]) as group:
             times.append(crash(bench, group, held))
     read, written, used = (statistics.median(column) for column in zip(*times))
