@@ -5,7 +5,7 @@ A part is a module with a docstring (its method, shown on the page), `TITLE` and
 parts run in its order, then by name). It has scratch directories of its own, `bench.args.dir` on the disk and
 `bench.args.shadow_dir` on tmpfs, which are taken away after it with every process that `bench.children` started.
 """
-import contextlib, datetime, gzip, importlib.util, json, os, shutil, signal, statistics, sys, tempfile, time, traceback
+import contextlib, datetime, gzip, importlib.util, json, os, shutil, signal, statistics, subprocess, sys, tempfile, time, traceback, types
 
 import lab, machine, page
 
@@ -88,10 +88,20 @@ class Bench:
 
     def pair(self, name, on_disk=False, size="1G", **options):
         """A running primary and shadow (lab.Volrep); `on_disk`: the shadow's files beside the primary's, not on tmpfs."""
-        import types
         args = types.SimpleNamespace(volrep=self.args.volrep, dir=self.args.dir, size=size,
                                      shadow_dir=os.path.join(self.args.dir, "shadows") if on_disk else self.args.shadow_dir)
         return lab.Volrep(args, self.children, name, **options)
+
+    def script(self, command, limit=3600):
+        """Runs one of this directory's programs, which end what they start; an interruption ends them. The exit status."""
+        self.say(" ".join(command))
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+        try:
+            return child.wait(limit)
+        except BaseException:
+            os.killpg(child.pid, signal.SIGTERM)
+            child.wait(60)
+            raise
 
     @contextlib.contextmanager
     def piece(self, name):
