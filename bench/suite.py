@@ -180,7 +180,7 @@ def run(args, root):
     prepare(args, root, chosen)
     bench = Bench(args, root)
     bench.places[args.volrep] = "volrep"
-    bench.document["args"] = {key: getattr(args, key) for key in ("seconds", "rounds", "quick", "long")}
+    bench.document["args"] = {key: getattr(args, key) for key in ("seconds", "rounds", "quick", "long", "rows")}
     bench.document["args"]["parts"] = [part.NAME for part in chosen]
     bench.document["machine"] = machine.describe(args, root)
     for number in signal.SIGTERM, signal.SIGHUP:

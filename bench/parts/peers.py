@@ -5,6 +5,8 @@ real shadow has a disk of its own; "one disk" is the same with the shadow's jour
 "bare file" is io_uring with O_DIRECT, without NBD; "page cache" is pwrite and fdatasync. "qemu-nbd direct" is O_DIRECT through the same NBD client. "nbdkit memory" has no disk: it is
 what the client, the protocol and a copy allow. Buffers are half compressible. Every file was written once before. One subject at a time; before the next one begins, the
 shadow has applied everything, volrep's cache is empty, and what a peer left in the page cache is on the disk."""
+import re
+
 import load
 import targets
 from suite import Skip
@@ -52,6 +54,7 @@ ROWS = [
 # What a load costs: the loads, and who carries them.
 COSTS = [("8k randwrite + fsync, 1 writer", "--rw=randwrite --bs=8k --iodepth=1 {sync}"), ("4k randwrite QD32", "--rw=randwrite --bs=4k --iodepth=32"),
          ("1M sequential write QD4", "--rw=write --bs=1M --iodepth=4")]
+COST = "What a byte costs"
 CARRIERS = ["volrep", "volrep durable", "volrep, one disk", "nbdkit file", "qemu-nbd direct"]
 
 
@@ -136,8 +139,7 @@ def tell(bench, row, results):
 
 def cost(bench, subjects):
     """Processor time, wire, bytes on disks and memory for what a user wrote, until it is in both backings."""
-    group = "What a byte costs"
-    bars = {"processor": {}, "wire": {}, "disk": {}}
+    group, bars = COST, {"processor": {}, "wire": {}, "disk": {}}
     for load_name, options in COSTS:
         spent = {}
         for name in CARRIERS:
@@ -179,11 +181,13 @@ def run(bench):
     ratios = {}
     try:
         for row in ROWS:
-            if row.quick or not bench.args.quick:
+            if (row.quick or not bench.args.quick) and re.search(bench.args.rows, row.name):
                 for name, ratio in tell(bench, row, measure(bench, subjects, row)).items():
                     if name in MAIN[:5]:
                         ratios.setdefault(name, []).append((row.name, ratio))
-        bench.plot("All rows", "Ratio to the bare file (of the burst: to nbdkit memory)", "bar", ratios, "", "ratio")
-        cost(bench, subjects)
+        if ratios:
+            bench.plot("All rows", "Ratio to the bare file (of the burst: to nbdkit memory)", "bar", ratios, "", "ratio")
+        if re.search(bench.args.rows, COST):
+            cost(bench, subjects)
     finally:
         subjects.end()
