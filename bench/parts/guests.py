@@ -1,6 +1,8 @@
-"""volrep beside DRBD 8.4, in one pair of emulated machines with Debian's kernel 6.12: fio on the bare virtio disk, on ublk that hands everything on, on volrep asynchronous and
-DRBD protocol A, on volrep durable and DRBD protocol C. bench/guests does it; bench/README.md tells DRBD's settings, what is the same for all, and what is not. Software
-emulation: hashing and compression cost many times what they cost on a real processor, DRBD does neither, so these ratios are a lower bound."""
+"""volrep beside DRBD 8.4, in one pair of emulated machines with Debian's kernel 6.12: fio on the bare virtio disk, on
+ublk that hands everything on, on volrep asynchronous and DRBD protocol A, on volrep durable and DRBD protocol C.
+bench/guests does it; bench/README.md tells DRBD's settings, what is the same for all, and what is not. Software
+emulation: hashing and compression cost many times what they cost on a real processor, DRBD does neither, so these
+ratios are a lower bound."""
 import json, os, shutil
 
 from suite import Skip

@@ -1,10 +1,14 @@
-"""fio through volrep's NBD front end, replicating to a live shadow, beside other NBD servers, a loop device and the bare file. "volrep" is asynchronous (ack level
-local), "volrep durable" has its shadow in the sync set. Both nodes, fio and the peers share this machine's processors. The shadow's files lie on tmpfs, because a
-real shadow has a disk of its own; "one disk" is the same with the shadow's journal and backing beside the primary's.
+"""fio through volrep's NBD front end, replicating to a live shadow, beside other NBD servers, a loop device and the
+bare file. "volrep" is asynchronous (ack level local), "volrep durable" has its shadow in the sync set. Both nodes,
+fio and the peers share this machine's processors. The shadow's files lie on tmpfs, because a real shadow has a disk
+of its own; "one disk" is the same with the shadow's journal and backing beside the primary's.
 
-"bare file" is io_uring with O_DIRECT, without NBD; "page cache" is pwrite and fdatasync. "qemu-nbd direct" is O_DIRECT through the same NBD client. "nbdkit memory" has no disk: it is
-what the client, the protocol and a copy allow. Buffers are half compressible. Every file was written once before. One subject at a time; before the next one begins, the
-shadow has applied everything, volrep's cache is empty, and what a peer left in the page cache is on the disk."""
+"bare file" is io_uring with O_DIRECT, without NBD; "page cache" is pwrite and fdatasync. "qemu-nbd direct" is
+O_DIRECT through the same NBD client. "nbdkit memory" has no disk: it is what the client, the protocol and a copy
+allow: a commit is two round trips there, a WRITE and a FLUSH. An aim that speaks of the bare file or disk is told
+against it and, because NBD alone may take more than the aim leaves, against the same thing through the same client.
+Buffers are half compressible. Every file was written once before. One subject at a time; before the next one begins,
+the shadow has applied everything, volrep's cache is empty, and what a peer left in the page cache is on the disk."""
 import re
 
 import load
@@ -15,7 +19,7 @@ TITLE = "Beside NBD servers, loop and the bare file"
 ORDER = 20
 
 MAIN = ["volrep", "volrep durable", "nbdkit file", "qemu-nbd", "qemu-nbd direct", "bare file"]
-FSYNC = MAIN + ["volrep, one disk", "volrep durable, one disk", "bare file, page cache", "loop device"]
+FSYNC = MAIN + ["volrep, one disk", "volrep durable, one disk", "bare file, page cache", "loop device", "nbdkit memory"]
 BEST = "bare file, the faster way"
 BURST, BURSTS = "32M", 5
 
@@ -41,8 +45,8 @@ ROWS = [
         ["volrep", "volrep durable", "volrep, one disk", "nbdkit file", "qemu-nbd", "nbdkit memory"], [("nbdkit file", 0.8)], burst=True, quick=True),
     Row("4k randwrite QD32, sustained", "--rw=randwrite --bs=4k --iodepth=32", MAIN + ["volrep, one disk", "nbdkit memory", "loop device"],
         [("bare file", 0.8), ("qemu-nbd direct", 0.8), ("nbdkit file", None)], ramp=2, quick=True),
-    Row("8k randwrite + fsync, 1 writer", "--rw=randwrite --bs=8k --iodepth=1 {sync}", FSYNC, [(BEST, 1.0), ("nbdkit file", None)], quick=True),
-    Row("8k randwrite + fsync, 16 writers", "--rw=randwrite --bs=8k --iodepth=1 --numjobs=16 {sync}", FSYNC, [(BEST, 1.5), ("nbdkit file", None)]),
+    Row("8k randwrite + fsync, 1 writer", "--rw=randwrite --bs=8k --iodepth=1 {sync}", FSYNC, [(BEST, 1.0), ("nbdkit file", 1.0)], quick=True),
+    Row("8k randwrite + fsync, 16 writers", "--rw=randwrite --bs=8k --iodepth=1 --numjobs=16 {sync}", FSYNC, [(BEST, 1.5), ("nbdkit file", 1.5)]),
     Row("70/30 4k read/write QD16", "--rw=randrw --rwmixread=70 --bs=4k --iodepth=16", MAIN, [("qemu-nbd direct", None)]),
     Row("4k randread QD1", "--rw=randread --bs=4k --iodepth=1", MAIN + ["nbdkit memory"], [("bare file", 0.9), ("qemu-nbd direct", 0.9)]),
     Row("4k randread QD32", "--rw=randread --bs=4k --iodepth=32", MAIN + ["nbdkit memory"], [("bare file", 0.9), ("qemu-nbd direct", 0.9)]),

@@ -1,6 +1,7 @@
-"""`volrep refresh` of a PostgreSQL volume of which a share of the pages was changed behind the shadow's back, beside rsync (--inplace --no-whole-file) and beside copying
-everything (dd, nbdcopy; both with a flush at the end). Both nodes, and both of rsync's processes, share this machine's processors and its one disk; a copy over a
-network that is slower than this loopback would fall back by as much as it sends more. bench/refresh does it, and tells more."""
+"""`volrep refresh` of a PostgreSQL volume of which a share of the pages was changed behind the shadow's back, beside
+rsync (--inplace --no-whole-file) and beside copying everything (dd, nbdcopy; both with a flush at the end). Both
+nodes, and both of rsync's processes, share this machine's processors and its one disk; a copy over a network that is
+slower than this loopback would fall back by as much as it sends more. bench/refresh does it, and tells more."""
 import json, os
 
 from suite import Skip
