@@ -124,10 +124,21 @@ class Bench:
             setattr(self.args, key, path)
         try:
             yield
+        except BaseException:
+            self.logs(made)
+            raise
         finally:
             self.children.stop()
             for path in made + [f"/dev/shm/{os.path.basename(made[0])}"]:
                 shutil.rmtree(path, True)
+
+    def logs(self, places):
+        """The last lines of what the nodes said, for who wants to know why a part did not end."""
+        for place in places:
+            for at, _, names in os.walk(place):
+                if "log" in names and os.path.getsize(os.path.join(at, "log")):
+                    with open(os.path.join(at, "log"), errors="replace") as f:
+                        self.say(f"{at}/log:\n" + "".join(f.readlines()[-20:]))
 
     def one(self, module):
         """Runs a part; a defect in it is told, and is not the end of the others."""
@@ -158,7 +169,7 @@ class Bench:
         os.makedirs(self.args.out, exist_ok=True)
         path = os.path.join(self.args.out, self.args.stamp)
         with open(f"{path}.json", "w") as f:
-            json.dump(self.document, f, indent=1)
+            json.dump(self.document, f, separators=(",", ":"))
         with gzip.open(f"{path}.raw.json.gz", "wt", compresslevel=9) as f:
             f.write(self.plain(json.dumps(self.raw)))
         return [page.render(f"{path}.json"), f"{path}.json", f"{path}.raw.json.gz"]

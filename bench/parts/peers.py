@@ -92,9 +92,8 @@ class Subjects:
             subject.end()
 
 
-def measure(bench, subjects, row):
-    """All rounds of a row: {subject: [Result]}."""
-    results = {}
+def measure(bench, subjects, row, results):
+    """All rounds of a row into {subject: [Result]}."""
     for _ in range(bench.args.rounds):
         for name in row.subjects:
             subject = subjects.get(name)
@@ -106,7 +105,6 @@ def measure(bench, subjects, row):
                 subject.settle()
                 bench.keep(f"{row.name}: {name}", result.job)
                 results.setdefault(name, []).append(result)
-    return results
 
 
 def told(percentiles, of):
@@ -138,7 +136,7 @@ def tell(bench, row, results):
     curve = lambda run: [(us, p / 100) for p, us in sorted(row.latency(run).items())]
     bench.plot(row.name, "Latency of an fsync" if "{sync}" in row.options else "Latency of a request", "cdf",
                {name: curve(runs[-1]) for name, runs in results.items()}, "µs", "share", logx=True)
-    return {name: value[name] / value[base] for name in results if base in value}
+    return {name: value[name] / value[base] for name in results} if base in value else {}
 
 
 def cost(bench, subjects):
@@ -186,9 +184,13 @@ def run(bench):
     try:
         for row in ROWS:
             if (row.quick or not bench.args.quick) and re.search(bench.args.rows, row.name):
-                for name, ratio in tell(bench, row, measure(bench, subjects, row)).items():
-                    if name in MAIN[:5]:
-                        ratios.setdefault(name, []).append((row.name, ratio))
+                results = {}
+                try:
+                    measure(bench, subjects, row, results)
+                finally:  # an interrupted row is told with the rounds that there are
+                    for name, ratio in tell(bench, row, results).items() if results else ():
+                        if name in MAIN[:5]:
+                            ratios.setdefault(name, []).append((row.name, ratio))
         if ratios:
             bench.plot("All rows", "Ratio to the bare file (of the burst: to nbdkit memory)", "bar", ratios, "", "ratio")
         if re.search(bench.args.rows, COST):
