@@ -20,6 +20,7 @@ class Children:
     def __init__(self):
         self.list = []
         atexit.register(self.stop)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
     def start(self, *args, env=None, log=None):
         out = open(log, "wb") if log else subprocess.DEVNULL

@@ -32,11 +32,27 @@ def fio(target, options, seconds=None, size=None, more=()):
     command = ["fio", "--name=row", *where, *timed, *([f"--size={size}"] if size else []), "--randrepeat=0", "--refill_buffers",
                "--buffer_compress_percentage=50", "--group_reporting", f"--percentile_list={PERCENTILES}", "--output-format=json",
                *options.split(), *more]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=(seconds or 0) * 4 + 300)
-    if done.returncode or "{" not in done.stdout:
-        raise RuntimeError(f"{' '.join(command)}: status {done.returncode}: {(done.stderr or done.stdout)[-600:]}")
-    document = json.loads(done.stdout[done.stdout.index("{"):])
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        try:
+            out, err = child.communicate(timeout=seconds * 4 + 60 if seconds else 300)
+        except subprocess.TimeoutExpired:
+            where = stuck()
+            child.kill()
+            raise RuntimeError(f"{' '.join(command)}: hangs\n{where}") from None
+        except BaseException:
+            child.kill()
+            raise
+    if child.returncode or "{" not in out:
+        raise RuntimeError(f"{' '.join(command)}: status {child.returncode}: {(err or out)[-600:]}")
+    document = json.loads(out[out.index("{"):])
     return Result(document["jobs"][0], " ".join(command))
+
+
+def stuck():
+    """Where a fio that does not end is, and what its sockets hold: a hang is a defect of somebody."""
+    said = lambda *words: subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+    lines = [line for line in said("ss", "-xnp").splitlines() if "fio" in line or "nbd" in line]
+    return said("ps", "-eLo", "pid,tid,stat,wchan:32,time,comm") + "\n".join(lines)
 
 
 def cpu(pid):

@@ -8,7 +8,7 @@ STYLE = """
 @media(prefers-color-scheme:dark){:root{--ink:#e2e7ee;--soft:#9aa6b5;--rule:#323b48;--ground:#12171e;--card:#1a212b;--good:#55c488;--bad:#ff8a80}}
 body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--ground);max-width:1080px;margin:0 auto;padding:24px 16px 80px}
 h1{font-size:26px;margin:0 0 4px}h2{font-size:21px;margin:44px 0 6px;border-top:1px solid var(--rule);padding-top:22px}h3{font-size:17px;margin:28px 0 6px}
-p.about{color:var(--soft);white-space:pre-line;max-width:80ch}table{border-collapse:collapse;width:100%;margin:8px 0;font-size:14px}
+p.about{color:var(--soft);max-width:85ch}table{border-collapse:collapse;width:100%;margin:8px 0;font-size:14px}
 th,td{padding:4px 10px;border-bottom:1px solid var(--rule);text-align:left;vertical-align:top}th{color:var(--soft);font-weight:600}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}.reached{color:var(--good);font-weight:600}.missed{color:var(--bad);font-weight:600}
 .note{color:var(--soft);font-size:13px}.wide{overflow-x:auto}figure{margin:14px 0;background:var(--card);border:1px solid var(--rule);border-radius:8px;padding:12px}
@@ -90,7 +90,8 @@ def group(document, part, name):
 
 def section(document, part):
     names = [x["group"] for x in document["figures"] + document["plots"] if x["part"] == part["name"]]
-    out = [f'<h2 id="{esc(part["name"])}">{esc(part["title"])}</h2><p class="about">{esc(part["about"])}</p>']
+    out = [f'<h2 id="{esc(part["name"])}">{esc(part["title"])}</h2>']
+    out += [f'<p class="about">{esc(text)}</p>' for text in part["about"].split("\n\n")]
     if part["failed"]:
         out.append(f'<p class="missed">This part did not end: {esc(part["failed"])}</p>')
     out += [f'<p class="note">skipped: {esc(why)}</p>' for why in part.get("skipped", [])]

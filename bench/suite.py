@@ -5,7 +5,7 @@ A part is a module with a docstring (its method, shown on the page), `TITLE` and
 parts run in its order, then by name). It has scratch directories of its own, `bench.args.dir` on the disk and
 `bench.args.shadow_dir` on tmpfs, which are taken away after it with every process that `bench.children` started.
 """
-import contextlib, datetime, gzip, importlib.util, json, os, shutil, signal, statistics, sys, tempfile, time, traceback
+import contextlib, datetime, gzip, importlib.util, json, os, shutil, signal, statistics, subprocess, sys, tempfile, time, traceback, types
 
 import lab, machine, page
 
@@ -88,10 +88,20 @@ class Bench:
 
     def pair(self, name, on_disk=False, size="1G", **options):
         """A running primary and shadow (lab.Volrep); `on_disk`: the shadow's files beside the primary's, not on tmpfs."""
-        import types
         args = types.SimpleNamespace(volrep=self.args.volrep, dir=self.args.dir, size=size,
                                      shadow_dir=os.path.join(self.args.dir, "shadows") if on_disk else self.args.shadow_dir)
         return lab.Volrep(args, self.children, name, **options)
+
+    def script(self, command, limit=3600):
+        """Runs one of this directory's programs, which end what they start; an interruption ends them. The exit status."""
+        self.say(" ".join(command))
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+        try:
+            return child.wait(limit)
+        except BaseException:
+            os.killpg(child.pid, signal.SIGTERM)
+            child.wait(60)
+            raise
 
     @contextlib.contextmanager
     def piece(self, name):
@@ -114,10 +124,21 @@ class Bench:
             setattr(self.args, key, path)
         try:
             yield
+        except BaseException:
+            self.logs(made)
+            raise
         finally:
             self.children.stop()
             for path in made + [f"/dev/shm/{os.path.basename(made[0])}"]:
                 shutil.rmtree(path, True)
+
+    def logs(self, places):
+        """The last lines of what the nodes said, for who wants to know why a part did not end."""
+        for place in places:
+            for at, _, names in os.walk(place):
+                if "log" in names and os.path.getsize(os.path.join(at, "log")):
+                    with open(os.path.join(at, "log"), errors="replace") as f:
+                        self.say(f"{at}/log:\n" + "".join(f.readlines()[-20:]))
 
     def one(self, module):
         """Runs a part; a defect in it is told, and is not the end of the others."""
@@ -148,7 +169,7 @@ class Bench:
         os.makedirs(self.args.out, exist_ok=True)
         path = os.path.join(self.args.out, self.args.stamp)
         with open(f"{path}.json", "w") as f:
-            json.dump(self.document, f, indent=1)
+            json.dump(self.document, f, separators=(",", ":"))
         with gzip.open(f"{path}.raw.json.gz", "wt", compresslevel=9) as f:
             f.write(self.plain(json.dumps(self.raw)))
         return [page.render(f"{path}.json"), f"{path}.json", f"{path}.raw.json.gz"]
@@ -170,7 +191,7 @@ def run(args, root):
     prepare(args, root, chosen)
     bench = Bench(args, root)
     bench.places[args.volrep] = "volrep"
-    bench.document["args"] = {key: getattr(args, key) for key in ("seconds", "rounds", "quick", "long")}
+    bench.document["args"] = {key: getattr(args, key) for key in ("seconds", "rounds", "quick", "long", "rows")}
     bench.document["args"]["parts"] = [part.NAME for part in chosen]
     bench.document["machine"] = machine.describe(args, root)
     for number in signal.SIGTERM, signal.SIGHUP:

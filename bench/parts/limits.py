@@ -1,7 +1,9 @@
-"""What the machine can do at all: the disk below the files, memory, compression, hashing, loopback TCP. The other parts' figures can't pass these.
+"""What the machine can do at all: the disk below the files, memory, compression, hashing, loopback TCP. The other
+parts' figures can't pass these.
 
-The disk: fio, io_uring, O_DIRECT, on one file that was written before. zstd and BLAKE3 take data like fio's in the other parts, which compress to half, in
-memory, on one core. memcpy is one of 64 MiB, so it is memory's speed and not a cache's."""
+The disk: fio, io_uring, O_DIRECT, on one file that was written before. zstd and BLAKE3 take data like fio's in the
+other parts, which compress to half, in memory, on one core. memcpy is one of 64 MiB, so it is memory's speed and not
+a cache's."""
 import json, os, re, shutil, subprocess, time
 
 import load
