@@ -102,7 +102,9 @@ class Group:
     def __init__(self, bench, name, size="1G", shadows=1, sync=0, device="nbd-socket", on_disk=False, journal=None, rtt=None, settings=()):
         self.bench, self.name, self.device, self.proxy, self.shadows, self.uri = bench, name, device, None, [], None
         self.places = [f"{bench.args.dir}/{name}", f"{bench.args.dir if on_disk else bench.args.shadow_dir}/{name}-shadows"]
-        self.ring = tempfile.mkdtemp(prefix="volrep-bench-ring-", dir="/dev/shm")
+        # Below the directory that the suite takes away after each part, whatever became of it.
+        self.ring = f"/dev/shm/{os.path.basename(bench.args.dir)}/{name}"
+        os.makedirs(self.ring, mode=0o700)
         self.primary = Node(bench, f"{self.places[0]}/a", self.ring)
         port, more = free_port(), ["--journal-size", journal] if journal else []
         # As on real machines each side knows where the other listens.
