@@ -1,5 +1,11 @@
 """What the benchmarks share: processes that end with the run, and a primary with its shadow."""
-import atexit, json, os, shutil, signal, socket, subprocess, sys, time
+import atexit, json, os, re, shutil, signal, socket, subprocess, sys, time
+
+
+def size_of(text):
+    """Bytes of `8G`, `64k`, `1M`."""
+    n, unit = re.fullmatch(r"(\d+)([kKMGT]?)", text).groups()
+    return int(n) << {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}[unit.upper()]
 
 
 def free_port():
@@ -14,6 +20,7 @@ class Children:
     def __init__(self):
         self.list = []
         atexit.register(self.stop)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
     def start(self, *args, env=None, log=None):
         out = open(log, "wb") if log else subprocess.DEVNULL
