@@ -34,11 +34,7 @@ def fio(target, options, seconds=None, size=None, more=()):
                *options.split(), *more]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
         try:
-            out, err = child.communicate(timeout=seconds * 4 + 60 if seconds else 300)
-        except subprocess.TimeoutExpired:
-            where = stuck()
-            child.kill()
-            raise RuntimeError(f"{' '.join(command)}: hangs\n{where}") from None
+            out, err = ended(child, seconds * 4 + 60 if seconds else 300)
         except BaseException:
             child.kill()
             raise
@@ -48,8 +44,18 @@ def fio(target, options, seconds=None, size=None, more=()):
     return Result(document["jobs"][0], " ".join(command))
 
 
-def stuck():
-    """Where a fio that does not end is, and what its sockets hold: a hang is a defect of somebody."""
+def ended(child, limit):
+    """Its output and errors; RuntimeError with what can be seen of it, if it hangs."""
+    for grace in (limit, 10):  # all of this may have been suspended for a while, and be on its way again
+        try:
+            return child.communicate(timeout=grace)
+        except subprocess.TimeoutExpired:
+            pass
+    raise RuntimeError(f"{' '.join(child.args)}: hangs\n{threads_and_sockets()}")
+
+
+def threads_and_sockets():
+    """Where every process stands, and what the sockets of NBD hold: a hang is somebody's defect."""
     said = lambda *words: subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
     lines = [line for line in said("ss", "-xnp").splitlines() if "fio" in line or "nbd" in line]
     return said("ps", "-eLo", "pid,tid,stat,wchan:32,time,comm") + "\n".join(lines)
@@ -69,10 +75,13 @@ def disk_written(pid):
 
 
 def memory(pid):
-    """Bytes of anonymous memory now, and of shared (the ring of the write cache)."""
-    with open(f"/proc/{pid}/status") as f:
-        text = f.read()
-    part = lambda name: int(re.search(rf"{name}:\s+(\d+)", text).group(1)) * 1024
+    """Bytes of anonymous memory now, and of shared (the ring of the write cache); nothing of a process that has ended."""
+    try:
+        with open(f"/proc/{pid}/status") as f:
+            text = f.read()
+    except OSError:
+        text = ""
+    part = lambda name: sum(map(int, re.findall(rf"{name}:\s+(\d+)", text))) * 1024
     return part("RssAnon"), part("RssShmem")
 
 

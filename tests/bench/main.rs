@@ -23,7 +23,8 @@ fn files(dir: &str) -> Vec<PathBuf> {
 
 fn python(path: &Path) -> bool {
     let text = fs::read_to_string(path).unwrap_or_default();
-    path.extension().is_some_and(|e| e == "py") || text.lines().next().is_some_and(|l| l.starts_with("#!") && l.contains("python"))
+    path.extension().is_some_and(|e| e == "py")
+        || text.lines().next().is_some_and(|l| l.starts_with("#!") && l.contains("python"))
 }
 
 #[test]
@@ -34,7 +35,10 @@ fn every_part_is_listed() {
     for part in files("bench/parts").iter().filter(|p| python(p)) {
         let name = part.file_stem().expect("a name").to_string_lossy();
         let words = |l: &str| l.split_whitespace().next().map(String::from);
-        assert!(listed.lines().any(|l| words(l).as_deref() == Some(&*name)), "{name} is not listed:\n{listed}");
+        assert!(
+            listed.lines().any(|l| words(l).as_deref() == Some(&*name)),
+            "{name} is not listed:\n{listed}"
+        );
     }
 }
 
@@ -49,10 +53,16 @@ fn a_part_that_is_not_there_is_named() {
 #[test]
 fn every_program_compiles() {
     let dirs = ["bench", "bench/parts", "bench/guest"];
-    let programs: Vec<PathBuf> = dirs.iter().flat_map(|d| files(d)).chain([root().join("tools/bench")]).filter(|p| python(p)).collect();
+    let programs: Vec<PathBuf> = dirs
+        .iter()
+        .flat_map(|d| files(d))
+        .chain([root().join("tools/bench")])
+        .filter(|p| python(p))
+        .collect();
     assert!(programs.len() > 8, "{programs:?}");
     let check = "import ast, sys\nfor path in sys.argv[1:]:\n    ast.parse(open(path).read(), path)";
-    let done = Command::new("/usr/bin/python3").arg("-c").arg(check).args(&programs).output().expect("python3");
+    let done =
+        Command::new("/usr/bin/python3").arg("-c").arg(check).args(&programs).output().expect("python3");
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
 }
 
@@ -70,7 +80,16 @@ fn render(result: &Path) -> String {
 fn a_result_becomes_one_page_that_needs_nothing_else() {
     let page = render(&root().join("tests/bench/result.json"));
     assert_eq!(page.matches("<svg").count(), 3, "a bar, a line and a cdf plot");
-    for wanted in ["1 of 2 aims reached, 1 not measured", "0.50×", "≥ 1×", ">missed<", ">reached<", "interrupted", "no such device", "x&lt;y"] {
+    for wanted in [
+        "1 of 2 aims reached, 1 not measured",
+        "0.50×",
+        "≥ 1×",
+        ">missed<",
+        ">reached<",
+        "interrupted",
+        "no such device",
+        "x&lt;y",
+    ] {
         assert!(page.contains(wanted), "{wanted} is not on the page:\n{page}");
     }
     for outside in ["http:", "https:", "src=", "@import", "<link", "<script", "nan"] {
