@@ -6,9 +6,9 @@
 
 use super::event::LinkId;
 use super::links::LinkState;
+use super::rebase::anchor;
 use super::run::Run;
 use crate::format::message::{Cause, MAX_CANDIDATES, Message, Verdict};
-use crate::format::superblock::Anchor;
 use crate::journal::Tail;
 use crate::journal::maps::joined;
 use crate::units::{HistoryPoint, Lsn};
@@ -82,11 +82,10 @@ impl Run {
                 self.send(id, Message::Candidates { extents: extents.to_vec() });
             }
         }
-        let Tail { point, generation, last_write, time, .. } = at;
         let members = self.meta.sb.sync_set.clone();
-        let at = Anchor { point, generation, last_write, time };
-        self.send(id, Message::Rebase { at, since, members });
-        self.set_state(id, LinkState::Welcomed { at: point.lsn });
+        let told = anchor(&at, self.journal.tail().time);
+        self.send(id, Message::Rebase { at: told, since, members });
+        self.set_state(id, LinkState::Welcomed { at: at.point.lsn });
         self.set_peer(id, "Resyncing", None);
         if let Some(peer) = self.links.peer_of(id) {
             peer.resyncing = true;

@@ -489,7 +489,7 @@ impl Run {
 }
 
 /// A tail, as the superblock keeps it. Nothing applied since the start: `time` is as late as its own.
-fn anchor(tail: &Tail, time: u64) -> Anchor {
+pub(super) fn anchor(tail: &Tail, time: u64) -> Anchor {
     let Tail { point, generation, last_write, time: own, .. } = *tail;
     Anchor { point, generation, last_write, time: if own > 0 { own } else { time } }
 }
