@@ -10,13 +10,14 @@ shadow's daemon running, and stopped (a primary that has heard of peers asks the
 
 *Backlog*: the shadow is stopped and 1 GiB of records that don't compress is written, with no checkpoint meanwhile (`checkpoint_after = "1h"`, a journal of more than twice that, and no faster than the write cache empties, since a full one asks
 for a checkpoint): a
-restart walks the journal from the checkpoint, so what lies before that costs nothing, and the row fails if a checkpoint has come. The primary is killed
+restart walks the journal from the checkpoint, so what lies before that costs nothing, and the row is left out if a checkpoint has come. The primary is killed
 (SIGKILL), and started again: from the start of `volrep serve` until a block was read, and until one was written and flushed.
 """
 import os, statistics, subprocess, time
 
 import load, nodes
 from lab import size_of, wait_for
+from suite import Skip
 
 TITLE = "Growth: volume, shadows, backlog"
 ORDER = 46
@@ -26,7 +27,8 @@ SIZES = ("1G", "16G", "128G", "1T")
 def run(bench):
     volumes(bench)
     shadows(bench)
-    backlog(bench)
+    with bench.piece("backlog"):
+        backlog(bench)
 
 
 def volumes(bench):
@@ -156,7 +158,7 @@ def crash(bench, group, held):
     after = primary.status()
     used = after["record_bytes"] - before["record_bytes"]
     if after["checkpoint_lsn"] > before["tail_lsn"] or used < size_of(held):
-        raise RuntimeError(f"not the backlog that was meant: {used} bytes, checkpoint {after['checkpoint_lsn']} after LSN {before['tail_lsn']}")
+        raise Skip(f"a checkpoint has come (LSN {after['checkpoint_lsn']} of {after['tail_lsn']}): the disk was too slow for 100 MiB/s, and a full write cache asks for one")
     primary.kill()
     begun = time.monotonic()
     primary.start()
