@@ -19,6 +19,7 @@ mod faults;
 mod fence;
 mod history;
 mod late;
+mod lone;
 mod marks;
 mod memory;
 mod minimise;
@@ -172,7 +173,7 @@ fn report(seed: u64, ran: Ran, failure: Violation, args: &Args) {
 }
 
 fn models() -> (u64, u64) {
-    let checks: [(&str, fn()); 8] = [
+    let checks: [(&str, fn()); 9] = [
         ("content", content::check),
         ("disk", disk::check),
         ("memory", memory::check),
@@ -181,6 +182,7 @@ fn models() -> (u64, u64) {
         ("net", net::check),
         ("sparse", sparse::check),
         ("journal", bare_journal::check),
+        ("lone", lone::check),
     ];
     let failed = checks.iter().filter(|(name, check)| {
         let bad = catch_unwind(check).is_err();
