@@ -71,6 +71,37 @@ fn every_planted_bug_was_found() {
     }
 }
 
+/// Whether a file below this directory has a function of that name.
+fn is_there(dir: &Path, function: &str) -> bool {
+    let entries = fs::read_dir(dir).unwrap().flatten().map(|e| e.path());
+    let holds = |file: &Path| {
+        let text = file.extension().filter(|e| *e == "rs").map(|_| fs::read_to_string(file).unwrap());
+        text.is_some_and(|t| t.contains(&format!("fn {function}(")))
+    };
+    entries.into_iter().any(|at| if at.is_dir() { is_there(&at, function) } else { holds(&at) })
+}
+
+/// What is named in the simulator's list of seeds, and is not there.
+fn unkept(list: &str, root: &Path) -> Vec<String> {
+    let patches: Vec<_> = patches().into_iter().map(|(name, _)| name).collect();
+    let kept = list.lines().filter(|l| !l.starts_with('#')).filter_map(|l| l.split(' ').nth(2));
+    let there = |what: &str| match what.split_once(':') {
+        Some(("bank", number)) => patches.iter().any(|name| name.starts_with(&format!("{number}-"))),
+        Some(("test", name)) => ["src", "tests"].iter().any(|dir| is_there(&root.join(dir), name)),
+        _ => true,
+    };
+    kept.flat_map(|k| k.split(',')).filter(|k| !there(k)).map(str::to_owned).collect()
+}
+
+#[test]
+fn what_keeps_the_simulators_findings_is_there() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let list = fs::read_to_string(root.join("tests/sim/regressions.txt")).unwrap();
+    assert_eq!(unkept(&list, root), Vec::<String>::new());
+    let wrong = ["no", "such"].join("_");
+    assert_eq!(unkept(&format!("5 abcdef0 bank:00,test:{wrong},seed what it found"), root).len(), 2);
+}
+
 /// The cells of a row of a table, of which some have a `\\|` in them.
 fn cells(line: &str) -> Vec<String> {
     let line = line.replace("\\|", "\0");

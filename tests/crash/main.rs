@@ -2,7 +2,8 @@
 //! place in that record the power is cut once more.
 //!
 //! `cargo test --profile checked --test crash -- --trace NAME --images N --seed S --workers W`; `--program PATH` has
-//! another build of volrep tried, such as one with a bug in it; VOLREP_LONG=1 is the long form.
+//! another build of volrep tried, such as one with a bug in it; VOLREP_LONG=1 is the long form. `--record` adds what was
+//! run to RESULTS.md.
 //!
 //! The files of both nodes lie on a file system of the test's own (FUSE) that notes every write, sync, zeroing and
 //! change of names, below the real daemons. A crash image holds what a sync had made durable, and of the rest
@@ -35,6 +36,7 @@ mod prefix;
 #[path = "../sim/prng.rs"]
 mod prng;
 mod recorder;
+mod results;
 mod stage;
 mod traces;
 mod writes;
@@ -62,11 +64,12 @@ struct Args {
     seed: u64,
     workers: usize,
     long: bool,
+    record: bool,
 }
 
 fn arguments() -> Args {
     let long = std::env::var_os("VOLREP_LONG").is_some_and(|v| v != "0");
-    let mut args = Args { traces: Vec::new(), images: None, seed: 1, workers: 2, long };
+    let mut args = Args { traces: Vec::new(), images: None, seed: 1, workers: 2, long, record: false };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
         let mut number = || words.next().and_then(|n| n.parse().ok()).expect("a number follows");
@@ -76,6 +79,7 @@ fn arguments() -> Args {
             "--seed" => args.seed = number(),
             "--program" => stage::use_program(words.next().expect("a path follows").into()),
             "--workers" => args.workers = number() as usize,
+            "--record" => args.record = true,
             // Of the harness that this is not.
             "--show-output" | "--nocapture" => {}
             other => panic!("{other} is not understood: see the module's documentation"),
@@ -239,6 +243,10 @@ fn try_trace(name: &str, root: &Path, args: &Args, (round, rounds): (u64, u64)) 
     let laps = laps.iter().map(each).collect::<Vec<_>>().join(", ");
     println!("{name}: {images} images in {took:.1} s (ms each: {laps}), {} wrong", wrong.len());
     wrong.iter().for_each(|w| println!("FAILED {w}"));
+    if args.record {
+        let database = matches!(trace.content, Content::Postgres);
+        results::add(name, args.seed + round, images, database, wrong.len());
+    }
     wrong.is_empty()
 }
 

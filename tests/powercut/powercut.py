@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -40,6 +41,7 @@ def arguments():
     parser.add_argument("--mode", choices=["durable", "local"], help="the ack level of the first cycle; with --kind, of all")
     parser.add_argument("--device", choices=["ublk", "nbd"], help="of the first cycle; the next attach has the other one")
     parser.add_argument("--minutes", type=float, help="no cycle begins after so many")
+    parser.add_argument("--record", action="store_true", help="add what was run to RESULTS.md beside this file")
     for name in ("volrep", "disks", "keep"):
         parser.add_argument(f"--{name}", required=True)
     return parser.parse_args()
@@ -356,6 +358,36 @@ class Lab:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
+HEAD = """# What power cuts came to
+
+`cargo test --profile checked --test powercut -- --cycles N --seed S --record` adds what it ran: a row for each run. The first
+cycle has the seed S, each other one the next; source is the last commit of src (+ for changes that were not in it).
+
+| on | source | cycles | seeds | what | commits | lost as may be | found |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+"""
+
+
+def source(root):
+    """The last commit that changed the product, and whether it has changed since."""
+    def git(*words):
+        return subprocess.run(["git", *words, "--", "src"], cwd=root, capture_output=True, text=True).stdout.strip()
+    return git("log", "-1", "--format=%h", "--abbrev=10") + ("+" if git("status", "--porcelain") else "")
+
+
+def record(lab, args, done, kinds, failed):
+    """Adds a row, and the sum of all."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    path = os.path.join(here, "RESULTS.md")
+    old = open(path).read().splitlines() if os.path.exists(path) else []
+    rows = [l for l in old if l.startswith("| ") and not l.startswith(("| on |", "| --- |"))]
+    seeds = f"{args.seed} to {args.seed + done - 1}" if done else str(args.seed)
+    rows.append(f"| {time.strftime('%Y-%m-%d')} | {source(here + '/../..')} | {done} | {seeds} | {kinds} | {lab.commits} | {lab.lost} "
+                f"| {f'{failed}, seed {args.seed + done}' if failed else 'nothing'} |")
+    cycles = sum(int(row.split(" | ")[2]) for row in rows)
+    open(path, "w").write(HEAD + "\n".join(rows) + f"\n\n{cycles} cycles in all.\n")
+
+
 def interrupted(number, _):
     """The end, once: cleaning up is not interrupted again."""
     for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -371,7 +403,7 @@ def main():
     # Every wait has a limit; this one is for a defect here.
     faulthandler.dump_traceback_later(600 + args.cycles * 600, exit=True)
     lab = Lab(args)
-    done = 0
+    done, failed = 0, ""
     try:
         lab.set_up()
         for number in range(args.cycles):
@@ -381,6 +413,7 @@ def main():
             done += 1
     except Exception as why:
         lab.say(f"FAILED: {type(why).__name__}: {why}")
+        failed = f"{type(why).__name__}: {why}".splitlines()[0].replace("|", "/")
         lab.tell()
         if not isinstance(why, Failed):
             raise
@@ -390,6 +423,8 @@ def main():
         kinds = ", ".join(f"{name} {count}" for name, count in sorted(lab.counts.items()))
         laps = ", ".join(f"{name} {s:.0f}" for name, s in lab.laps.items())
         lab.say(f"{done} cycles ({kinds}); {lab.commits} commits acknowledged, {lab.lost} lost as may be; seconds: {laps}")
+        if args.record:
+            record(lab, args, done, kinds, failed)
     return 0
 
 

@@ -185,6 +185,11 @@ pub fn plan(scenario: &Scenario) -> Plan {
     plan
 }
 
+/// Two nodes, a volume, and nothing that befalls them.
+pub fn plain_plan() -> Plan {
+    plan(&SCENARIOS[0])
+}
+
 fn run(scenario: &Scenario, sweep: Sweep, verbose: bool) -> (World, Option<Violation>) {
     let mut world = World::planned(plan(scenario), Prng::new(1), verbose);
     world.sweep = Some(sweep);

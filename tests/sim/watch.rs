@@ -189,6 +189,10 @@ impl crate::world::Host {
     /// Whether that record of its journal would outlive a power cut; `None`: it was overwritten since.
     pub fn is_durable(&self, lsn: u64) -> Option<bool> {
         let (at, len) = self.watch.places.get(&lsn)?;
+        let live = self.disk.part(File::Journal, *at + 160..*at + 192);
+        if self.watch.journal.get(&lsn).is_none_or(|chain| *live != chain.0) {
+            return Some(false); // on its way
+        }
         let same = |range: Range<usize>| {
             self.disk.part(File::Journal, range.clone()) == self.disk.durable(File::Journal, range)
         };

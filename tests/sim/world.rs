@@ -178,6 +178,11 @@ impl Host {
     pub fn now(&self, at: u64) -> Now {
         Now { mono: self.mono_base + at, wall: self.wall_base + at }
     }
+
+    /// Its mapped files, for a process that begins.
+    pub fn memories(&self) -> Memories {
+        Memories { ring: Some(self.ring.lend()), maps: self.maps.lend(), index: self.index.lend() }
+    }
 }
 
 /// A broken promise of the models, to see that the checks notice.
@@ -459,11 +464,9 @@ impl World {
         self.note_slots(node);
         let host = &mut self.hosts[node];
         host.incarnation += 1;
-        let memories =
-            Memories { ring: Some(host.ring.lend()), maps: host.maps.lend(), index: host.index.lend() };
         // Not drawn: every start has one of its own.
         host.config.salt = splitmix(&mut (at << 8 | node as u64)) as u32;
-        let mut new = Node::new(host.config.clone(), memories);
+        let mut new = Node::new(host.config.clone(), host.memories());
         self.trace.note(at, node, "boot", [u64::from(host.incarnation), 0, 0]);
         host.watch.booted(at);
         let mut actions = Actions::default();

@@ -1,0 +1,296 @@
+//! One shadow alone, and a primary of which every word is made here.
+//!
+//! Runs of a primary have drawn names, so nodes on models never meet with the same names and other contents; two machines that
+//! were made from one copy may. Here a peer says whatever it likes of its history.
+//!
+//! Owns: the made primary. Invariant checked (I9): equal names of runs at an equal LSN are no evidence. A shadow goes on
+//! from a point only if the chain hash there is its own one; otherwise it says that the histories differ, and nothing of it changes.
+
+use crate::prng::Prng;
+use crate::world::{Host, World};
+use std::collections::VecDeque;
+use volrep::disk::aligned;
+use volrep::format::message::{Cause, Identity, Message, Opening, Role, Verdict, proof};
+use volrep::format::record::{self, Compressor, Content, EncodeJob, Kind, Record, Stamp, flags};
+use volrep::node::Node;
+use volrep::node::event::{Action, Actions, AdminId, AdminOp, Answer, Event, LinkId};
+use volrep::node::status::Status;
+use volrep::units::{Address, Extent, Generation, Hash, HistoryPoint, Lsn, MILLIS, SECONDS, Term};
+
+/// Records that the shadow gets first, and how many of them are in its image.
+const ALL: u64 = 6;
+const APPLIED: u64 = 3;
+
+/// What came of a verdict.
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum Heard {
+    /// It asks for the records from here on.
+    Begin(u64),
+    /// It names this common point for a resync.
+    Since(Option<u64>),
+    /// It says that the histories differ.
+    Differs,
+    /// It lets the connection go.
+    Nothing,
+}
+
+struct Lone {
+    world: World,
+    node: Node,
+    now: u64,
+    wake: Option<u64>,
+    link: u64,
+    up: bool,
+    dialling: bool,
+    said: Vec<Message>,
+    status: Option<Box<Status>>,
+    term: Term,
+    /// The primary's history; its run began at the first point.
+    records: Vec<Record>,
+}
+
+impl Lone {
+    /// A shadow that follows the made primary, has all its records, and may not apply the last ones.
+    fn new() -> Lone {
+        let world = World::planned(crate::sweep::plain_plan(), Prng::new(1), false);
+        let node = Node::new(world.hosts[1].config.clone(), world.hosts[1].memories());
+        let term = Term { counter: 1, node: world.hosts[0].id };
+        let mut lone = Lone {
+            world,
+            node,
+            now: 0,
+            wake: None,
+            link: 0,
+            up: false,
+            dialling: false,
+            said: Vec::new(),
+            status: None,
+            term,
+            records: Vec::new(),
+        };
+        let mut actions = Actions::default();
+        lone.node.start(lone.host().now(0), &mut actions);
+        lone.perform(actions);
+        assert_eq!(lone.welcome(Verdict::Compare(lone.point(0))), Heard::Begin(1));
+        for lsn in 1..=ALL {
+            let record = lone.seal(lsn);
+            lone.records.push(record.clone());
+            lone.hear(Message::Record(record));
+        }
+        lone.rest(200 * MILLIS);
+        let status = lone.ask();
+        assert_eq!((status.tail_lsn, status.durable_lsn, status.applied_lsn), (ALL, ALL, APPLIED));
+        lone
+    }
+
+    fn host(&self) -> &Host {
+        &self.world.hosts[1]
+    }
+
+    fn run(&self) -> Generation {
+        Generation { term: self.term, start: 1 }
+    }
+
+    fn seal(&self, lsn: u64) -> Record {
+        let mut buf = aligned(record::room(1) + 4096);
+        buf.resize(record::room(1) + 4096, lsn as u8);
+        let extent = Extent::new(Address(0), 4096).expect("whole sectors");
+        let job = EncodeJob { extents: vec![(extent, Content::Data)], buf, level: None };
+        let stamp = Stamp {
+            group: self.host().config.group,
+            generation: self.run(),
+            lsn: Lsn(lsn),
+            prev: self.point(lsn - 1).hash,
+            time: self.host().now(self.now).wall,
+            flags: if lsn == 1 { flags::OPENS } else { 0 },
+            last_write: lsn,
+            durable: Lsn(APPLIED.min(lsn - 1)),
+            kind: Kind::Writes,
+        };
+        record::seal(record::encode(job, &mut Compressor::default()), stamp)
+    }
+
+    /// The point of the history that the shadow has.
+    fn point(&self, lsn: u64) -> HistoryPoint {
+        match lsn.checked_sub(1).and_then(|at| self.records.get(at as usize)) {
+            Some(record) => record.point(),
+            None => HistoryPoint { lsn: Lsn(0), hash: record::origin(self.host().config.group) },
+        }
+    }
+
+    /// Of the same name, and of another history.
+    fn other(&self, lsn: u64) -> HistoryPoint {
+        HistoryPoint { hash: Hash([0xee; 32]), ..self.point(lsn) }
+    }
+
+    fn step(&mut self, event: Event) {
+        let (now, mut actions) = (self.host().now(self.now), Actions::default());
+        self.node.step(now, event, &mut actions);
+        self.perform(actions);
+    }
+
+    /// Whatever is asked of the disk is done at once.
+    fn perform(&mut self, actions: Actions) {
+        let mut waiting = VecDeque::from([actions]);
+        while let Some(actions) = waiting.pop_front() {
+            self.wake = actions.wake;
+            for action in actions.list {
+                let answer = match action {
+                    Action::Disk(request) => {
+                        let (token, disk) = (request.token, &mut self.world.hosts[1].disk);
+                        let ticket = disk.submit(request).expect("within the disk's rules");
+                        Some(Event::Disk { token, result: disk.complete(ticket, None, &mut self.world.rng) })
+                    }
+                    Action::Send { link, message } => {
+                        assert_eq!(link.0, self.link);
+                        self.said.push(message);
+                        None
+                    }
+                    Action::Close { link } => {
+                        self.up = false;
+                        Some(Event::LinkDown { link })
+                    }
+                    Action::Dial { peer: 0 } => {
+                        self.dialling = true;
+                        None
+                    }
+                    Action::Answer { answer: Answer::Status(status), .. } => {
+                        self.status = Some(status);
+                        None
+                    }
+                    Action::Log { .. } | Action::History(_) | Action::DropStage => None,
+                    other => panic!("{other:?}"),
+                };
+                if let Some(event) = answer {
+                    let (now, mut actions) = (self.host().now(self.now), Actions::default());
+                    self.node.step(now, event, &mut actions);
+                    waiting.push_back(actions);
+                }
+            }
+        }
+    }
+
+    fn hear(&mut self, message: Message) {
+        self.step(Event::Message { link: LinkId(self.link), message });
+    }
+
+    /// Time goes on.
+    fn rest(&mut self, ns: u64) {
+        let (end, base) = (self.now + ns, self.host().now(0).mono);
+        while let Some(at) = self.wake.map(|mono| mono.saturating_sub(base)).filter(|at| *at <= end) {
+            self.now = at.max(self.now + 1);
+            self.step(Event::Wake);
+        }
+        self.now = end;
+    }
+
+    fn ask(&mut self) -> Box<Status> {
+        self.step(Event::Admin { id: AdminId(1), op: AdminOp::Status });
+        self.status.take().expect("it is answered at once")
+    }
+
+    /// The primary as it says it is: its names and its end are those of the history that the shadow has.
+    fn identity(&self) -> Identity {
+        let config = &self.host().config;
+        Identity {
+            group: config.group,
+            node: self.term.node,
+            name: "alpha".to_owned(),
+            role: Role::Primary,
+            term: self.term,
+            volumes: config.volumes.iter().map(|v| (v.number, v.size)).collect(),
+            blank: true,
+            tail: self.point(self.records.len() as u64),
+            tail_generation: self.run(),
+            oldest: self.point(0),
+            applied: Lsn(0),
+            openings: vec![Opening { generation: self.run(), at: self.point(0) }],
+            resyncing: false,
+            rewinds: false,
+            apply_delay: 0,
+            cascades: false,
+            sources: Vec::new(),
+            primary: "alpha".to_owned(),
+        }
+    }
+
+    /// The shadow dials, says who it is, and is told this.
+    fn welcome(&mut self, verdict: Verdict) -> Heard {
+        if std::mem::take(&mut self.up) {
+            self.step(Event::LinkDown { link: LinkId(self.link) });
+        }
+        while !std::mem::take(&mut self.dialling) {
+            assert!(self.now < 60 * SECONDS, "it never dials again");
+            self.rest(10 * MILLIS);
+        }
+        (self.link, self.up) = (self.link + 1, true);
+        self.said.clear();
+        let nonce = [self.link as u8; 32];
+        self.step(Event::LinkUp { link: LinkId(self.link), dialed: Some(0), nonce });
+        self.hear(Message::Challenge { nonce: [9; 32] });
+        let Some(Message::Hello { identity, nonce, .. }) = self.said.pop() else {
+            panic!("no word of who it is: {:?}", self.said)
+        };
+        let end = (self.records.len() as u64, self.point(self.records.len() as u64));
+        assert_eq!((identity.tail.lsn.0, identity.tail), end, "its journal is as it was");
+        let identity = Box::new(self.identity());
+        let proof = proof(&self.host().config.key, &nonce, &identity, Some(&verdict));
+        self.hear(Message::Welcome { identity, verdict, proof });
+        self.rest(100 * MILLIS);
+        let heard = self.said.iter().find_map(|m| match m {
+            Message::Begin { from } => Some(Heard::Begin(from.0)),
+            Message::Resync { since } => Some(Heard::Since(since.map(|p| p.lsn.0))),
+            Message::Refuse { text } if text.contains("histories differ") => Some(Heard::Differs),
+            _ => None,
+        });
+        heard.unwrap_or(Heard::Nothing)
+    }
+
+    /// It was told of a history with the same names and other contents.
+    fn has_parted(&mut self, verdict: Verdict) {
+        assert_eq!(self.welcome(verdict.clone()), Heard::Differs, "{verdict:?}");
+        let status = self.ask();
+        assert_eq!(status.state, "Diverged", "{verdict:?}");
+        assert_eq!((status.tail_lsn, status.applied_lsn), (ALL, APPLIED), "{verdict:?}");
+        // And it is where it was, for the primary that it has followed.
+        assert_eq!(self.welcome(Verdict::Compare(self.point(ALL))), Heard::Begin(ALL + 1));
+    }
+}
+
+/// Every place in the shadow's journal, with its own hash and with another one.
+pub fn check() {
+    for lsn in 0..=ALL {
+        let mut lone = Lone::new();
+        let (own, other) = (lone.point(lsn), lone.other(lsn));
+        lone.has_parted(Verdict::Compare(other));
+        // What is in the image is never cut off.
+        if lsn < APPLIED {
+            lone.has_parted(Verdict::Compare(own));
+        } else {
+            assert_eq!(lone.welcome(Verdict::Compare(own)), Heard::Begin(lsn + 1));
+            assert_eq!(lone.ask().tail_lsn, lsn);
+        }
+    }
+    let mut lone = Lone::new();
+    let beyond = HistoryPoint { lsn: Lsn(ALL + 1), ..lone.point(ALL) };
+    assert_eq!(lone.welcome(Verdict::Compare(beyond)), Heard::Nothing);
+    resyncs();
+}
+
+/// A resync goes from the newest point that has the same hash on both sides, and is in the image.
+fn resyncs() {
+    let offers: [(&[u64], &[u64], Option<u64>); 4] = [
+        (&[1, 2, 5], &[], Some(2)),
+        (&[1], &[2, 3], Some(1)),
+        (&[], &[1, 2, 3], None),
+        (&[4, 5, 6], &[], None),
+    ];
+    for (same, different, common) in offers {
+        let mut lone = Lone::new();
+        let mut points: Vec<_> = same.iter().map(|lsn| lone.point(*lsn)).collect();
+        points.extend(different.iter().map(|lsn| lone.other(*lsn)));
+        points.sort_by_key(|p| p.lsn);
+        let verdict = Verdict::Resync { cause: Cause::Behind, oldest: Lsn(ALL + 9), points };
+        assert_eq!(lone.welcome(verdict), Heard::Since(common), "{same:?} {different:?}");
+    }
+}
