@@ -85,8 +85,12 @@ fn it_says_what_it_lacks() {
     let (place, tree) = group();
     run(&place, "/nonexistent", &[]).expect(1, &["no fio in PATH", "the package is called fio"]);
     let path = fake(&place, "exit 1", "exit 1");
-    run(&place, &path, &["--size", "1000T"]).expect(1, &["not enough room", "stay free", "--dir"]);
-    run(&place, &path, &["--size", "1M"]).expect(2, &["from 64M to"]);
+    let sized = |size: &str| {
+        let mut command = place.command(&["bench", "g", "--profile", "mixed", "--size", size]);
+        Ended::of(command.env("PATH", &path).output().unwrap())
+    };
+    sized("1000T").expect(1, &["not enough room", "stay free", "--dir"]);
+    sized("1M").expect(2, &["from 64M to"]);
     run(&place, &path, &["--volume", "wal"]).expect(2, &["no volume `wal`", "here are: data"]);
     run(&place, &path, &["--sync"]).expect(2, &["--shadow"]);
     run(&place, &path, &["--dir", "nowhere"]).expect(1, &["nowhere"]);

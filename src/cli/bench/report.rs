@@ -198,7 +198,7 @@ impl Report {
     }
 
     fn table(&self) -> String {
-        let head = ["job", "", "on", "each s", "per s", "p50", "p99", "p99.9", "x bare"].map(str::to_owned);
+        let head = ["job", "", "on", "ops/s", "bytes/s", "p50", "p99", "p99.9", "x bare"].map(str::to_owned);
         let mut lines: Vec<[String; 9]> = vec![head];
         for (bare, through) in &self.rows {
             let line = |r: &Row, on: &str, times: String| {
