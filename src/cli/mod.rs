@@ -7,6 +7,7 @@
 mod at;
 mod attach;
 pub mod backing;
+mod bench;
 pub mod config;
 mod detach;
 mod drill;
@@ -86,6 +87,7 @@ enum Verb {
     Salvage(salvage::Salvage),
     View(view::View),
     Drill(drill::Drill),
+    Bench(bench::Bench),
 }
 
 /// Runs the program.
@@ -129,6 +131,7 @@ fn act(args: &Args, out: &Output) -> Result<(), Failure> {
         Verb::Salvage(v) => v.run(&places, out),
         Verb::View(v) => v.run(&places, out),
         Verb::Drill(v) => v.run(&places, out),
+        Verb::Bench(v) => v.run(&places, out),
     }
 }
 

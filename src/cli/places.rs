@@ -6,6 +6,7 @@
 use super::failure::{Exit, Failure};
 use crate::units::NodeId;
 use nix::unistd::{AccessFlags, Uid, access};
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 /// Longest path of a unix socket, bytes.
@@ -124,6 +125,13 @@ impl Places {
     /// Where links to devices lie.
     pub fn dev(&self) -> &Path {
         &self.dev
+    }
+
+    /// The flags that name them.
+    pub fn arguments(&self) -> Vec<OsString> {
+        let flags = ["--config", "--state-dir", "--run-dir", "--shm-dir", "--dev-dir"];
+        let dirs = [&self.config, &self.state, &self.run, &self.shm, &self.dev];
+        flags.iter().zip(dirs).flat_map(|(f, d)| [OsString::from(f), d.clone().into_os_string()]).collect()
     }
 
     /// Refuses a run directory in which sockets can't have names.

@@ -173,6 +173,7 @@ fn stopped(group: &str, config: &config::Config, s: &Superblock) -> Status {
         cache_size: config.cache.size.0,
         written_bytes: 0,
         record_bytes: 0,
+        journal_bytes: 0,
         peers: s
             .peers
             .iter()

@@ -5,7 +5,10 @@
 
 use crate::units::BootId;
 use nix::libc;
+use nix::sys::signal::Signal;
 use std::io;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 
 /// Tells the kernel that this thread (and those it starts) serves a block device: memory that it
 /// needs must not be reclaimed by writing to that device. Needs CAP_SYS_RESOURCE; false without it.
@@ -70,6 +73,18 @@ fn set_capabilities(capabilities: &[Capabilities; 2]) -> io::Result<()> {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
+}
+
+/// The command that is started is killed when the thread that starts it ends, however that ends.
+pub fn end_with_parent(command: &mut Command) {
+    let parent = nix::unistd::getpid();
+    let ask = move || {
+        nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
+        // It may have ended before that.
+        if nix::unistd::getppid() == parent { Ok(()) } else { Err(io::ErrorKind::BrokenPipe.into()) }
+    };
+    // SAFETY: between fork and exec only system calls are made; nothing is allocated, and no lock is taken.
+    unsafe { command.pre_exec(ask) };
 }
 
 /// Has the allocator keep what is freed instead of giving it back to the kernel at once. Buffers of a

@@ -3,7 +3,7 @@
 use super::{Daemon, Place, place::until, volrep};
 
 /// Each verb, and a command line that is complete but names a group that does not exist.
-const VERBS: [(&str, &[&str], &[&str]); 20] = [
+const VERBS: [(&str, &[&str], &[&str]); 21] = [
     (
         "init",
         &["init", "g", "--volume", "a=/x"],
@@ -76,6 +76,21 @@ const VERBS: [(&str, &[&str], &[&str]); 20] = [
     ("salvage", &["salvage", "g"], &[]),
     ("view", &["view", "g", "--read-only"], &["--read-only", "--scratch", "--close", "--at", "--device"]),
     ("drill", &["drill", "g", "--run", "/bin/true"], &["--run", "--timeout", "--device"]),
+    (
+        "bench",
+        &["bench", "g", "--profile", "mixed"],
+        &[
+            "--profile",
+            "--seconds",
+            "--size",
+            "--volume",
+            "--dir",
+            "--shadow",
+            "--sync",
+            "--keep",
+            "--dry-run",
+        ],
+    ),
 ];
 const SHARED: [&str; 6] = ["--json", "--config", "--state-dir", "--run-dir", "--shm-dir", "--dev-dir"];
 

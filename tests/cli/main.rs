@@ -2,6 +2,7 @@
 //!
 //! Owns: nothing. Invariant: no test touches /etc, /var/lib or /run.
 
+mod bench;
 mod contract;
 mod control;
 mod full_disk;

@@ -3,6 +3,7 @@
 //! Owns: nothing. Invariant: nothing outside the scratch places (and the loop devices) is touched, and
 //! nothing is left. VOLREP_LONG=1 runs the long forms.
 
+mod bench;
 mod cascade;
 mod cascade_delay;
 mod crash;
