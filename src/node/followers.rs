@@ -237,6 +237,17 @@ impl Run {
         Some(Change { node, job: p.pipeline.note(Kind::SyncSet, flags::SYNC, &payload, 0), lsn: None })
     }
 
+    /// The sync set as the records up to `at` say it, those of a change under way, too: who takes up the history there
+    /// never receives them.
+    pub(super) fn members_at(&self, at: Lsn) -> Vec<NodeId> {
+        let there = |c: &&Change| c.lsn.is_some_and(|lsn| lsn <= at);
+        let (enters, leaves) = (self.links.entering.as_ref(), self.leaving());
+        let mut members = self.meta.sb.sync_set.clone();
+        members.extend(enters.filter(there).map(|c| c.node));
+        members.retain(|n| leaves.filter(there).is_none_or(|c| c.node != *n));
+        members
+    }
+
     /// The record of a change has this LSN.
     pub(super) fn changed_at(&mut self, job: u64, lsn: Lsn) {
         if let Some(entering) = &mut self.links.entering {

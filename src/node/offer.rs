@@ -82,7 +82,7 @@ impl Run {
                 self.send(id, Message::Candidates { extents: extents.to_vec() });
             }
         }
-        let members = self.meta.sb.sync_set.clone();
+        let members = self.members_at(at.point.lsn);
         let told = anchor(&at, self.journal.tail().time);
         self.send(id, Message::Rebase { at: told, since, members });
         self.set_state(id, LinkState::Welcomed { at: at.point.lsn });

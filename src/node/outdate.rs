@@ -119,6 +119,11 @@ impl Run {
         }
     }
 
+    /// A member's way out, and the record that says it.
+    pub(super) fn leaving(&self) -> Option<&Change> {
+        self.standings.leaving.as_ref().map(|l| &l.change)
+    }
+
     /// A member is on its way out: nobody enters meanwhile.
     pub(super) fn is_outdating(&self) -> bool {
         self.standings.leaving.is_some()
