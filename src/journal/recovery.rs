@@ -98,6 +98,8 @@ pub struct Recovered {
     pub segments: Vec<Segment>,
     /// Newest record.
     pub tail: Tail,
+    /// When the record at the checkpoint was sealed.
+    pub checkpoint_time: u64,
     /// Records cut off.
     pub cut: u64,
 }
@@ -134,6 +136,7 @@ pub struct Recovery {
     start_found: bool,
     checkpoint_matches: bool,
     tail: Tail,
+    checkpoint_time: u64,
     end: Place,
     behind: Vec<Place>,
     watermark: Lsn,
@@ -174,6 +177,7 @@ impl Recovery {
             unread: None,
             start_found: false,
             checkpoint_matches: true,
+            checkpoint_time: tail.time,
             tail,
             end: Place { segment: sb.checkpoint_segment, offset: 0 },
             behind: Vec::new(),
@@ -274,7 +278,7 @@ impl Recovery {
         let before = match header.filter(|h| h.before.lsn <= self.sb.checkpoint.lsn) {
             Some(h) => {
                 self.start_found = true;
-                self.check_checkpoint(h.before);
+                self.check_checkpoint(h.before, h.time);
                 // The walk begins at the segment's own start and must pass the checkpoint.
                 self.tail = Tail {
                     point: h.before,
@@ -324,7 +328,7 @@ impl Recovery {
                 }
                 Step::Record(record, place) => {
                     self.start_found = true;
-                    self.check_checkpoint(record.point());
+                    self.check_checkpoint(record.point(), record.stamp.time);
                     self.tail = tail_of(&record);
                     self.end = Place { offset: place.offset + record.padded_len(), ..place };
                     if record.stamp.lsn > self.sb.checkpoint.lsn {
@@ -336,7 +340,10 @@ impl Recovery {
         }
     }
 
-    fn check_checkpoint(&mut self, met: HistoryPoint) {
+    fn check_checkpoint(&mut self, met: HistoryPoint, time: u64) {
+        if met.lsn <= self.sb.checkpoint.lsn {
+            self.checkpoint_time = time;
+        }
         // At LSN 0 the superblock may name no hash: the walk's own origin stands there.
         let same = met.lsn != self.sb.checkpoint.lsn || met.lsn == Lsn(0) || met == self.sb.checkpoint;
         self.checkpoint_matches &= same;
@@ -475,7 +482,8 @@ impl Recovery {
         }
         segments.reverse();
         let cut = self.behind.len() as u64;
-        Outcome::Found(Box::new(Recovered { head: end, segments, tail: self.tail, cut }))
+        let checkpoint_time = self.checkpoint_time;
+        Outcome::Found(Box::new(Recovered { head: end, segments, tail: self.tail, checkpoint_time, cut }))
     }
 }
 

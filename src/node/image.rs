@@ -76,14 +76,14 @@ pub struct Image {
 }
 
 impl Image {
-    /// The image that a superblock vouches for.
-    pub fn new(owner: u8, sb: &Superblock, now: Now) -> Image {
+    /// The image that a superblock vouches for; `time`: when its last record was sealed.
+    pub fn new(owner: u8, sb: &Superblock, time: u64, now: Now) -> Image {
         debug_assert_eq!(owner, APPLY);
         let applied = Tail {
             point: sb.checkpoint,
             generation: sb.checkpoint_generation,
             last_write: sb.checkpoint_write,
-            time: 0,
+            time,
             durable: Lsn(0),
         };
         let mut applier = Applier::new(owner);

@@ -83,7 +83,7 @@ impl Run {
             }
         }
         let members = self.members_at(at.point.lsn);
-        let told = anchor(&at, self.journal.tail().time);
+        let told = anchor(&at);
         self.send(id, Message::Rebase { at: told, since, members });
         self.set_state(id, LinkState::Welcomed { at: at.point.lsn });
         self.set_peer(id, "Resyncing", None);

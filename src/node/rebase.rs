@@ -312,7 +312,7 @@ impl Run {
         self.tell_given_up(since.map_or(Lsn(0), |p| p.lsn), "a resync: the journal begins anew");
         let in_place = self.remakes_in_place();
         let old = OldImage {
-            at: anchor(&self.image.applied, self.journal.tail().time),
+            at: anchor(&self.image.applied),
             openings: self.meta.sb.openings.clone(),
             sync_set: self.meta.sb.sync_set.clone(),
         };
@@ -488,8 +488,8 @@ impl Run {
     }
 }
 
-/// A tail, as the superblock keeps it. Nothing applied since the start: `time` is as late as its own.
-pub(super) fn anchor(tail: &Tail, time: u64) -> Anchor {
-    let Tail { point, generation, last_write, time: own, .. } = *tail;
-    Anchor { point, generation, last_write, time: if own > 0 { own } else { time } }
+/// A tail, as the superblock keeps it.
+pub(super) fn anchor(tail: &Tail) -> Anchor {
+    let Tail { point, generation, last_write, time, .. } = *tail;
+    Anchor { point, generation, last_write, time }
 }

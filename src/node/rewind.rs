@@ -306,16 +306,7 @@ impl Run {
         if !known || before == Lsn(0) {
             return self.outside("that is too early");
         }
-        // A start does not know the time of the record at which the image stands, if the journal does not.
-        let at = match applied.time {
-            0 => match fetch!(self, choosing.reader, before) {
-                Fetched::Ready(record) => tail_of(&record),
-                Fetched::Pending => return Look::Wait,
-                Fetched::Lost => return self.outside("that is too early"),
-            },
-            _ => applied,
-        };
-        if at.time <= time { Look::Found(at) } else { self.outside("that is too early") }
+        if applied.time <= time { Look::Found(applied) } else { self.outside("that is too early") }
     }
 
     /// Moves the way back on; `true`: it is done with, go on.

@@ -107,7 +107,7 @@ impl Run {
             disk: Vec::new(),
             wake: None,
             ring,
-            image: Image::new(APPLY, &sb, now),
+            image: Image::new(APPLY, &sb, r.checkpoint_time, now),
             feed: Feed::new(cfg.feed_bytes),
             links: Links::new(&cfg, &sb),
             meta: Meta::new(SUPER, sb, slot),
