@@ -224,6 +224,10 @@ impl Run {
         if self.image.applier.is_busy() && choosing.is_binding() {
             return Look::Wait;
         }
+        if matches!(&self.part, Part::Shadow(s) if s.is_cutting()) {
+            // What it is about to lose is not there to choose.
+            return Look::Wait;
+        }
         match choosing.want.clone() {
             At::Lsn(lsn) if lsn < from || lsn > tail.point.lsn => {
                 self.outside(&format!("LSN {lsn} is not among the records held back here"))

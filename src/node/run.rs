@@ -238,9 +238,9 @@ impl Run {
             SUPER => self.meta.complete(result).map_err(|e| ("writing the superblock", e)),
             JOURNAL => self.journal.complete(token.id(), result).map_err(|e| ("writing the journal", e)),
             JOURNAL_RECOVERY => {
-                match self.is_rewinding() {
-                    true => self.rewind_done(token.id(), result),
-                    false => self.cut_done(token.id(), result),
+                match &self.part {
+                    Part::Shadow(s) if s.is_cutting() => self.cut_done(token.id(), result),
+                    _ => self.rewind_done(token.id(), result),
                 }
                 Ok(())
             }
