@@ -1,6 +1,6 @@
 //! The journal: what the machine does for a record, and with it the writes and syncs that it asks for.
 //!
-//! `cargo bench --bench append [-- FILTER]`. The files are made in $VOLREP_BENCH_DIR (or the directory for temporary
+//! `cargo bench --manifest-path bench/criterion/Cargo.toml --bench append [-- FILTER]`. The files are made in $VOLREP_BENCH_DIR (or the directory for temporary
 //! files), and in /dev/shm if that is there. Each record is durable before the next.
 
 mod data;

@@ -1,6 +1,6 @@
 //! From an epoch to a record and back: compression, hash, table; verification and unpacking.
 //!
-//! `cargo bench --bench encode [-- FILTER]`. Bytes are those that were written, before compression.
+//! `cargo bench --manifest-path bench/criterion/Cargo.toml --bench encode [-- FILTER]`. Bytes are those that were written, before compression.
 
 mod data;
 

@@ -1,6 +1,6 @@
 //! Hashes: of a record's payload, and of the leaves, extents and windows that a refresh compares.
 //!
-//! `cargo bench --bench hash [-- FILTER]`
+//! `cargo bench --manifest-path bench/criterion/Cargo.toml --bench hash [-- FILTER]`
 
 mod data;
 

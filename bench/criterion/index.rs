@@ -1,7 +1,7 @@
 //! The extent map, which is behind the cache's index, an epoch, the stage's and the backlog's: with few and with many
 //! extents of 4 KiB.
 //!
-//! `cargo bench --bench index [-- FILTER]`. An element is one call.
+//! `cargo bench --manifest-path bench/criterion/Cargo.toml --bench index [-- FILTER]`. An element is one call.
 
 mod data;
 

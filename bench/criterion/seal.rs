@@ -1,6 +1,6 @@
 //! The write cache: accepting writes, closing an epoch of them, and closing the chain over its record.
 //!
-//! `cargo bench --bench seal [-- FILTER]`
+//! `cargo bench --manifest-path bench/criterion/Cargo.toml --bench seal [-- FILTER]`
 
 mod data;
 

@@ -1,4 +1,4 @@
-//! zstd frames: the payloads of records, and leaves on a link.
+//! zstd frames: the payloads of records; leaves on a link are unpacked here, too.
 //!
 //! Owns: the contexts, which are used again: making one costs more than a small payload does. Invariant: a frame is
 //! unpacked only into exactly the size that is known from elsewhere, and verified.

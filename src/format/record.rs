@@ -398,7 +398,7 @@ impl Record {
         self.bytes.slice(..self.len as usize)
     }
 
-    /// The bytes with padding, 4096-aligned: what a journal holds. Copies what came off a link.
+    /// The bytes with padding, 4096-aligned: what a journal holds. Copies only what does not lie so.
     pub fn journal_bytes(&self) -> Bytes {
         let padded = padded(self.len as usize);
         if self.bytes.len() == padded && self.bytes.as_ptr().addr().is_multiple_of(BLOCK as usize) {

@@ -238,7 +238,7 @@ impl Run {
     }
 
     /// The sync set as the records up to `at` say it, those of a change under way, too: who takes up the history there
-    /// never receives them.
+    /// never receives them. (A shadow's may be newer: whoever follows it receives those records.)
     pub(super) fn members_at(&self, at: Lsn) -> Vec<NodeId> {
         let there = |c: &&Change| c.lsn.is_some_and(|lsn| lsn <= at);
         let (enters, leaves) = (self.links.entering.as_ref(), self.leaving());

@@ -116,15 +116,7 @@ impl Run {
             let text = "a resync is under way: there are no records to choose from until it has ended";
             return self.answer(id, Err((Refusal::Busy, text.into())));
         }
-        let from = self.window_start();
-        let next = match &want {
-            // Segments tell the time at which they begin.
-            At::Time(time) => {
-                let before = self.journal.segments().filter(|s| s.time <= *time).map(|s| s.before.lsn);
-                before.max().unwrap_or(from).max(from).next()
-            }
-            At::Lsn(_) | At::Mark(_) => from.next(),
-        };
+        let next = self.first_look(&want);
         if purpose == Purpose::Promotion {
             // What comes now would move the end of the journal.
             self.close_links("this node is being promoted");
@@ -132,6 +124,27 @@ impl Run {
         }
         self.admin.choosing =
             Some(Choosing { id, purpose, want, next, found: None, passed: false, reader: Reader::default() });
+    }
+
+    /// Where the search for a record begins.
+    fn first_look(&self, want: &At) -> Lsn {
+        let from = self.window_start();
+        match want {
+            // Segments tell the time at which they begin.
+            At::Time(time) => {
+                let before = self.journal.segments().filter(|s| s.time <= *time).map(|s| s.before.lsn);
+                before.max().unwrap_or(from).max(from).next()
+            }
+            At::Lsn(_) | At::Mark(_) => from.next(),
+        }
+    }
+
+    /// The journal was cut: what was looked at may be gone.
+    pub(super) fn look_again(&mut self) {
+        let Some(mut choosing) = self.admin.choosing.take() else { return };
+        (choosing.next, choosing.found, choosing.passed) = (self.first_look(&choosing.want), None, false);
+        choosing.reader.reset();
+        self.admin.choosing = Some(choosing);
     }
 
     /// Goes on looking; whether anything moved.
@@ -175,7 +188,7 @@ impl Run {
     fn rewind_plan(&self, at: &Tail) -> String {
         let tail = self.journal.tail();
         let when = |time| rfc3339(time).map_or_else(String::new, |t| format!(", sealed {t}"));
-        let cut = tail.point.lsn.0 - at.point.lsn.0;
+        let cut = tail.point.lsn.0.saturating_sub(at.point.lsn.0);
         let lost = match cut {
             0 => "nothing is cut off".to_owned(),
             n => format!(

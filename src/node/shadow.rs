@@ -408,6 +408,7 @@ impl Run {
                 self.image.journal_cut();
                 self.restart_timeline(&r.tail);
                 self.update_keep();
+                self.look_again();
                 self.log(
                     Level::Info,
                     format!("cut {} places behind LSN {} that the primary lost", r.cut, at.lsn),

@@ -67,7 +67,8 @@ pub struct Status {
     pub written_bytes: u64,
     /// Bytes of records since the start, as they go over each link.
     pub record_bytes: u64,
-    /// Bytes written to the journal since the start: records, their padding, segments' headers.
+    /// Bytes written to the journal since the start, or since it was last cut or begun anew: records, their padding,
+    /// segments' headers.
     #[serde(default)]
     pub journal_bytes: u64,
     /// One per peer. On a primary: its shadows; on a shadow: its primary, and the shadows that follow it.

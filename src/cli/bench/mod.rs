@@ -66,16 +66,21 @@ impl Bench {
         let config = config::load(places, &self.group)?;
         let fio = Fio::find()?;
         let plan = Plan::new(self, places, config)?;
-        plan.check_space()?;
         if self.dry_run {
+            plan.check_space()?;
             out.document(&plan.json(&fio), || plan.text(&fio));
             return Ok(());
         }
+        if let Some(dir) = &self.keep {
+            std::fs::create_dir_all(dir).map_err(|e| Failure::io("create", dir, &e))?;
+        }
         interrupt::watch(|| {})?;
         let report = measure(&plan, &fio)?;
-        let kept = self.keep.as_deref().map(|dir| keep(&plan, &report, dir)).transpose()?;
-        out.document(&report.json(&plan, kept.as_deref()), || report.text(&plan, kept.as_deref()));
-        Ok(())
+        let kept = self.keep.as_deref().map(|dir| keep(&plan, &report, dir)).transpose();
+        // What took minutes is told, whatever became of the files.
+        let files = kept.as_ref().ok().and_then(|k| k.as_deref());
+        out.document(&report.json(&plan, files), || report.text(&plan, files));
+        kept.map(|_| ())
     }
 }
 
@@ -84,6 +89,8 @@ const SETTLING: Duration = Duration::from_secs(600);
 
 fn measure(plan: &Plan, fio: &Fio) -> Result<Report, Failure> {
     let mut scratch = Scratch::make(plan)?;
+    // What a killed run had left is gone by now.
+    plan.check_space()?;
     scratch.write_volume(plan)?;
     let bare = {
         say(&format!("{} s of {} on the bare file", plan.seconds, plan.profile.name()));

@@ -127,6 +127,11 @@ impl Plan {
             live: call(&places.control_socket(group), Verb::Status, Some(Duration::from_secs(5))).is_ok(),
             config,
         };
+        if plan.disk.as_os_str().as_encoded_bytes().iter().any(|b| matches!(b, b':' | b'\\')) {
+            let what =
+                format!("{}: fio takes `:` and `\\` in a name for something else", plan.disk.display());
+            return Err(Failure::usage(what, "name another directory on that disk with --dir"));
+        }
         let longest = if plan.shadow.is_some() { plan.run.join("shadow") } else { plan.run.clone() };
         super::scratch::places(&plan.state, &longest, &plan.shm)?;
         Ok(plan)

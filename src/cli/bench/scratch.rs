@@ -55,7 +55,8 @@ struct Dirs {
     /// Those above them that were missing; they stay if somebody else has put something there meanwhile.
     above: Vec<PathBuf>,
     /// On the first one; held until the end.
-    _lock: Flock<File>,
+    /// Of each: two nodes of a group on one machine share some of them.
+    locks: Vec<Flock<File>>,
 }
 
 impl Drop for Dirs {
@@ -88,12 +89,15 @@ pub fn places(state: &Path, run: &Path, shm: &Path) -> Result<Places, Failure> {
 impl Scratch {
     /// Makes the directories. What an earlier run left that was killed is removed.
     pub fn make(plan: &Plan) -> Result<Scratch, Failure> {
-        own_dir(&plan.state)?;
-        let lock = lock(&plan.state)?;
-        let mut dirs = Dirs { made: vec![plan.state.clone()], above: Vec::new(), _lock: lock };
-        for dir in plan.directories().into_iter().filter(|d| *d != plan.state) {
+        let mut dirs = Dirs { made: Vec::new(), above: Vec::new(), locks: Vec::new() };
+        let others = plan.directories().into_iter().filter(|d| *d != plan.state);
+        for dir in std::iter::once(&*plan.state).chain(others) {
+            if dirs.made.iter().any(|made| made == dir) {
+                continue;
+            }
             dirs.above.extend(dir.ancestors().skip(1).take_while(|a| !a.exists()).map(Path::to_owned));
             own_dir(dir)?;
+            dirs.locks.push(lock(dir)?);
             dirs.made.push(dir.to_owned());
         }
         dirs.made.iter().try_for_each(|dir| clear(dir))?;

@@ -47,7 +47,7 @@ pub struct Config {
     /// While this node is a shadow: its image is held back by so much.
     #[serde(default)]
     pub apply_delay: Span,
-    /// Strongest zstd level; 0 never compresses. Faster ones are taken under load.
+    /// Strongest zstd level; 0 never compresses. Under load faster ones are taken, or none.
     #[serde(default = "default_compression")]
     pub compression: i32,
     /// Program that proves that a node can no longer write.

@@ -75,7 +75,7 @@ on_full = "{on_full}"
 # in the journal. "0s": nothing is held.
 apply_delay = "{delay}"
 
-# Strongest zstd level used, 1 to 19; 0 never compresses. While records are on their way to the disk faster ones are taken.
+# Strongest zstd level used, 1 to 19; 0 never compresses. Under load faster ones are taken, or none.
 compression = {level}
 
 # Called by `volrep promote` as PROGRAM OLD-PRIMARY TERM. Exit status 0 says: that node can no longer
