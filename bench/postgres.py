@@ -103,7 +103,7 @@ class Cluster:
         """Transactions a second, and each one's latency in milliseconds, sorted."""
         for old in glob.glob(f"{self.work}/t.*"):
             os.unlink(old)
-        out = self.do("pgbench", "-n", "-h", self.work, "-c", str(clients), "-j", str(min(clients, os.cpu_count())), "-T", f"{seconds:g}", "-l",
+        out = self.do("pgbench", "-n", "-h", self.work, "-c", str(clients), "-j", str(min(clients, os.cpu_count())), "-T", str(max(1, round(seconds))), "-l",
                       "--log-prefix", f"{self.work}/t", "postgres")
         latencies = []
         for log in glob.glob(f"{self.work}/t.*"):
