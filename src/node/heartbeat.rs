@@ -65,7 +65,15 @@ impl Run {
                 }
                 self.told_standing(standing, true);
             }
-            Some(state) if state.is_followed() => self.told_standing(standing, false),
+            Some(state) if state.is_followed() => {
+                // What it lacks is more by so much; since when, and how many bytes, this link does not tell.
+                if let Some((tail, known)) =
+                    tail.zip(self.links.heard_of_primary).filter(|(t, k)| *t > k.tail)
+                {
+                    self.heard_of(Heard { tail, ..known }, silent);
+                }
+                self.told_standing(standing, false);
+            }
             Some(LinkState::Sending(_)) => self.fed_by(link, feeds),
             _ => {}
         }

@@ -117,6 +117,18 @@ fn a_block_device_wants_a_directory_on_a_comparable_disk() {
 }
 
 #[test]
+fn a_name_that_fio_would_split_is_refused() {
+    let (place, _) = group();
+    let path = fake(&place, "exit 1", "exit 1");
+    for name in ["pci-0000:00", "back\\slash"] {
+        let dir = place.path().join(name);
+        std::fs::create_dir(&dir).unwrap();
+        run(&place, &path, &["--dir", dir.to_str().unwrap()]).expect(2, &["fio takes", "--dir"]);
+        std::fs::remove_dir(&dir).expect("nothing was made in it");
+    }
+}
+
+#[test]
 fn nothing_is_left_whatever_becomes_of_fio() {
     let (place, tree) = group();
     let disk = std::fs::read(place.path().join("disk")).unwrap();

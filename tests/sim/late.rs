@@ -117,11 +117,16 @@ impl World {
         }
         for node in (0..self.hosts.len()).filter(|n| *n != primary) {
             let host = &self.hosts[node];
-            let Some(s) = host.status.clone().filter(|s| follows(s) && host.node.is_some()) else { continue };
+            // Whose connection is lost still tells how far it is behind.
+            let tells = |s: &Status| follows(s) || (s.role == "shadow" && s.state == "Outdated");
+            let Some(s) = host.status.clone().filter(|s| tells(s) && host.node.is_some()) else { continue };
             let Some((late, lacks, own)) = self.true_lag(primary, &p, node, s.applied_lsn) else { continue };
             let told = p.peers.iter().find(|q| q.name == host.config.name);
             let told = told.filter(|q| matches!(q.state.as_str(), "UpToDate" | "CatchingUp"));
             self.check_lag_here(primary, node, &s, late)?;
+            if !follows(&s) {
+                continue;
+            }
             self.check_followers(node, &s)?;
             if let Some(told) = told {
                 // Of what another process has sealed it knows the segments' times alone, and they are of another clock.
