@@ -200,6 +200,10 @@ impl World {
             );
             return broken("I5", text);
         }
+        if !follows(s) {
+            // Its seconds begin anew with any message of a handshake: not judged here.
+            return Ok(());
+        }
         // Whatever it could have learned since it heard anything counts.
         let silent = self.now - self.hosts[node].watch.heard_at;
         let ns = (lag.seconds * SECONDS as f64) as u64;
