@@ -40,12 +40,12 @@ def install(packages):
                 print(f"not to be had: {name}", file=sys.stderr)
 
 
-def build(root):
-    """The release binary of this tree."""
-    path = os.path.join(os.environ.get("CARGO_TARGET_DIR", os.path.join(root, "target")), "release/volrep")
+def build(root, kind="bin", name="volrep"):
+    """A release binary of this tree."""
+    path = os.path.join(os.environ.get("CARGO_TARGET_DIR", os.path.join(root, "target")), "release", "" if kind == "bin" else "examples", name)
     if not os.path.exists(path):
-        print("building the release binary", flush=True)
-        subprocess.run(["cargo", "build", "--release", "--bin", "volrep"], cwd=root, check=True)
+        print(f"building the release binary of {name}", flush=True)
+        subprocess.run(["cargo", "build", "--release", f"--{kind}", name], cwd=root, check=True)
     return path
 
 

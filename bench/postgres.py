@@ -51,6 +51,22 @@ class Loop:
         run("losetup", "-d", self.device)
 
 
+class Fuse:
+    """The same file on volrep's own way to a device without ublk and NBD (FUSE and a loop device), and nothing else: `bench/passthrough.rs`."""
+
+    def __init__(self, program, path, size):
+        run("truncate", "-s", size, path)
+        os.makedirs(f"{path}.fuse")
+        self.child = subprocess.Popen([program, path, f"{path}.fuse"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.device = self.child.stdout.readline().strip()
+        if not self.device:
+            raise RuntimeError(f"{program} has made no device: status {self.child.wait()}")
+
+    def close(self):
+        self.child.stdin.close()
+        self.child.wait(30)
+
+
 class Cluster:
     """A cluster on a new ext4 on `device`, with pgbench's tables; gone after `with`."""
 

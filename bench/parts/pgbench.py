@@ -1,6 +1,7 @@
 """PostgreSQL on ext4, with pgbench's own transactions (TPC-B-like, synchronous_commit on, page checksums on).
 
-Subjects: a plain loop device on a file (direct I/O, same disk); volrep asynchronous; volrep `durable` (the shadow in the sync
+Subjects: a plain loop device on a file (direct I/O, same disk); a loop device on a FUSE file that hands every request on to such a
+file (`bench/passthrough.rs`): volrep's way to a device on a machine without ublk and NBD, with nothing replicated; volrep asynchronous; volrep `durable` (the shadow in the sync
 set). volrep's device is the best that this machine has (`attach --device auto`: ublk, NBD, or FUSE and a loop device). The
 shadow's files lie on tmpfs, since a real shadow has a disk of its own; the subjects "same disk" have them beside the primary's.
 All clusters run at once and only one is used at a time, in rounds; before each row a CHECKPOINT, so that each row
@@ -12,13 +13,14 @@ applied everything that was sealed when pgbench ended, against the time that pgb
 """
 import contextlib, os, statistics, time
 
-import load, nodes, postgres
+import load, machine, nodes, postgres
 from suite import Skip
 
 TITLE = "PostgreSQL: pgbench on ext4"
 ORDER = 40
 PACKAGES = ("postgresql", "e2fsprogs", "mount")
 GROUP = "pgbench"
+FUSE = "FUSE and loop device, not replicated"
 
 
 def processors(group):
@@ -67,6 +69,9 @@ def subjects(bench, stack, scale):
     loop = postgres.Loop(f"{bench.args.dir}/plain", size)
     stack.callback(loop.close)
     made.append(Subject("plain loop device", stack.enter_context(postgres.Cluster(loop.device, scale))))
+    fuse = postgres.Fuse(machine.build(bench.root, "example", "passthrough"), f"{bench.args.dir}/fuse", size)
+    stack.callback(fuse.close)
+    made.append(Subject(FUSE, stack.enter_context(postgres.Cluster(fuse.device, scale))))
     kinds = [("volrep async", 0, False), ("volrep durable", 1, False)]
     kinds += [] if bench.args.quick else [("volrep async, same disk", 0, True), ("volrep durable, same disk", 1, True)]
     for name, sync, on_disk in kinds:
@@ -74,7 +79,7 @@ def subjects(bench, stack, scale):
                                                 device="auto", journal="512M" if bench.args.quick else "2G"))
         made.append(Subject(name, stack.enter_context(postgres.Cluster(group.uri, scale)), group))
         group.settle()
-    bench.say(f"volrep's device: {os.path.realpath(made[1].group.uri)}")
+    bench.say(f"volrep's device: {os.path.realpath(made[-1].group.uri)}")
     return made
 
 
@@ -93,7 +98,7 @@ def run(bench):
                 for subject in turn[number % len(turn):] + turn[:number % len(turn)]:
                     subject.row(count, seconds if count > 1 else max(2, seconds / 2))
         report(bench, made, clients, seconds, scale)
-        catch_up(bench, made[1], clients[-1], max(4, seconds))
+        catch_up(bench, next(s for s in made if s.group), clients[-1], max(4, seconds))
     bench.keep("pgbench", {s.name: {c: [{k: v for k, v in row.items() if k != "latencies"} for row in rows] for c, rows in s.rows.items()}
                            for s in made})
 
@@ -114,7 +119,7 @@ def report(bench, made, clients, seconds, scale):
                 bench.figure(f"{GROUP}, {count} client{'s' * (count > 1)}, latency", f"{s.name}: {label}", postgres.quantile(pooled, q), "ms", against, None, command)
     for s in made:
         shares(bench, s, most)
-    for s in made[1:]:
+    for s in (s for s in made if s.group):
         costs(bench, s, most)
     bench.plot(GROUP, f"Transactions with {most} clients", "bar",
                {s.name: [("median", s.median(most, "tps"))] for s in made}, "", "transactions/s")
