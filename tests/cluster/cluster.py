@@ -199,7 +199,7 @@ class Fencer(threading.Thread):
 
 
 class Lab:
-    def __init__(self, volrep, top, far):
+    def __init__(self, volrep, top, far, pause):
         self.far = Far(volrep, far)
         # Its loop devices are known by the volume's name: those of a node that was killed stay.
         self.top, self.volume = top, os.path.basename(os.path.dirname(top)).lstrip(".")
@@ -212,7 +212,7 @@ class Lab:
         os.chmod(top, 0o755)
         self.nodes = {name: Node(name, top, volrep) for name in NODES}
         self.fencer = Fencer(self)
-        self.client = Client()
+        self.client = Client(pause)
         self.bounds = {}
 
     def disk(self, name, real):
@@ -589,7 +589,8 @@ def main():
     scenarios = sys.argv[4:] or ["database", "daemon", "node", "network", "shadow", "qdevice", "isolated", "alone", "move", "failback", "unfenced", "remote", "agent"]
     top = os.path.join(real, "lab")
     os.makedirs(top)
-    lab = Lab(volrep, top, os.path.join(real, "far"))
+    # In a short run, which has to leave time to the suite beside it, fewer commits.
+    lab = Lab(volrep, top, os.path.join(real, "far"), 0.005 if rounds > 2 else 0.02)
     for name in NODES:
         lab.disk(name, os.path.join(real))
     try:

@@ -1,8 +1,8 @@
 //! Failover by Pacemaker: two nodes and a quorum device in namespaces, PostgreSQL on a volrep device, a client outside.
 //!
 //! Owns: nothing; `cluster.py` runs in namespaces of its own, which end with it, and all that it started with them. Invariant:
-//! after each disturbance exactly one node writes, and no acknowledged commit is lost. Only with VOLREP_LONG=1, or
-//! VOLREP_CLUSTER=ROUNDS (each takes minutes), or VOLREP_CLUSTER=short.
+//! after each disturbance exactly one node writes, and no acknowledged commit is lost. Two rounds, ten with VOLREP_LONG=1,
+//! as many as VOLREP_CLUSTER says, and none with 0; a round takes three minutes.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -13,9 +13,6 @@ const SCENARIOS: [&str; 13] = [
     "agent", "database", "daemon", "node", "network", "shadow", "qdevice", "isolated", "alone", "move",
     "failback", "unfenced", "remote",
 ];
-
-/// What fits into 80 s on a quiet machine.
-const SHORT: [&str; 7] = ["agent", "database", "daemon", "node", "network", "move", "shadow"];
 
 /// What can't be done here, if anything.
 fn missing() -> Option<String> {
@@ -91,10 +88,20 @@ fn detach(scratch: &Path) {
 #[test]
 fn the_agent_does_what_pacemaker_asks_and_a_pair_survives_what_happens_to_a_node() {
     let long = std::env::var("VOLREP_LONG").is_ok_and(|v| v != "0");
-    match std::env::var("VOLREP_CLUSTER") {
-        Ok(short) if short == "short" => lab("1", &SHORT),
-        Ok(rounds) => lab(&rounds, &SCENARIOS),
-        Err(_) if long => lab("10", &SCENARIOS),
-        Err(_) => eprintln!("skipped: a round takes minutes: VOLREP_CLUSTER=1, or short"),
+    let rounds = std::env::var("VOLREP_CLUSTER").unwrap_or(if long { "10" } else { "2" }.into());
+    if rounds == "0" {
+        return eprintln!("skipped: VOLREP_CLUSTER=0");
     }
+    lab(&rounds, &SCENARIOS);
+}
+
+#[test]
+fn a_database_that_waits_for_a_silent_client_is_stopped_all_the_same() {
+    if let Some(why) = missing() {
+        return eprintln!("skipped: {why}");
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut command = Command::new(root.join("tests/cluster/silent_client"));
+    let output = command.arg(root.join("tools/ocf/pg_ctl")).stdin(Stdio::null()).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }

@@ -41,9 +41,10 @@ def say(text):
 class Client(threading.Thread):
     """Commits one row after the other at the virtual IP; keeps the acknowledged ones and when."""
 
-    def __init__(self):
+    def __init__(self, pause):
         super().__init__(daemon=True)
-        self.acked, self.times, self.next, self.paused = [], [], 0, False
+        self.pause = pause
+        self.acked, self.times, self.next = [], [], 0
 
     def connect(self):
         c = psycopg2.connect(host=VIP, user="postgres", dbname="postgres", connect_timeout=2, options="-c statement_timeout=4000",
@@ -67,7 +68,7 @@ class Client(threading.Thread):
                     connection.close()
                 connection = None
                 time.sleep(0.05)
-            time.sleep(0.005)
+            time.sleep(self.pause)
 
     def rows(self):
         connection = self.connect()
