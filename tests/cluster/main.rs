@@ -19,7 +19,7 @@ const SCENARIOS: [&str; 13] = [
 const SHORT: [&str; 7] = ["agent", "database", "daemon", "node", "network", "move", "shadow"];
 
 /// The labs of `recipes.py`.
-const RECIPES: [&str; 2] = ["lsb", "pcs"];
+const RECIPES: [&str; 4] = ["lsb", "systemd", "pcs", "rpo"];
 
 /// One lab at a time: its figures are outages.
 static ONE: Mutex<()> = Mutex::new(());

@@ -14,6 +14,9 @@ root=$dir/root
 hostname "$name"
 mount -t overlay overlay -o "lowerdir=/,upperdir=$dir/upper,workdir=$dir/work" "$root"
 mount -t proc proc "$root/proc"
+# A machine that was killed and starts again has another one, and an empty memory.
+cat /proc/sys/kernel/random/uuid >"$dir/boot_id"
+mount --bind "$dir/boot_id" "$root/proc/sys/kernel/random/boot_id"
 mount -t sysfs sysfs "$root/sys"
 mount -t tmpfs -o mode=755 tmpfs "$root/run"
 mount -t tmpfs -o mode=755 tmpfs "$root/dev"

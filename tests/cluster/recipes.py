@@ -19,7 +19,7 @@ from cluster import HERE, TOOLS, Lab
 from outside import NODES, VIP, say, until
 
 
-# As database.crm describes it.
+# As database.crm describes it, with that script behind it.
 UNIT = """
 [Service]
 Type=forking
@@ -30,21 +30,32 @@ TimeoutSec=300
 
 
 class Script(Lab):
-    """database.crm: a start/stop script as a systemd unit, and xfs. Its nodes have systemd as pid 1."""
+    """database.crm: an LSB script, and xfs."""
 
     RECIPE, SIZE, MKFS, PLACE = "database.crm", "300M", "mkfs.xfs", "/epic"
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        for node in self.nodes.values():
+            node.put(os.path.join(HERE, "database"), os.path.join(node.dir, "upper"), "etc/init.d/iris")
+
+    def recipe(self):
+        return replaced(super().recipe(), {"ip=192.0.2.100 ": f"ip={VIP} "})
+
+
+class Systemd(Script):
+    """The same by a unit. Its nodes have systemd as pid 1."""
 
     def __init__(self, *args):
         super().__init__(*args)
         with open("/proc/self/mounts") as file:
             unified = next(line.split()[1] for line in file if line.split()[2] == "cgroup2")
         for node in self.nodes.values():
-            node.put(os.path.join(HERE, "database"), os.path.join(node.dir, "upper"), "etc/init.d/iris")
             node.cgroup = os.path.join(unified, f"volrep-{self.volume}-{node.name}")
             node.write("etc/systemd/system/iris.service", UNIT)
 
     def recipe(self):
-        return replaced(super().recipe(), {"ip=192.0.2.100 ": f"ip={VIP} "})
+        return replaced(super().recipe(), {"epic-db lsb:iris ": "epic-db systemd:iris "})
 
     def close(self):
         """What the kernel keeps of the nodes; their processes may be going still."""
@@ -59,13 +70,6 @@ def gone(cgroup):
     except OSError:
         return False
     return True
-
-
-class Lsb(Script):
-    """The same by the script itself, as LSB has it."""
-
-    def recipe(self):
-        return replaced(super().recipe(), {"systemd:iris ": "lsb:iris "})
 
 
 def replaced(text, words):
@@ -266,8 +270,8 @@ cluster.SPECIAL.update(rpo=lagging, refused=refused)
 
 
 LABS = {
-    "systemd": (Script, ["node", "move", "daemon"]),
-    "lsb": (Lsb, ["node", "move", "daemon"]),
+    "lsb": (Script, ["node", "move", "daemon"]),
+    "systemd": (Systemd, ["node", "move", "daemon"]),
     "pcs": (Pcs, ["node", "move", "refused"]),
     "rpo": (Rpo, ["rpo"]),
 }
