@@ -41,9 +41,9 @@ def say(text):
 class Client(threading.Thread):
     """Commits one row after the other at the virtual IP; keeps the acknowledged ones and when."""
 
-    def __init__(self, pause):
+    def __init__(self):
         super().__init__(daemon=True)
-        self.pause = pause
+        self.pause = 0.005  # seconds between commits
         self.acked, self.times, self.next = [], [], 0
 
     def connect(self):
