@@ -8,10 +8,10 @@ shadow's daemon running, and stopped (a primary that has heard of peers asks the
 
 *Shadows*: 1, 2 and 4, all with their files on tmpfs and all on this machine's processors, which is what limits them here.
 
-*Backlog*: the shadow is stopped and 1 GiB of records that don't compress is written, with no checkpoint meanwhile (`checkpoint_after = "1h"`, a journal of more than twice that, and no faster than the write cache empties, since a full one asks
-for a checkpoint): a
-restart walks the journal from the checkpoint, so what lies before that costs nothing, and the row is left out if a checkpoint has come. The primary is killed
-(SIGKILL), and started again: from the start of `volrep serve` until a block was read, and until one was written and flushed.
+*Backlog*: the shadow is stopped and 1 GiB of records that don't compress is written, with no checkpoint meanwhile (`checkpoint_after = "1h"`, a
+journal of more than twice that): a restart walks the journal from the checkpoint, so what lies before that costs nothing, and the row is left
+out if a checkpoint has come. The primary is killed (SIGKILL), and started again: from the start of `volrep serve` until a block was read, and
+until one was written and flushed.
 """
 import os, statistics, subprocess, time
 
@@ -154,11 +154,11 @@ def crash(bench, group, held):
     before = primary.status()
     for shadow in group.shadows:
         shadow.end()
-    load.fio(group.uri, f"--rw=randwrite --bs=64k --iodepth=16 --buffer_compress_percentage=0 --rate=100m --io_size={held} --end_fsync=1", None, size="2G")
+    load.fio(group.uri, f"--rw=randwrite --bs=64k --iodepth=16 --buffer_compress_percentage=0 --io_size={held} --end_fsync=1", None, size="2G")
     after = primary.status()
     used = after["record_bytes"] - before["record_bytes"]
     if after["checkpoint_lsn"] > before["tail_lsn"] or used < size_of(held):
-        raise Skip(f"a checkpoint has come (LSN {after['checkpoint_lsn']} of {after['tail_lsn']}): the disk was too slow for 100 MiB/s, and a full write cache asks for one")
+        raise Skip(f"a checkpoint has come (LSN {after['checkpoint_lsn']} of {after['tail_lsn']}), so a restart has only {used >> 20} MiB of records to go through")
     primary.kill()
     begun = time.monotonic()
     primary.start()

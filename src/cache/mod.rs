@@ -200,6 +200,10 @@ impl Cache {
     pub fn usage(&self) -> (u64, u64) {
         self.ring.usage()
     }
+    /// Data bytes that come free when everything up to write `seq` is in the backing.
+    pub fn freeable(&self, seq: u64) -> u64 {
+        self.ring.freeable(seq)
+    }
     /// Gives the memory back, for a change of role.
     pub fn into_memory(self) -> Box<dyn Memory> {
         self.ring.into_memory()

@@ -232,6 +232,15 @@ impl Ring {
         self.memory.publish(FREED, seq);
     }
 
+    /// Data bytes that freeing the writes up to `seq` would free.
+    pub fn freeable(&self, seq: u64) -> u64 {
+        let seq = seq.min(self.last);
+        if seq <= self.freed {
+            return 0;
+        }
+        self.slot(seq).map_or(0, |(_, _, end)| end - self.tail)
+    }
+
     /// Newest sequence.
     pub fn last_seq(&self) -> u64 {
         self.last

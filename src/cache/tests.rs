@@ -111,7 +111,9 @@ proptest! {
                             backing[(e.start() / 512 + k) as usize] = Some(byte);
                         }
                     }
+                    let (used, promised) = (cache.usage().0, cache.freeable(recorded));
                     cache.written_back(dirty.iter().map(|(e, _)| *e), recorded);
+                    prop_assert!(used - promised >= cache.usage().0.min(used), "{} of {} are free", promised, used);
                 }
                 _ => {
                     // What is in records is replayed into the backing before the ring is taken up.

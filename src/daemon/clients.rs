@@ -23,7 +23,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// Bytes of one client's requests and replies above which nothing more is received from it.
-const BOUND: usize = 64 << 20;
+const BOUND: usize = 16 << 20;
 /// Unfinished requests of one client above which nothing more is received from it.
 const REQUESTS: usize = 4096;
 /// Most clients at a time; more are closed at once.

@@ -152,7 +152,7 @@ pub fn run(options: DaemonOptions, ready: impl FnOnce(Handle)) -> Result<(), Err
             "the write cache may be swapped out: raise the limit on locked memory (LimitMEMLOCK) to prevent it"
         );
     }
-    process::keep_freed_memory();
+    process::give_back_freed_memory();
     if !process::lock_memory() {
         tracing::debug!("memory is not locked: that needs root");
     }

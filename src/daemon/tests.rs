@@ -448,7 +448,7 @@ fn a_client_that_sends_without_reading_is_held_back() {
     while asked.recv_timeout(Duration::from_millis(500)).is_ok() {
         taken += 1;
     }
-    assert!((60..=70).contains(&taken), "{taken}");
+    assert!((16..=22).contains(&taken), "{taken}");
     let mut data = vec![0; 1 << 20];
     for n in 0..1000 {
         assert_eq!(reply(&mut client), (0, n));

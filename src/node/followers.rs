@@ -156,10 +156,10 @@ impl Run {
     /// Makes room in a full journal: a checkpoint, or by leaving slow shadows behind.
     pub(super) fn relieve(&mut self) -> bool {
         let Part::Primary(p) = &self.part else { return false };
-        if !p.starved || self.fault.is_some() {
+        // A full write cache is none of its business: write-back makes room there, a checkpoint makes none.
+        if !p.starved || !p.journal_full || self.fault.is_some() {
             return false;
         }
-        let journal_full = p.journal_full;
         let checkpoint = self.links.checkpoint;
         let applied = self.image.applied.point.lsn;
         if applied > checkpoint {
@@ -167,7 +167,7 @@ impl Run {
         }
         // Only when all that this node can do itself is done are the shadows the cause.
         let done = applied == self.journal.tail().point.lsn && self.checkpoint_idle();
-        if !journal_full || !done {
+        if !done {
             return false;
         }
         let blocks = self.cfg.full != FullPolicy::Behind;

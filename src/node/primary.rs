@@ -53,6 +53,10 @@ pub enum Raising {
 /// Journal bytes that front ends can't use: room for the records that open generations.
 const RESERVE: u64 = 64 << 10;
 
+/// A batch of write-back frees at most about this part of the write cache: its room comes back when the whole of it is in the
+/// backing, and a writer that finds none waits for that long.
+const STEPS: u64 = 8;
+
 /// See the module's documentation.
 pub struct Primary {
     pub(super) stage: Stage,
@@ -422,21 +426,28 @@ impl Run {
             return false;
         }
         let ready = p.tails.partition_point(|t| t.point.lsn <= durable);
-        let Some(upto) = ready.checked_sub(1).map(|i| p.tails[i]) else { return false };
+        let Some(newest) = ready.checked_sub(1) else { return false };
         let (used, size) = cache.usage();
         if p.is_draining() {
             // Older records are on their way into the image: nothing newer goes there before them.
             let full = p.starved && !p.journal_full || used >= size / 2;
-            return full && self.spill(upto.point.lsn);
+            let upto = p.tails[newest].point.lsn;
+            return full && self.spill(upto);
         }
         let due = p.dirty_since.unwrap_or(self.now.mono) + after;
         if !hurry && !p.starved && used < size / 2 && self.now.mono < due {
             self.wake_at(due);
             return false;
         }
+        let step = p.tails.partition_point(|t| cache.freeable(t.last_write) <= size / STEPS);
+        let last = newest.min(step.saturating_sub(1));
+        let upto = p.tails[last];
         let dirty: Vec<_> = cache.dirty_up_to(upto.last_write).collect();
         p.batch = dirty.iter().map(|(e, _)| *e).collect();
-        p.dirty_since = (ready < p.tails.len()).then_some(self.now.mono);
+        // What is left for the next step is due as it was.
+        if last == newest {
+            p.dirty_since = (ready < p.tails.len()).then_some(self.now.mono);
+        }
         let source = |at: Option<u64>| at.map_or(Source::Zeroes, Source::Ring);
         self.begin_batch(dirty.into_iter().map(|(e, s)| (e, source(s.at))).collect(), Some(upto));
         true

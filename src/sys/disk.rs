@@ -4,9 +4,6 @@
 //! exactly once; after a failed write, zeroing or sync of a file, every later one on it fails with
 //! EIO, however the kernel would answer (a failed fsync may have dropped what it could not write).
 
-mod buffers;
-
-use self::buffers::Buffers;
 use super::open::OpenFile;
 use super::uring::{Completion, Operation, Ring, errno};
 use crate::disk::{AlignedBuf, DiskOp, DiskRequest, DiskResult, File, IoError, Token, aligned, freeze};
@@ -78,7 +75,6 @@ pub struct Disk {
     backings: [Option<u16>; 256],
     stages: [Option<u16>; 256],
     zeroes: Bytes,
-    buffers: Buffers,
 }
 
 impl Disk {
@@ -96,7 +92,6 @@ impl Disk {
             backings: [None; 256],
             stages: [None; 256],
             zeroes: freeze(zeroes),
-            buffers: Buffers::new(),
         };
         for (name, file) in files {
             disk.put(name, file);
@@ -144,7 +139,7 @@ impl Disk {
         let fd = s.file.fd.clone();
         match op {
             DiskOp::Read { offset, len, .. } => {
-                let operation = Operation::Read { fd, offset, len, buf: self.buffers.take(len) };
+                let operation = Operation::Read { fd, offset, len, buf: aligned(len) };
                 ring.submit(operation, Tag { slot, job: Job::Read(token, len) }.into());
             }
             DiskOp::Write { data, .. } if data.is_empty() => answers.push((token, Ok(Bytes::new()))),
@@ -175,7 +170,7 @@ impl Disk {
     ) {
         let slot = tag.slot;
         match tag.job {
-            Job::Read(token, len) => answers.push((token, self.read_result(done, len))),
+            Job::Read(token, len) => answers.push((token, read_result(done, len))),
             Job::Write(token) => {
                 let result = self.judge(slot, "write", done.result);
                 answers.push((token, result.map(|()| Bytes::new())));
@@ -190,15 +185,6 @@ impl Disk {
                 self.sync(ring, slot);
             }
             Job::Zero(token, zeroing) => self.zeroed(ring, slot, token, zeroing, done, answers),
-        }
-    }
-
-    fn read_result<T>(&self, done: Completion<T>, len: usize) -> DiskResult {
-        match (done.result, done.operation) {
-            (Ok(n), Operation::Read { buf, .. }) if n == len => Ok(self.buffers.freeze(buf)),
-            (Err(errno), _) => Err(IoError { errno }),
-            // The file ends before the range does.
-            _ => Err(IoError::EIO),
         }
     }
 
@@ -282,6 +268,15 @@ impl Disk {
                 answers.push((token, result.map(|()| Bytes::new())));
             }
         }
+    }
+}
+
+fn read_result<T>(done: Completion<T>, len: usize) -> DiskResult {
+    match (done.result, done.operation) {
+        (Ok(n), Operation::Read { buf, .. }) if n == len => Ok(freeze(buf)),
+        (Err(errno), _) => Err(IoError { errno }),
+        // The file ends before the range does.
+        _ => Err(IoError::EIO),
     }
 }
 

@@ -87,11 +87,10 @@ pub fn end_with_parent(command: &mut Command) {
     unsafe { command.pre_exec(ask) };
 }
 
-/// Has the allocator keep what is freed instead of giving it back to the kernel at once. Buffers of a
-/// megabyte come and go with every large read; each would cost a mapping, its page faults and their
-/// removal, more than the bytes in it cost to copy.
-pub fn keep_freed_memory() {
-    const KEPT: libc::c_int = 64 << 20;
+/// Has the system's allocator, which does what [`super::memory`] does not, give back to the kernel what is freed: large
+/// tables in mappings of their own, and the ends of its heaps. By itself it would let both grow with the largest table.
+pub fn give_back_freed_memory() {
+    const KEPT: libc::c_int = 1 << 20;
     // SAFETY: mallopt takes plain numbers; the allocator accepts it at any time.
     unsafe {
         libc::mallopt(libc::M_MMAP_THRESHOLD, KEPT);

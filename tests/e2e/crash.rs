@@ -2,6 +2,7 @@
 
 use crate::model::{Model, Promise};
 use crate::nbd::Client;
+use crate::outage::noise;
 use crate::pair::{Pair, Setup, long};
 use crate::place::until;
 use std::time::{Duration, Instant};
@@ -44,6 +45,33 @@ fn a_killed_primary_loses_nothing_that_it_acknowledged() {
         model.spot_check(&mut client);
     }
     eprintln!("{rounds} rounds, {} acknowledged, {} of them flushes", model.acknowledged, model.flushed);
+    pair.finish();
+}
+
+/// A checkpoint gives it no room: the next one comes when it is time, and a restart goes through the journal until then.
+#[test]
+fn a_full_write_cache_asks_for_no_checkpoint() {
+    let mut pair = Pair::prepare(&Setup { cache: "4M", ..Setup::default() });
+    let rarely = |text: String| text.replace("#checkpoint_after = \"5s\"", "checkpoint_after = \"1h\"");
+    pair.primary.configure(rarely);
+    pair.primary.start();
+    pair.shadow.start();
+    pair.wait_following();
+    pair.primary.attach("nbd-socket");
+    let mut client = Client::connect(&pair.primary.socket(), "data").unwrap();
+    let before = pair.primary.status();
+    // More than it holds, so that the end of it has to wait for room.
+    let data: Vec<u8> = (0..).flat_map(noise).take(16 << 20).collect();
+    client.write(0, &data).unwrap();
+    client.flush().unwrap();
+    let after = pair.primary.status();
+    assert!(after["tail_lsn"].as_u64() > before["tail_lsn"].as_u64(), "{after}");
+    assert_eq!(after["checkpoint_lsn"], before["checkpoint_lsn"], "{after}");
+    pair.primary.kill();
+    pair.primary.start();
+    pair.primary.wait_attached();
+    let mut client = Client::connect(&pair.primary.socket(), "data").unwrap();
+    assert!(client.read(0, data.len()).unwrap() == data);
     pair.finish();
 }
 

@@ -148,7 +148,7 @@ pub struct Link {
 
 impl Default for Link {
     fn default() -> Link {
-        Link { feed: Size(32 << 20), window: Size(16 << 20) }
+        Link { feed: Size(16 << 20), window: Size(16 << 20) }
     }
 }
 
