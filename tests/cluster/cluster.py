@@ -5,6 +5,7 @@ Runs as root in namespaces of its own (mount, pid, net), so that all of it ends 
 
 The client writes rows with rising numbers and logs those whose commit was acknowledged; that log lies outside of the nodes. After
 each scenario: exactly one node has the device, every logged row is there, and the client works again on the same address.
+recipes.py runs the other configurations, in labs that differ from this one in what they override.
 """
 
 import json
@@ -23,7 +24,6 @@ from outside import HANG, NODES, OUTSIDE, Client, Far, run, say, until
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TOOLS = os.path.join(HERE, "..", "..", "tools", "ocf")
-SIZE = "192M"
 BOUND = 30.0  # seconds from the loss of quorum to a device that acknowledges nothing; see tools/ocf/README.md
 
 COROSYNC = """
@@ -86,6 +86,8 @@ class Node:
         self.name, self.top, self.dir = name, top, os.path.join(top, name)
         self.root = os.path.join(self.dir, "root")
         self.proc = self.pid = None
+        self.addresses = [f"{NODES[name]}/24"]
+        self.cgroup = ""  # one of its own makes systemd its init
         for part in ("upper", "work", "root"):
             os.makedirs(os.path.join(self.dir, part))
         upper = os.path.join(self.dir, "upper")
@@ -111,7 +113,7 @@ class Node:
     def boot(self):
         log = open(os.path.join(self.dir, "console"), "ab")
         self.proc = subprocess.Popen(
-            ["unshare", "-n", "-m", "-u", "-i", "-p", "-f", "--kill-child", "bash", os.path.join(HERE, "node.sh"), self.name, self.top],
+            ["unshare", "-n", "-m", "-u", "-i", "-p", "-f", "--kill-child", "bash", os.path.join(HERE, "node.sh"), self.name, self.top, self.cgroup],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         children = f"/proc/{self.proc.pid}/task/{self.proc.pid}/children"
 
@@ -125,8 +127,11 @@ class Node:
         run("ip", "link", "add", f"v{self.name}", "type", "veth", "peer", "name", "eth0", "netns", self.pid)
         run("ip", "link", "set", f"v{self.name}", "master", "sw", "up")
         self.run("ip", "link", "set", "lo", "up")
-        self.run("ip", "addr", "add", f"{NODES[self.name]}/24", "dev", "eth0")
+        for address in self.addresses:
+            self.run("ip", "addr", "add", address, "dev", "eth0")
         self.run("ip", "link", "set", "eth0", "up")
+        if self.cgroup:
+            until(f"{self.name} has systemd on its D-Bus", lambda: subprocess.run(self.inside("busctl", "status", "org.freedesktop.systemd1"), capture_output=True).returncode == 0)
 
     def inside(self, *args):
         return ["nsenter", "-t", self.pid, "-m", "-u", "-i", "-n", "-p", f"--root={self.root_fd()}", f"--wd={self.root_fd()}", "env", "-i",
@@ -199,8 +204,12 @@ class Fencer(threading.Thread):
 
 
 class Lab:
+    RECIPE, SIZE, MKFS, PLACE = "postgresql.crm", "192M", "mkfs.ext4", "/pg"
+    SYNC = True  # each other's sync set, and a remote shadow besides
+    LINK = NODES  # where the daemons listen
+
     def __init__(self, volrep, top, far):
-        self.far = Far(volrep, far)
+        self.far = Far(volrep, far) if self.SYNC else None
         # Its loop devices are known by the volume's name: those of a node that was killed stay.
         self.top, self.volume = top, os.path.basename(os.path.dirname(top)).lstrip(".")
         run("mount", "--make-rprivate", "/")
@@ -222,34 +231,42 @@ class Lab:
         run("mount", "--bind", os.path.join(real, name), path)
 
     def set_up(self):
-        """The group, in each other's sync set, and a database on it, made on a."""
+        """The group, and a database on it, made on a."""
         a, b = self.nodes["a"], self.nodes["b"]
         a.boot()
         b.boot()
-        a.run("volrep", "init", "epic", "--node", "a", "--listen", "10.77.0.1:7654", "--journal-size", "128M", "--cache-size", "16M",
-              "--sync", "b=10.77.0.2:7654", "--volume", f"{self.volume}=/var/lib/volrep/data.img:{SIZE}")
+        here, there = (f"{self.LINK[n]}:7654" for n in "ab")
+        sizes = ("--journal-size", "128M", "--cache-size", "16M")
+        sync = ("--sync", f"b={there}") if self.SYNC else ()
+        a.run("volrep", "init", "epic", "--node", "a", "--listen", here, *sizes, *sync, "--volume", f"{self.volume}=/var/lib/volrep/data.img:{self.SIZE}")
         token = a.run("volrep", "token", "epic", "--peer", "b").strip()
-        b.run("volrep", "join", token, "--node", "b", "--listen", "10.77.0.2:7654", "--journal-size", "128M", "--cache-size", "16M",
-              "--volume", f"{self.volume}=/var/lib/volrep/data.img")
-        b.run("sed", "-i", "s/^sync = false/sync = true/", "/etc/volrep/epic.toml")
-        far = a.run("volrep", "token", "epic", "--peer", "c").strip()
+        b.run("volrep", "join", token, "--node", "b", "--listen", there, *sizes, "--volume", f"{self.volume}=/var/lib/volrep/data.img")
+        if self.SYNC:
+            b.run("sed", "-i", "s/^sync = false/sync = true/", "/etc/volrep/epic.toml")
+            far = a.run("volrep", "token", "epic", "--peer", "c").strip()
         first = a.spawn("volrep", "serve", "epic", log="volrep.first")
         second = b.spawn("volrep", "serve", "epic", log="volrep.first")
         until("a serves", lambda: a.status().get("state") == "UpToDate")
         a.run("volrep", "attach", "epic")
-        a.run("mkfs.ext4", "-q", "/dev/volrep/epic")
-        a.run("mount", "/dev/volrep/epic", "/pg")
-        a.run("install", "-d", "-o", "postgres", "-m", "700", "/pg/cluster")
+        a.run(self.MKFS, "-q", "/dev/volrep/epic")
+        for node in (a, b):
+            node.run("mkdir", "-p", self.PLACE)
+        a.run("mount", "/dev/volrep/epic", self.PLACE)
+        data = f"{self.PLACE}/cluster"
+        a.run("install", "-d", "-o", "postgres", "-m", "700", data)
         as_postgres = ("setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups")
         pg = "/usr/lib/postgresql/15/bin/"
-        a.run(*as_postgres, pg + "initdb", "-k", "-A", "trust", "-D", "/pg/cluster")
-        a.run("sh", "-c", "echo host all all 10.77.0.0/24 trust >>/pg/cluster/pg_hba.conf")
-        a.run("sh", "-c", f"echo 'create table log (n bigint primary key)' | setpriv --reuid=postgres --regid=postgres --clear-groups {pg}postgres --single -D /pg/cluster postgres")
-        a.run("umount", "/pg")
+        a.run(*as_postgres, pg + "initdb", "-k", "-A", "trust", "-D", data)
+        a.run("sh", "-c", f"echo host all all 10.77.0.0/24 trust >>{data}/pg_hba.conf")
+        a.run("sh", "-c", f"echo 'create table log (n bigint primary key)' | setpriv --reuid=postgres --regid=postgres --clear-groups {pg}postgres --single -D {data} postgres")
+        a.run("umount", self.PLACE)
         a.run("volrep", "detach", "epic")
-        until("b is in the sync set", lambda: a.status().get("sync_set") == ["b"])
-        self.far.join(far, self.volume)
-        self.far.follows(a, "set up")
+        if self.SYNC:
+            until("b is in the sync set", lambda: a.status().get("sync_set") == ["b"])
+            self.far.join(far, self.volume)
+            self.far.follows(a, "set up")
+        else:
+            until("b has its first copy", lambda: b.status().get("state") == "UpToDate")
         for node, process in ((a, first), (b, second)):
             with open(os.path.join(self.top, node.name, "disk", "epic", "lock")) as file:
                 node.run("kill", file.read().strip())
@@ -267,15 +284,32 @@ class Lab:
             return "Online: [ a b ]" in done.stdout and "with quorum" in done.stdout
         until("both nodes are online", online)
         say("both nodes are online")
-        with open(os.path.join(TOOLS, "postgresql.crm")) as file:
-            recipe = file.read()
-        fence = "".join(f"primitive fence-{n} stonith:fence_lab params port={n} pcmk_host_list={n} op monitor interval=60s timeout=20s\n" for n in NODES)
-        a.write("root/recipe.crm", fence + recipe)
-        shutil.copy(os.path.join(a.dir, "upper/root/recipe.crm"), os.path.join(self.top, "fence/recipe.crm"))
-        a.run("crm", "-F", "configure", "load", "replace", "/run/fence/recipe.crm")
+        self.configure(a)
         self.client.start()
         until("the client commits", lambda: len(self.client.acked) > 20)
         say(f"the client commits on {self.writer()}")
+
+    def recipe(self):
+        """As it stands."""
+        with open(os.path.join(TOOLS, self.RECIPE)) as file:
+            return file.read()
+
+    def crm(self):
+        """The whole configuration, for crm's `configure load replace`."""
+        fence = "".join(f"primitive fence-{n} stonith:fence_lab params port={n} pcmk_host_list={n} op monitor interval=60s timeout=20s\n" for n in NODES)
+        return self.give("recipe.crm", fence + self.recipe())
+
+    def configure(self, node):
+        node.run("crm", "-F", "configure", "load", "replace", self.crm())
+
+    def give(self, name, text):
+        """A file that both nodes see; its path there."""
+        with open(os.path.join(self.top, "fence", name), "w") as out:
+            out.write(text)
+        return f"/run/fence/{name}"
+
+    def close(self):
+        pass
 
     def start_qnetd(self):
         self.qnetd = subprocess.Popen(["corosync-qnetd", "-f", "-s", "off"], stdin=subprocess.DEVNULL,
@@ -318,7 +352,8 @@ class Lab:
         lost = acked - self.client.rows()
         assert not lost, f"{scenario}: acknowledged and lost: {sorted(lost)[:20]}"
         outage = self.client.outage(begun)
-        self.far.follows(self.nodes[who], scenario)
+        if self.far:
+            self.far.follows(self.nodes[who], scenario)
         say(f"{scenario}: on {who}, outage {outage:.2f} s, {len(acked)} commits, none lost")
         return who, outage
 
@@ -357,6 +392,14 @@ def agent(lab):
     assert late.returncode != 0, "a sync succeeded on a demoted primary"
     a.run("umount", "/pg")
     assert call(a, "start") == 0 and call(a, "monitor") == 0 and call(a, "promote") == 0
+    kill(a)
+    until("a killed daemon is noticed", lambda: call(a, "monitor") == 7)
+    # A member of the sync set is lost, and nobody vouches for it: a FLUSH waits until it is back. To attach needs none.
+    assert call(a, "start") == 0 and call(b, "stop") == 0 and call(a, "promote") == 0
+    flush = subprocess.Popen(a.inside("dd", "if=/dev/volrep/epic", "of=/dev/volrep/epic", "bs=4k", "count=1", "conv=notrunc,fsync"), stderr=subprocess.DEVNULL)
+    until("a FLUSH waits", lambda: a.status()["state"] == "Blocked")
+    assert call(a, "monitor") == 8 and flush.poll() is None
+    assert call(b, "start") == 0 and flush.wait(timeout=HANG) == 0 and call(a, "monitor") == 8 and a.writes()
     kill(a)
     until("a killed daemon is noticed", lambda: call(a, "monitor") == 7)
     # Nobody vouches for the other node.
@@ -580,16 +623,17 @@ def disturb(lab, scenario):
     return outage
 
 
+# More of them in recipes.py.
 SPECIAL = {"unfenced": unfenced, "shadow": shadow, "qdevice": qdevice, "isolated": isolated, "alone": alone,
            "failback": failback}
 
 
-def main():
+def main(make=Lab, scenarios=None):
     volrep, real, rounds = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    scenarios = sys.argv[4:] or ["database", "daemon", "node", "network", "shadow", "qdevice", "isolated", "alone", "move", "failback", "unfenced", "remote", "agent"]
+    scenarios = scenarios or sys.argv[4:] or ["database", "daemon", "node", "network", "shadow", "qdevice", "isolated", "alone", "move", "failback", "unfenced", "remote", "agent"]
     top = os.path.join(real, "lab")
     os.makedirs(top)
-    lab = Lab(volrep, top, os.path.join(real, "far"))
+    lab = make(volrep, top, os.path.join(real, "far"))
     for name in NODES:
         lab.disk(name, os.path.join(real))
     try:
@@ -617,13 +661,14 @@ def main():
                 print(json.dumps(node.status()), flush=True)
         raise
     finally:
+        for node in lab.nodes.values():
+            node.kill()
+        lab.close()
         # Where the logs of the nodes are to be kept.
         keep = os.environ.get("CLUSTER_KEEP")
         for node in lab.nodes.values() if keep else []:
             shutil.copytree(node.dir, os.path.join(keep, node.name), dirs_exist_ok=True, symlinks=True,
-                            ignore=shutil.ignore_patterns("root", "disk", "work", "usr"), ignore_dangling_symlinks=True)
-        for node in lab.nodes.values():
-            node.kill()
+                            ignore=shutil.ignore_patterns("root", "disk", "work", "usr", "*.wants"), ignore_dangling_symlinks=True)
     print("outage      rounds  p50 s  worst s")
     for scenario, values in outages.items():
         values.sort()
