@@ -24,6 +24,7 @@ from outside import HANG, NODES, OUTSIDE, Client, Far, run, say, until
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TOOLS = os.path.join(HERE, "..", "..", "tools", "ocf")
+QNETD = "/run/corosync-qnetd"
 BOUND = 30.0  # seconds from the loss of quorum to a device that acknowledges nothing; see tools/ocf/README.md
 
 COROSYNC = """
@@ -214,6 +215,8 @@ class Lab:
         self.top, self.volume = top, os.path.basename(os.path.dirname(top)).lstrip(".")
         run("mount", "--make-rprivate", "/")
         run("mount", "-t", "tmpfs", "-o", "size=1500m", "tmpfs", top)
+        os.makedirs(QNETD, exist_ok=True)
+        run("mount", "-t", "tmpfs", "tmpfs", QNETD)  # another one, elsewhere, is none of this lab's business
         run("ip", "link", "set", "lo", "up")
         run("ip", "link", "add", "sw", "type", "bridge")
         run("ip", "addr", "add", f"{OUTSIDE}/24", "dev", "sw")
