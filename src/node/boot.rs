@@ -63,16 +63,17 @@ impl Unproved {
         Unproved { runs, boundaries }
     }
 
-    /// That record is there; a run that it opens is noted by it.
-    fn met(&mut self, point: HistoryPoint) {
+    /// That record is there, so the runs that begin after it did begin there: each has its number, though a later run's
+    /// record may be all that the journal has of them (another node may have got one of theirs). A run that a record
+    /// opens is noted by that, too.
+    fn met(&mut self, point: HistoryPoint, openings: &mut Vec<Opening>) {
         self.boundaries.retain(|b| *b != point);
+        let begun = self.runs.extract_if(.., |o| o.at == point);
+        begun.for_each(|o| role::note_opening(openings, o.generation, o.at));
     }
 
-    /// The journal ends at `tail`.
-    fn settle(self, tail: HistoryPoint, openings: &mut Vec<Opening>, maps: &mut Maps) {
-        // A run that begins there has its number, though no record of it was written.
-        let empty = self.runs.into_iter().filter(|o| o.at == tail);
-        empty.for_each(|o| role::note_opening(openings, o.generation, o.at));
+    /// All that the journal has was met.
+    fn settle(self, maps: &mut Maps) {
         if let Some(first) = self.boundaries.iter().map(|b| b.lsn).min() {
             maps.rewind(first.prev());
         }
@@ -122,7 +123,7 @@ impl Boot {
         let Found { sb, recovery, maps, marks, backlog, unproved, .. } = self.found.as_mut()?;
         let mut seen = |r: &Record, offset| {
             note(sb, maps, r);
-            unproved.met(r.point());
+            unproved.met(r.point(), &mut sb.openings);
             Marks::find(marks, r);
             backlog.push(r, offset);
         };
@@ -139,7 +140,7 @@ impl Boot {
                 if recovered.tail.point.lsn == sb.checkpoint.lsn {
                     sb.checkpoint = recovered.tail.point;
                 }
-                unproved.settle(recovered.tail.point, &mut sb.openings, &mut maps);
+                unproved.settle(&mut maps);
                 if let Some(cut) = sb.cut {
                     maps.rewind(cut.lsn);
                 }
@@ -286,9 +287,11 @@ mod tests {
         let granule = |n| Extent::new(Address(n * GRANULE), GRANULE).unwrap();
         // Tail, the records met after the checkpoint at 7, runs and boundaries that are left.
         type Case<'a> = (HistoryPoint, &'a [HistoryPoint], &'a [u64], &'a [u64]);
-        let cases: [Case; 4] = [
+        let cases: [Case; 5] = [
             (point(60, 1), &[point(45, 1), point(60, 1)], &[0], &[0, 45]),
             (point(49, 1), &[point(45, 1), point(49, 1)], &[0, 49], &[0, 45]),
+            // Another run's record came after it.
+            (point(50, 1), &[point(45, 1), point(49, 1), point(50, 1)], &[0, 49], &[0, 45]),
             (point(37, 1), &[point(37, 1)], &[0], &[0]),
             // Other records are in their place.
             (point(49, 2), &[point(45, 2), point(49, 2)], &[0], &[0]),
@@ -301,8 +304,8 @@ mod tests {
             maps.mark(granule(2));
             let mut openings = vec![run(1, point(0, 0)), run(2, point(49, 1))];
             let mut unproved = Unproved::take(&mut openings, maps.ranges(), Lsn(7));
-            met.iter().for_each(|p| unproved.met(*p));
-            unproved.settle(tail, &mut openings, &mut maps);
+            met.iter().for_each(|p| unproved.met(*p, &mut openings));
+            unproved.settle(&mut maps);
             assert_eq!(openings.iter().map(|o| o.at.lsn.0).collect::<Vec<_>>(), runs, "{tail:?}");
             assert_eq!(
                 maps.ranges().iter().map(|r| r.from.lsn.0).collect::<Vec<_>>(),
