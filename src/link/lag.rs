@@ -3,7 +3,7 @@
 //! Owns: the estimate of the clocks' difference, and the samples. Invariant (I5): lag is never told
 //! smaller than the samples prove: between two samples the older one's time counts.
 
-use crate::units::Lsn;
+use crate::units::{BLOCK, Lsn};
 use std::collections::VecDeque;
 
 /// Estimates the other wall clock minus the own one, from the round trips of heartbeats.
@@ -105,6 +105,11 @@ impl Timeline {
         self.samples.back().copied()
     }
 
+    /// The record after `lsn` is not older than all samples.
+    pub fn reaches(&self, lsn: Lsn) -> bool {
+        self.samples.front().is_none_or(|s| s.lsn <= lsn.next())
+    }
+
     /// For a shadow that has applied up to `lsn`: records, bytes, and the seal time of the oldest
     /// record that it lacks, on the clock of the primary, which is `offset` ahead (0 on the primary itself); `None`
     /// when it lacks nothing. Never less than the truth by more than a sample's step in bytes; never less in time.
@@ -119,8 +124,11 @@ impl Timeline {
             _ => lacking,
         };
         let time = bound.time.saturating_add_signed(if bound.lsn <= self.own { offset } else { 0 });
+        let records = newest.lsn.0 - lsn.0;
+        // Each takes a block at least, also those of which nothing was noted here.
+        let least = records.saturating_mul(BLOCK);
         let bytes = newest.bytes - before.map_or(0, |b| b.bytes).min(newest.bytes);
-        Some((newest.lsn.0 - lsn.0, bytes, time))
+        Some((records, bytes.max(least), time))
     }
 }
 
@@ -224,6 +232,17 @@ mod tests {
         assert_eq!(some.behind(Lsn(5), 0), Some((7, 8 * 4096, 40)));
         assert_eq!(some.behind(Lsn(7), 0), Some((5, 8 * 4096, 80)));
         assert_eq!((some.time_of(Lsn(3)), some.time_of(Lsn(7))), (0, 40));
+    }
+
+    #[test]
+    fn of_what_is_older_than_the_line_every_record_counts_a_block() {
+        let mut line = Timeline::default();
+        assert!(line.reaches(Lsn(0)), "there is nothing to be older than");
+        line.push(Sample { lsn: Lsn(10), time: 100, bytes: 0 }, true);
+        line.push(Sample { lsn: Lsn(11), time: 110, bytes: 3 * BLOCK }, true);
+        assert_eq!([8, 9, 10, 11].map(|lsn| line.reaches(Lsn(lsn))), [false, true, true, true]);
+        let bytes = |lsn| line.behind(Lsn(lsn), 0).map(|(_, bytes, _)| bytes);
+        assert_eq!([0, 9, 10].map(bytes), [11, 3, 3].map(|blocks| Some(blocks * BLOCK)));
     }
 
     #[test]

@@ -328,7 +328,10 @@ impl Run {
             return (0, 0, 0);
         }
         let (_, bytes, since) = self.behind(applied).unwrap_or((0, 0, time));
-        let late = self.links.primary_clock().map_or(0, |c| c.since(since, self.now.wall));
+        let late = match since {
+            0 => self.word_age(),
+            since => self.links.primary_clock().map_or(0, |c| c.since(since, self.now.wall)),
+        };
         (records, bytes + more, late)
     }
 

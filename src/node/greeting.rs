@@ -89,6 +89,9 @@ impl Run {
         let found = candidate(&own.openings, own.tail, hello);
         let at = found.map_or(Lsn(0), |(lsn, _)| lsn);
         let parted = fork(&own, hello);
+        if let Some(l) = self.links.by_id.get_mut(&link) {
+            l.common = found.map(|(lsn, _)| lsn).or(parted).unwrap_or(Lsn(0)).min(hello.tail.lsn);
+        }
         if (own.role == Role::Shadow || hello.role == Role::Primary)
             && let Some(peer) = self.links.peer_of(link)
         {
@@ -262,6 +265,8 @@ impl Run {
 
     /// The acceptor's verdict on this shadow.
     pub(super) fn welcomed(&mut self, link: LinkId, primary: &Identity, verdict: Verdict) {
+        // Whatever comes of this link.
+        self.ends_no_earlier(primary);
         match &self.part {
             // Begun for an earlier link: what this one compared may be gone in a moment.
             Part::Shadow(s) if s.is_cutting() => {

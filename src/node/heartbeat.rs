@@ -1,13 +1,16 @@
 //! Heartbeats: that the other end lives, its clock, and what is known of the primary.
 //!
 //! Owns: what they say and what is believed of it. Invariant (I5): a shadow that passes on what it knows of the
-//! primary says how old that is, so lag is never told smaller at the end of a chain than it is; the clock that lag is
-//! measured by is the primary's, never that of a shadow in between.
+//! primary says how old that is, so lag is never told smaller at the end of a chain than it is; only a word on where the
+//! primary is ends its silence, not whatever else comes of a connection; the clock that lag is measured by is the
+//! primary's, never that of a shadow in between.
 
 use super::event::LinkId;
 use super::links::{LinkState, PeerView};
 use super::run::{Part, Run};
-use crate::format::message::Message;
+use crate::format::message::{Identity, Message};
+use crate::journal::Tail;
+use crate::link::handshake::{TermOrder, order};
 use crate::link::lag::ClockEstimate;
 use crate::units::{BLOCK, Lsn, NodeId, Term};
 
@@ -16,17 +19,26 @@ use crate::units::{BLOCK, Lsn, NodeId, Term};
 pub struct Heard {
     /// Its newest record.
     pub(super) tail: Lsn,
-    /// Seal time of the oldest record that was not applied here.
+    /// Seal time of the oldest record that was not applied here; 0: none was known, so it was sealed since.
     pub(super) time: u64,
     /// Journal bytes that were not.
     pub(super) bytes: u64,
 }
 
+/// When it was heard there that this is so, by the own monotonic clock; under which term, and who said so here.
+#[derive(Clone, Copy)]
+struct Known {
+    at: u64,
+    term: Term,
+    by: Option<NodeId>,
+    heard: Heard,
+}
+
 /// How the primary is known through those between.
 #[derive(Clone, Copy, Default)]
 pub struct Between {
-    /// The newest that was said, whoever said it, and when it was heard there, on the own monotonic clock.
-    known: Option<(u64, Term, Heard)>,
+    /// The newest that was said, whoever said it.
+    known: Option<Known>,
     /// The connection to the primary is lost there.
     lost: bool,
 }
@@ -61,16 +73,14 @@ impl Run {
             Some(LinkState::Receiving) => {
                 self.links.between.lost = !live;
                 if let Some(tail) = tail {
-                    self.heard_of(Heard { tail, time, bytes }, silent);
+                    self.heard_of(link, Heard { tail, time, bytes }, silent);
                 }
                 self.told_standing(standing, true);
             }
             Some(state) if state.is_followed() => {
-                // What it lacks is more by so much; since when, and how many bytes, this link does not tell.
-                if let Some((tail, known)) =
-                    tail.zip(self.links.heard_of_primary).filter(|(t, k)| *t > k.tail)
-                {
-                    self.heard_of(Heard { tail, ..known }, silent);
+                if let Some(tail) = tail {
+                    let heard = self.with_own(Heard { tail, time, bytes });
+                    self.heard_of(link, heard, silent);
                 }
                 self.told_standing(standing, false);
             }
@@ -87,34 +97,79 @@ impl Run {
         }
     }
 
+    /// Before records come over a link, it tells what follows the point that the handshake has found: what is here and
+    /// not in the image is lacking, too.
+    fn with_own(&self, told: Heard) -> Heard {
+        let (applied, tail) = (self.image.applied.point.lsn, self.journal.tail());
+        let (own, first) = self.behind(applied).map_or((0, None), |(_, bytes, time)| (bytes, Some(time)));
+        let time = match told.time {
+            // It does not know either; but it follows the last one here.
+            0 if told.tail > tail.point.lsn => Some(tail.time),
+            0 => None,
+            time => Some(time),
+        };
+        let time = first.into_iter().chain(time).min().unwrap_or(0);
+        Heard { time, bytes: told.bytes.saturating_add(own), ..told }
+    }
+
+    /// A node that follows no older primary, or is the primary, says in the handshake how far its journal goes: since
+    /// when, and how many bytes that is, it does not.
+    pub(super) fn ends_no_earlier(&mut self, peer: &Identity) {
+        let (tail, rank) = (peer.tail.lsn, order(self.meta.sb.term, peer.term));
+        let counts = peer.group == self.meta.sb.group && matches!(rank, TermOrder::Equal | TermOrder::Higher);
+        let Some(known) = self.links.heard_of_primary.filter(|h| counts && tail > h.tail) else { return };
+        let (own, received) = (self.journal.tail().point.lsn, self.behind(known.tail));
+        let more = tail.0.saturating_sub(own.max(known.tail).0).saturating_mul(BLOCK);
+        let bytes =
+            known.bytes.saturating_add(received.map_or(0, |(_, bytes, _)| bytes)).saturating_add(more);
+        // What has come meanwhile is not what is lacking since then.
+        let time = if known.tail > own { known.time } else { 0 };
+        self.links.heard_of_primary = Some(Heard { tail, time, bytes });
+    }
+
+    /// The image is another one, which may be older than the one of which the last word was said.
+    pub(super) fn lacks_since(&mut self, end: &Tail) {
+        if let Some(heard) = self.links.heard_of_primary.as_mut().filter(|h| h.tail > end.point.lsn) {
+            heard.time = if heard.time == 0 { end.time } else { heard.time.min(end.time) };
+        }
+    }
+
     /// Somebody who heard of the primary so long ago says this of it.
-    fn heard_of(&mut self, mut heard: Heard, silent: u64) {
+    fn heard_of(&mut self, link: LinkId, mut heard: Heard, silent: u64) {
         let (mut at, term) = (self.now.mono.saturating_sub(silent), self.meta.sb.term);
-        // What was known here may be newer than what the next one in the chain knows.
-        if let Some((later, _, known)) =
-            self.links.between.known.filter(|(then, of, _)| *then > at && *of == term)
-        {
-            at = later;
-            if known.tail > heard.tail {
-                heard = known;
+        let by = self.links.by_id.get(&link).and_then(|l| l.peer());
+        // What was known here may be newer than what the next one in the chain knows. But if that one said so itself, it
+        // took longer to come here than it seemed: he knows no less now.
+        if let Some(known) = self.links.between.known.filter(|k| k.at > at && k.term == term && k.by != by) {
+            at = known.at;
+            if known.heard.tail > heard.tail {
+                heard = known.heard;
             }
         }
-        self.links.between.known = Some((at, term, heard));
+        self.links.between.known = Some(Known { at, term, by, heard });
         self.links.heard_of_primary = Some(heard);
     }
 
     /// Sends one; `echo`: it answers one.
     pub(super) fn send_heartbeat(&mut self, link: LinkId, echo: u64) {
         let own = self.journal.tail().point.lsn;
-        let applied = match self.links.by_id.get(&link).map(|l| &l.state) {
-            Some(LinkState::Sending(s)) => Some(s.positions().2),
-            _ => None,
-        };
+        // Up to where the other one has it.
+        let (mut applied, mut fed, mut begins) = (None, false, false);
+        match self.links.by_id.get(&link).map(|l| (&l.state, l.common)) {
+            Some((LinkState::Sending(s), _)) => (applied, fed) = (Some(s.positions().2), true),
+            Some((LinkState::Offered | LinkState::Offering { .. }, common)) => applied = Some(common),
+            // It may take this for the word of one that feeds it already: it is told nothing of where the primary is.
+            Some((LinkState::Welcomed { .. }, _)) => begins = true,
+            _ => {}
+        }
         let behind = applied.and_then(|lsn| self.behind(lsn));
-        let (_, bytes, time) = behind.unwrap_or((0, 0, 0));
-        let feeds = if applied.is_none() { self.feeds() } else { Vec::new() };
+        let (_, bytes, mut time) = behind.unwrap_or((0, 0, 0));
+        if !fed && applied.is_some_and(|lsn| !self.links.timeline.reaches(lsn)) {
+            time = 0;
+        }
+        let feeds = if fed { Vec::new() } else { self.feeds() };
         let (wall, live) = (self.now.wall, matches!(self.part, Part::Primary(_)));
-        let mut beat = Beat { wall, tail: Some(own), time, bytes, silent: 0, live };
+        let mut beat = Beat { wall, tail: Some(own).filter(|_| !begins), time, bytes, silent: 0, live };
         if let (Part::Shadow(_), Some(applied)) = (&self.part, applied) {
             self.pass_on(&mut beat, own, applied);
             if echo > 0 {
@@ -133,11 +188,11 @@ impl Run {
         beat.tail = heard.map(|h| own.max(h.tail));
         if let Some((bytes, time)) = self.still_to_come() {
             beat.bytes += bytes;
-            if beat.time == 0 && heard.is_some_and(|h| h.tail > applied) {
+            if own <= applied && heard.is_some_and(|h| h.tail > applied) {
                 beat.time = time;
             }
         }
-        (beat.silent, beat.live) = (self.unheard(), self.hears_primary());
+        (beat.silent, beat.live) = (self.word_age(), self.hears_primary());
     }
 
     /// Journal bytes of what the primary has and this shadow has not received, about, and a time not after the seal time of
@@ -163,10 +218,24 @@ impl Run {
     /// Nanoseconds since the primary was heard, by this shadow or by those between; since the start if never.
     pub(super) fn unheard(&self) -> u64 {
         let heard = match self.is_cascaded() {
-            true => self.links.between.known.filter(|(_, of, _)| *of == self.meta.sb.term).map(|(at, ..)| at),
+            true => self.links.between.known.filter(|k| k.term == self.meta.sb.term).map(|k| k.at),
             false => self.links.primary().and_then(|n| self.links.view(n)).and_then(|v| v.heard),
         };
         self.now.mono.saturating_sub(heard.unwrap_or(self.links.chain.since))
+    }
+
+    /// Nanoseconds since the last word on where the primary is, by itself or by those between; since the start if never.
+    /// Other messages, of which a handshake is full, tell nothing of what was sealed meanwhile.
+    pub(super) fn word_age(&self) -> u64 {
+        let node = self.meta.sb.term.node;
+        let known = self.links.between.known.filter(|k| k.term.node == node);
+        self.now.mono.saturating_sub(known.map_or(self.links.chain.since, |k| k.at))
+    }
+
+    /// For how long that word is missing, ns; none while it comes.
+    pub(super) fn missing_word(&self) -> Option<u64> {
+        self.links.heard_of_primary?;
+        Some(self.word_age()).filter(|age| *age > self.patience())
     }
 
     /// The primary is connected, or as far as those between say.
@@ -177,9 +246,14 @@ impl Run {
     /// For how long the primary has missed its heartbeats, ns; none while they arrive.
     pub(super) fn silence(&self) -> Option<u64> {
         self.links.view(self.links.primary()?)?.heard?;
-        let (silent, beat) = (self.unheard(), self.cfg.timing.heartbeat);
+        let silent = self.unheard();
+        (silent > self.patience()).then_some(silent)
+    }
+
+    /// How old the last word of the primary may be while nothing is wrong, ns.
+    fn patience(&self) -> u64 {
         // Each one between tells of what it heard up to two beats ago.
         let hops = if self.is_cascaded() { self.links.chain.sources().len().max(2) } else { 1 };
-        (silent > 2 * beat * hops as u64).then_some(silent)
+        2 * self.cfg.timing.heartbeat * hops as u64
     }
 }

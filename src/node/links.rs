@@ -75,6 +75,8 @@ pub struct Link {
     pub(super) held: Option<Lsn>,
     /// Where the peer's history leaves the one here: offered to it as a common point.
     pub(super) fork: Option<HistoryPoint>,
+    /// Up to here at most the one that dialled holds the history here, as it said.
+    pub(super) common: Lsn,
 }
 
 /// What is known of a peer, connected or not.
@@ -344,6 +346,7 @@ impl Run {
             counted: Standing::None,
             held: None,
             fork: None,
+            common: Lsn(0),
         };
         self.links.by_id.insert(link, fresh);
         if self.fault.is_some() {

@@ -141,7 +141,7 @@ impl Run {
         // What is not even durable there is not held back on purpose.
         let lag = unapplied.saturating_sub(p.apply_delay).max(late(p.durable).2);
         // What a silent primary has sealed since is unknown, here and there.
-        let lag = lag.max(self.silence().filter(|_| p.follows).unwrap_or(0));
+        let lag = lag.max(self.missing_word().filter(|_| p.follows).unwrap_or(0));
         PeerStatus {
             name: p.name.clone(),
             state: if through.is_some() { "Disconnected" } else { p.state }.into(),
@@ -359,7 +359,7 @@ impl Run {
         let behind = tail.0.saturating_sub(self.image.applied.point.lsn.0);
         let late = self.lag().map_or(0.0, |l| l.seconds);
         if late > 1.0 {
-            let why = match self.silence() {
+            let why = match self.missing_word() {
                 Some(ns) => format!("nothing was heard of the primary for {} s", ns / SECONDS),
                 None => format!("{behind} records to apply"),
             };

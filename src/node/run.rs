@@ -151,8 +151,10 @@ impl Run {
         let segment = self.meta.sb.geometry.segment;
         let own = self.meta.sb.role == Role::Primary;
         let mut bytes = 0;
-        for s in self.journal.segments().filter(|s| s.time > 0) {
-            self.links.timeline.push(Sample { lsn: s.before.lsn, time: s.time, bytes }, own);
+        for s in self.journal.segments() {
+            if s.time > 0 {
+                self.links.timeline.push(Sample { lsn: s.before.lsn, time: s.time, bytes }, own);
+            }
             bytes += segment;
         }
         let tail = self.journal.tail();

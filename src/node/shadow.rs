@@ -18,7 +18,7 @@ use crate::format::record::{Record, flags, origin};
 use crate::journal::Journal;
 use crate::journal::recovery::{Outcome, Recovery};
 use crate::link::receiver::{Held, Verdict, judge};
-use crate::units::{HistoryPoint, Lsn, MICROS, MILLIS, SECONDS};
+use crate::units::{BLOCK, HistoryPoint, Lsn, MICROS, MILLIS, SECONDS};
 use hdrhistogram::Histogram;
 use std::borrow::Cow;
 use std::collections::VecDeque;
@@ -442,11 +442,16 @@ impl Run {
         let heard = self.links.heard_of_primary?;
         let newest = heard.tail.max(self.journal.tail().point.lsn);
         let records = newest.0.saturating_sub(applied.0);
-        let since = s.unapplied.front().map_or(heard.time, |(_, time)| *time);
-        let bytes = if records > 0 { heard.bytes } else { 0 };
-        let late = if records > 0 { clock.since(since, self.now.wall) } else { 0 };
+        // What has come since that word is not in it.
+        let come = self.behind(heard.tail).map_or(0, |(_, bytes, _)| bytes);
+        let bytes = heard.bytes.saturating_add(come).max(records.saturating_mul(BLOCK));
+        let late = match s.unapplied.front().map_or(heard.time, |(_, time)| *time) {
+            0 => self.word_age(),
+            since => clock.since(since, self.now.wall),
+        };
+        let (bytes, late) = if records > 0 { (bytes, late) } else { (0, 0) };
         // What a silent primary has sealed since is unknown here: the last word of it is the bound.
-        let silent = self.silence().unwrap_or(0);
+        let silent = self.missing_word().unwrap_or(0);
         let seconds = |late: u64| late.max(silent) as f64 / SECONDS as f64;
         let beyond = match s.delay.intended() {
             0 => late,

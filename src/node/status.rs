@@ -331,7 +331,8 @@ pub struct Lag {
     /// Their journal bytes, as far as known.
     pub bytes: u64,
     /// Seconds since the oldest of them was sealed, less the delay that is intended, but no less than since the oldest
-    /// that is not durable here; 0 when none. While the primary is silent, at least the seconds since it was heard.
+    /// that is not durable here; 0 when none. While the primary does not say where it is, at least the seconds since
+    /// it last did.
     pub seconds: f64,
     /// The same with the delay: how old the image is.
     #[serde(default)]

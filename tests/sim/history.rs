@@ -20,6 +20,8 @@ pub struct Entry {
     pub prev: Hash,
     /// Seal time.
     pub time: u64,
+    /// What it takes of a journal.
+    pub bytes: u64,
     /// What it wrote: volume, first sector, of which writes.
     pub runs: Vec<(usize, u64, Vec<WriteId>)>,
     /// The latest submission of any write up to here.
@@ -140,6 +142,7 @@ impl History {
             lsn: stamp.lsn,
             prev: stamp.prev,
             time: stamp.time,
+            bytes: record.padded_len(),
             runs,
             newest: newest.max(newest_here),
         };

@@ -6,9 +6,9 @@
 use crate::plan::Fault;
 use crate::world::{Outcome, World, broken};
 use std::collections::HashMap;
-use volrep::format::message::Message;
+use volrep::format::message::{Identity, Message, Role};
 use volrep::node::status::{PeerStatus, Status};
-use volrep::units::{Hash, MILLIS, SECONDS};
+use volrep::units::{Hash, Lsn, MILLIS, SECONDS};
 
 /// When each record was sealed, and by which process of which node.
 #[derive(Default)]
@@ -31,27 +31,39 @@ pub struct Heard {
     incarnation: u32,
     from: usize,
     tail: u64,
+    /// Up to here it was told, too, how many bytes that is.
+    sized: u64,
 }
 
 impl World {
     /// A message of the primary to a shadow is read there.
     pub fn heard_tail(&mut self, node: usize, from: usize, message: &Message) {
-        let (tail, silent) = match message {
-            Message::Heartbeat { tail, silent, .. } => (tail.map(|lsn| lsn.0), *silent),
-            _ => (None, 0),
-        };
+        if let Message::Welcome { identity, .. } = message {
+            return self.welcomed_at(node, from, identity);
+        }
+        let Message::Heartbeat { tail: Some(Lsn(tail)), silent, .. } = *message else { return };
         // One that was replaced is still the primary of those who have not heard of it.
-        if self.hosts[from].watch.is_primary() {
-            self.hosts[node].watch.heard_at = self.now;
-        } else if let Some(tail) = tail {
+        if !self.hosts[from].watch.is_primary() {
             return self.heard_through(node, from, tail, silent > 0);
         }
-        if from != self.scenario.primary {
-            return;
+        // Nothing else that it says ends its silence.
+        self.hosts[node].watch.heard_at = self.now;
+        if from == self.scenario.primary {
+            let incarnation = self.hosts[from].incarnation;
+            self.hosts[node].watch.heard_tail = Some(Heard { incarnation, from, tail, sized: tail });
         }
-        let incarnation = self.hosts[from].incarnation;
-        if let Some(tail) = tail {
-            self.hosts[node].watch.heard_tail = Some(Heard { incarnation, from, tail });
+    }
+
+    /// The primary says in the handshake how far it is, and nothing more.
+    fn welcomed_at(&mut self, node: usize, from: usize, identity: &Identity) {
+        let (primary, incarnation) = (self.scenario.primary, self.hosts[from].incarnation);
+        let watch = &mut self.hosts[node].watch;
+        // A term that has ended is not followed.
+        let followed = identity.role == Role::Primary && identity.term >= watch.term();
+        if let Some(heard) = watch.heard_tail.as_mut().filter(|_| followed && from == primary)
+            && (heard.incarnation, heard.from) == (incarnation, from)
+        {
+            heard.tail = heard.tail.max(identity.tail.lsn.0);
         }
     }
 
@@ -105,6 +117,21 @@ impl World {
         Some((0, 0, true))
     }
 
+    /// What the primary's journal has between these records.
+    fn bytes_between(&self, primary: usize, node: usize, applied: u64, tail: u64) -> u64 {
+        let origin = self.history.origin;
+        let Some(mut at) = self.hosts[primary].watch.at(tail, origin) else { return 0 };
+        let here = self.hosts[node].watch.at(applied, origin).filter(|here| self.history.includes(at, *here));
+        let mut bytes = 0;
+        while here.is_some_and(|here| at != here)
+            && let Some(e) = self.history.get(at)
+        {
+            bytes += e.bytes;
+            at = e.prev;
+        }
+        bytes
+    }
+
     /// What a primary tells of its shadows, and these of themselves.
     pub fn check_lags(&mut self) -> Outcome {
         let primary = self.scenario.primary;
@@ -123,7 +150,7 @@ impl World {
             let Some((late, lacks, own)) = self.true_lag(primary, &p, node, s.applied_lsn) else { continue };
             let told = p.peers.iter().find(|q| q.name == host.config.name);
             let told = told.filter(|q| matches!(q.state.as_str(), "UpToDate" | "CatchingUp"));
-            self.check_lag_here(primary, node, &s, late)?;
+            self.check_lag_here(primary, node, &s, (late, own))?;
             if !follows(&s) {
                 continue;
             }
@@ -186,23 +213,37 @@ impl World {
         Ok(())
     }
 
-    fn check_lag_here(&mut self, primary: usize, node: usize, s: &Status, late: u64) -> Outcome {
+    fn check_lag_here(
+        &mut self,
+        primary: usize,
+        node: usize,
+        s: &Status,
+        (late, own): (u64, bool),
+    ) -> Outcome {
         let Some(lag) = &s.lag else { return Ok(()) };
         self.counts.check("I5 lag");
         let heard = self.hosts[node].watch.heard_tail;
-        let Some(Heard { incarnation, from, tail }) = heard else { return Ok(()) };
-        if (incarnation, from) == (self.hosts[primary].incarnation, primary)
-            && lag.records + s.applied_lsn < tail
-        {
+        let Some(Heard { incarnation, from, tail, sized }) = heard else { return Ok(()) };
+        let same = (incarnation, from) == (self.hosts[primary].incarnation, primary);
+        if same && lag.records + s.applied_lsn < tail {
             let text = format!(
                 "{node} tells {} records after {}, and has heard of {tail}",
                 lag.records, s.applied_lsn
             );
             return broken("I5", text);
         }
-        if !follows(s) {
-            // Its seconds begin anew with any message of a handshake: not judged here.
-            return Ok(());
+        // Of what another process has sealed it knows the segments alone; what a shadow that holds its image back passes
+        // on is told less what it holds, as its own segments say.
+        let through = s.primary.as_ref().and_then(|p| p.through.as_ref());
+        let between = self.hosts.iter().position(|h| Some(&h.config.name) == through);
+        let exact = own && between.is_none_or(|n| self.plan.delay_of(n) == 0);
+        let bytes = if same && exact { self.bytes_between(primary, node, s.applied_lsn, sized) } else { 0 };
+        if lag.bytes < bytes {
+            let text = format!(
+                "{node} tells {} bytes after {}, and has heard of {bytes} up to {sized}",
+                lag.bytes, s.applied_lsn
+            );
+            return broken("I5", text);
         }
         // Whatever it could have learned since it heard anything counts.
         let silent = self.now - self.hosts[node].watch.heard_at;
