@@ -232,11 +232,11 @@ impl World {
             );
             return broken("I5", text);
         }
-        // Of what another process has sealed it knows the segments alone; what a shadow that holds its image back passes
-        // on is told less what it holds, as its own segments say.
+        // Of what another process has sealed it knows the segments alone; a shadow in between may never have had the
+        // records; and back at an old image nobody has said what it lacks since.
         let through = s.primary.as_ref().and_then(|p| p.through.as_ref());
-        let between = self.hosts.iter().position(|h| Some(&h.config.name) == through);
-        let exact = own && between.is_none_or(|n| self.plan.delay_of(n) == 0);
+        let stopped = s.reason.as_ref().is_some_and(|why| why.starts_with("the resync stopped"));
+        let exact = own && through.is_none() && !stopped;
         let bytes = if same && exact { self.bytes_between(primary, node, s.applied_lsn, sized) } else { 0 };
         if lag.bytes < bytes {
             let text = format!(
