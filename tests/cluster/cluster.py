@@ -346,8 +346,13 @@ class Lab:
             node.boot()
             node.cluster()
 
-    def check(self, scenario, begun, before):
-        until(f"{scenario}: the client commits again", lambda: len(self.client.acked) > before and self.client.times[-1] > begun + 0.5 and self.client.times[-1] > time.monotonic() - 1)
+    def check(self, scenario, begun, before, reboot=()):
+        """`reboot`: nodes that the cluster may fence yet, and that come back then."""
+        def again():
+            for name in reboot:
+                self.back(name)
+            return len(self.client.acked) > before and self.client.times[-1] > begun + 0.5 and self.client.times[-1] > time.monotonic() - 1
+        until(f"{scenario}: the client commits again", again)
         steady = len(self.client.acked)
         until(f"{scenario}: and goes on", lambda: len(self.client.acked) > steady + 20)
         who = self.writer()
@@ -541,7 +546,7 @@ def alone(lab):
         node.cut(False)
     else:
         lab.back(name)
-    who, _ = lab.check("alone", begun, before)
+    who, _ = lab.check("alone", begun, before, reboot=(name,))
     lab.back(lab.other(who))
     lab.whole()
     return None
