@@ -136,6 +136,11 @@ impl Run {
 
     /// Begins a job.
     pub(super) fn begin_job(&mut self, wish: &Refresh, cause: &'static str, plan: Plan, remakes: bool) {
+        self.set_up_job(wish, cause, plan, remakes);
+        self.job_begun(cause);
+    }
+
+    fn set_up_job(&mut self, wish: &Refresh, cause: &'static str, plan: Plan, remakes: bool) {
         let serial = self.compare.serial();
         let (from, number) = (plan.position(), self.now.wall);
         let status = RefreshStatus {
@@ -169,7 +174,11 @@ impl Run {
             saved: None,
             remakes,
         });
-        if !remakes {
+    }
+
+    /// It is what it is to be, and may be kept.
+    fn job_begun(&mut self, cause: &str) {
+        if self.compare.job.as_ref().is_some_and(|j| !j.remakes) {
             self.save_job();
         }
         self.log(Level::Info, format!("{cause}: comparing with the primary"));
@@ -184,7 +193,8 @@ impl Run {
         let Comparison { verify, quick, rate, progress, .. } = kept;
         let wish = Refresh { quick, verify, rate, suspend_delay: true, ..Refresh::default() };
         let plan = Plan::new(self.volume_sizes(), None, progress);
-        self.begin_job(&wish, if verify { "verify" } else { "refresh" }, plan, false);
+        let cause = if verify { "verify" } else { "refresh" };
+        self.set_up_job(&wish, cause, plan, false);
         self.compare.wire = kept.wire;
         let Some(job) = &mut self.compare.job else { return };
         job.target.repaired = kept.repaired;
@@ -195,6 +205,7 @@ impl Run {
         s.compared = job.plan.before(progress);
         s.state = "Waiting".into();
         s.reason = Some("the link to the primary is down".into());
+        self.job_begun(cause);
     }
 
     /// Number and bytes of the volumes.

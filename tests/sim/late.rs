@@ -248,9 +248,9 @@ impl World {
         // Whatever it could have learned since it heard anything counts.
         let silent = self.now - self.hosts[node].watch.heard_at;
         let ns = (lag.seconds * SECONDS as f64) as u64;
-        let slack = 100 * MILLIS;
-        // Who is between tells it with a beat of his own.
+        // Who is between tells it with a beat of his own; each may lie in the line for a while, which nobody counts.
         let hops = if s.primary.as_ref().is_some_and(|p| p.through.is_some()) { 2 } else { 1 };
+        let slack = hops * 100 * MILLIS;
         if silent > 2 * hops * self.plan.timing.heartbeat + slack && late >= silent && ns + slack < silent {
             let text = format!("{node} tells a lag of {ns} ns, and has heard nothing for {silent}");
             return broken("I5", text);
