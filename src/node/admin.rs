@@ -361,7 +361,7 @@ impl Run {
         let known = match heard.zip(self.links.heard_of_primary) {
             Some((_, primary)) => {
                 let missing = primary.tail.0.saturating_sub(tail.point.lsn.0);
-                let ago = self.unheard() / SECONDS;
+                let ago = self.word_age() / SECONDS;
                 let by = self.cascade_source().map_or_else(String::new, |name| format!(" that {name} had"));
                 format!(
                     "at the last heartbeat{by}, {ago} s ago, {missing} records of the primary were not here; later writes are unknown"

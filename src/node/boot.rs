@@ -224,7 +224,7 @@ pub fn note(sb: &mut Superblock, maps: &mut Maps, record: &Record) {
     let stamp = &record.stamp;
     if stamp.flags & flags::OPENS != 0 {
         let at = HistoryPoint { lsn: stamp.lsn.prev(), hash: stamp.prev };
-        role::note_opening(&mut sb.openings, stamp.generation, at);
+        role::note_opened(&mut sb.openings, stamp.generation, at);
     }
     if stamp.kind == Kind::SyncSet
         && let Some(members) = record.members()

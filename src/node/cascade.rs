@@ -332,7 +332,7 @@ impl Run {
             0 => self.word_age(),
             since => self.links.primary_clock().map_or(0, |c| c.since(since, self.now.wall)),
         };
-        (records, bytes + more, late)
+        (records, bytes.saturating_add(more), late)
     }
 
     /// The records come from this peer.

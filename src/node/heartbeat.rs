@@ -187,7 +187,7 @@ impl Run {
         // What has not come here yet lags there, too.
         beat.tail = heard.map(|h| own.max(h.tail));
         if let Some((bytes, time)) = self.still_to_come() {
-            beat.bytes += bytes;
+            beat.bytes = beat.bytes.saturating_add(bytes);
             if own <= applied && heard.is_some_and(|h| h.tail > applied) {
                 beat.time = time;
             }
@@ -234,7 +234,6 @@ impl Run {
 
     /// For how long that word is missing, ns; none while it comes.
     pub(super) fn missing_word(&self) -> Option<u64> {
-        self.links.heard_of_primary?;
         Some(self.word_age()).filter(|age| *age > self.patience())
     }
 

@@ -201,6 +201,7 @@ impl Run {
         job.spent = kept.spent;
         let s = &mut job.status;
         (s.job, s.differ, s.repaired, s.skipped) = (kept.job, kept.differ, kept.repaired, kept.skipped);
+        s.wire = kept.wire;
         s.started = rfc3339(kept.job).unwrap_or_default();
         s.compared = job.plan.before(progress);
         s.state = "Waiting".into();

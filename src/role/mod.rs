@@ -215,6 +215,16 @@ pub fn note_opening(openings: &mut Vec<Opening>, generation: Generation, at: His
     }
 }
 
+/// A record says that it opens this run. Of those that begin at one record the one that has records is the last: the others
+/// have none, or none that is of this history.
+pub fn note_opened(openings: &mut Vec<Opening>, generation: Generation, at: HistoryPoint) {
+    match openings.iter().position(|o| o.generation == generation) {
+        Some(i) if openings[i..].iter().all(|o| o.at == at) => openings[i..].rotate_left(1),
+        Some(_) => {}
+        None => note_opening(openings, generation, at),
+    }
+}
+
 /// Notes that a member of the sync set was lost. Who was lost longest ago is forgotten when there are too many.
 pub fn note_outdated(outdated: &mut Vec<NodeId>, node: NodeId) {
     if outdated.contains(&node) {
@@ -230,6 +240,26 @@ pub fn note_outdated(outdated: &mut Vec<NodeId>, node: NodeId) {
 mod tests {
     use super::*;
     use crate::units::Lsn;
+
+    #[test]
+    fn of_runs_that_begin_at_one_record_the_one_that_has_records_is_the_last() {
+        let run = |start| Generation { term: Term { counter: 1, node: NodeId(1) }, start };
+        let at = |lsn| HistoryPoint { lsn: Lsn(lsn), ..HistoryPoint::default() };
+        let mut openings = Vec::new();
+        for (start, lsn) in [(1, 0), (2, 7), (3, 7), (4, 7)] {
+            note_opening(&mut openings, run(start), at(lsn));
+        }
+        let starts = |o: &[Opening]| o.iter().map(|o| o.generation.start).collect::<Vec<_>>();
+        note_opened(&mut openings, run(2), at(7));
+        assert_eq!(starts(&openings), [1, 3, 4, 2]);
+        // Once more, as a restart goes through the journal, and what came before another record stays where it is.
+        note_opened(&mut openings, run(2), at(7));
+        note_opened(&mut openings, run(1), at(0));
+        assert_eq!(starts(&openings), [1, 3, 4, 2]);
+        note_opened(&mut openings, run(5), at(9));
+        note_opened(&mut openings, run(3), at(7));
+        assert_eq!(starts(&openings), [1, 3, 4, 2, 5]);
+    }
 
     #[test]
     fn who_was_lost_last_is_never_left_out() {
