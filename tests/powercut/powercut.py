@@ -117,8 +117,12 @@ class Lab:
         self.say(f"  cut: {told}")
 
     def sync(self, node, mode):
-        """The mode of what is served from there from the next start of its daemon on."""
+        """The mode of what is served from there from the next start of its daemon on; whether it was another one."""
+        if node.acks == mode:
+            return False
+        node.acks = mode
         node.act.run(f"sed -i 's/^sync = .*/sync = {'true' if mode == 'durable' else 'false'}/' /etc/volrep/g.toml")
+        return True
 
     def serve(self, node):
         """The database is on the next kind of device, and takes connections."""
@@ -182,7 +186,9 @@ class Lab:
         token = one.act.run("volrep token g --peer two 2>/dev/null").strip()
         two.act.run(f"volrep join '{token}' --yes --node two --listen 10.77.0.2:7654 {words} --volume data=/dev/backing 2>&1")
         one.act.run(f"{configure}; {peer.format(sync)}")
-        two.act.run(f"{configure}; grep -q '^sync = ' /etc/volrep/g.toml")
+        two.act.run(f"{configure}; grep -q '^sync = false' /etc/volrep/g.toml")
+        one.acks, two.acks = self.mode, "local"
+        self.sync(two, self.mode)
         for node in self.machines:
             node.act.run("sync; serve")
         self.serve(one)
@@ -206,8 +212,7 @@ class Lab:
             self.counts[word] += 1
         promotes, took = "promote" in kind, time.monotonic()
         before, p, s, mode = dict(self.last), self.primary, self.shadow, self.mode
-        if promotes and following != mode:
-            self.sync(s, following)
+        if promotes and self.sync(s, following):
             s.act.run("end TERM && serve")
             until("the shadow is back", lambda: (s.state() or {}).get("state") == "UpToDate")
         self.client.start(number, p.sql, before)
