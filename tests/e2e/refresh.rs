@@ -325,6 +325,68 @@ fn a_refresh_goes_on_after_kills_and_cuts_and_its_proof_outlives_them() {
 }
 
 /// Spoils `count` records of a node's journal; the bytes of the file at which they begin.
+/// Kept by each process that takes it up as the one before had kept it.
+#[test]
+fn a_refresh_that_is_taken_up_twice_keeps_its_number_and_what_it_has_found() {
+    let setup = Setup { volumes: vec![("data", SIZE)], ..Setup::default() };
+    let mut pair = Pair::prepare(&setup);
+    let often = |text: String| text.replace("#checkpoint_after = \"5s\"", "checkpoint_after = \"100ms\"");
+    pair.shadow.configure(often);
+    pair.primary.start();
+    pair.shadow.start();
+    pair.wait_following();
+    let mut random = Random(29);
+    spoil(&pair.shadow, &mut random, 300);
+    // So slow that it does not end here.
+    let mut request = wish(false, false);
+    request["rate"] = json!(4 * MIB);
+    assert_eq!(ask(&pair.primary, request)["reply"], "done");
+    let told = |pair: &Pair| {
+        until("it tells of the job", || {
+            let told = pair.shadow.status()["refresh"].clone();
+            (told["differ"].as_u64() > Some(0)).then_some(told)
+        })
+    };
+    told(&pair);
+    // A checkpoint keeps what has been found by then.
+    pair.primary.attach("nbd-socket");
+    let mut client = Client::connect(&pair.primary.socket(), "data").unwrap();
+    fill(&mut client, &mut random, 1);
+    client.flush().unwrap();
+    let tail = pair.primary.status()["tail_lsn"].as_u64();
+    until("a checkpoint", || (pair.shadow.status()["checkpoint_lsn"].as_u64() >= tail).then_some(()));
+    pair.primary.kill();
+    pair.shadow.kill();
+    pair.shadow.start();
+    let once = told(&pair);
+    pair.shadow.kill();
+    pair.shadow.start();
+    let twice = told(&pair);
+    for key in ["job", "differ", "repaired", "wire", "started"] {
+        assert_eq!(twice[key], once[key], "{key}");
+    }
+    assert!(once["wire"].as_u64() > Some(0), "{once}");
+    pair.primary.start();
+    pair.primary.wait_attached();
+    pair.shadow.kill(); // not to wait for the rest of it
+    pair.shadow.start();
+    pair.wait_following();
+    assert_eq!(refresh_stopped(&pair)["job"], once["job"]);
+    assert_eq!(refresh(&pair.primary, false)["state"], "Done");
+    pair.finish();
+}
+
+/// Ends the one that runs; what is told of it.
+fn refresh_stopped(pair: &Pair) -> Value {
+    until("it can be stopped", || {
+        (ask(&pair.shadow, json!({ "verb": "refresh_stop" }))["reply"] == "done").then_some(())
+    });
+    until("it has stopped", || {
+        let told = pair.shadow.status()["refresh"].clone();
+        (told["state"] == "Stopped").then_some(told)
+    })
+}
+
 fn spoil_journal(node: &Node, count: usize) -> Vec<u64> {
     let path = node.place.config().join("state/g/journal");
     let bytes = std::fs::read(&path).unwrap();

@@ -54,8 +54,7 @@ struct Dirs {
     made: Vec<PathBuf>,
     /// Those above them that were missing; they stay if somebody else has put something there meanwhile.
     above: Vec<PathBuf>,
-    /// On the first one; held until the end.
-    /// Of each: two nodes of a group on one machine share some of them.
+    /// One on each, held until the end: two nodes of a group on one machine share some of them.
     locks: Vec<Flock<File>>,
 }
 
