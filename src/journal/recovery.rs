@@ -359,9 +359,14 @@ impl Recovery {
         self.end = place;
         let g = self.sb.geometry;
         let window = (SURVIVORS.div_ceil(g.segment) + 1).min(u64::from(g.segments) - 1);
-        // Erasing on a cut goes on to the newest segment; a torn tail can't reach further than the window.
+        // Erasing on a cut goes on to the newest segment; a torn tail can't reach further than the window. When a journal is
+        // closed cleanly all of it is durable: a record in a later segment has that segment's header before it.
         let newest = self.headers.last_key_value().map_or(0, |(s, _)| *s);
-        let until = if self.target.is_some() { newest.max(place.segment) } else { place.segment + window };
+        let until = match self.target {
+            Some(_) => newest.max(place.segment),
+            None if self.sb.clean => place.segment,
+            None => place.segment + window,
+        };
         let later = self.headers.range(place.segment + 1..).map(|(s, _)| Place { segment: *s, offset: 0 });
         self.behind.extend(later);
         self.state = State::Survivors { at: place, until, reading: BTreeMap::new() };
