@@ -20,7 +20,7 @@ use crate::units::{Address, Extent, Generation, GroupId, HistoryPoint, Lsn, Node
 use bytes::Bytes;
 
 /// The link protocol's version; both ends must speak the same one.
-pub const VERSION: u8 = 7;
+pub const VERSION: u8 = 6;
 /// Bytes of a frame's header.
 pub const FRAME: usize = 16;
 /// Most bytes of a body.
@@ -221,8 +221,8 @@ pub enum Message {
     },
     /// Either, at intervals and as an answer: the clocks, and that it lives.
     Heartbeat {
-        /// In an answer: the sender's wall clock, ns since 1970; in that of a shadow to one that it feeds the primary's, as
-        /// far as known, or 0. Otherwise a clock of the sender's own, not 0.
+        /// The sender's wall clock, ns since 1970. In the answer of a shadow to one that it feeds: the primary's, as
+        /// far as known, or 0.
         wall: u64,
         /// The other's `wall` of the heartbeat that this answers, or 0.
         echo: u64,
@@ -232,8 +232,7 @@ pub enum Message {
         /// On a primary: seal time (ns since 1970) of the oldest record that the receiver has not told
         /// to be applied; 0 when there is none, and on a shadow.
         time: u64,
-        /// To a shadow that is fed: journal bytes up to `tail` that it has not told to have received, or that follow what
-        /// it has in common with the sender. Otherwise 0.
+        /// On a primary: journal bytes that the receiver has not told to be applied; 0 on a shadow.
         bytes: u64,
         /// Of a shadow to one that it feeds: nanoseconds since it heard of the primary; of a primary 0.
         silent: u64,

@@ -17,10 +17,11 @@ pub struct ClockEstimate {
 const EXCHANGES: usize = 16;
 
 impl ClockEstimate {
-    /// The other has answered a heartbeat, at its time `wall`; the answer came `trip` ns after that was sent, at the own
-    /// time `now`.
-    pub fn answered(&mut self, trip: u64, wall: u64, now: u64) {
-        let offset = wall.wrapping_sub(now.wrapping_sub(trip / 2)) as i64;
+    /// The other answered, at its time `wall`, a heartbeat sent at the own time `echo`.
+    pub fn answered(&mut self, echo: u64, wall: u64, now: u64) {
+        // A clock that jumped in between proves nothing.
+        let Some(trip) = now.checked_sub(echo) else { return };
+        let offset = wall.wrapping_sub(echo + trip / 2) as i64;
         self.samples.push_back((trip, offset));
         if self.samples.len() > EXCHANGES {
             self.samples.pop_front();
@@ -139,11 +140,13 @@ mod tests {
     fn the_offset_of_the_shortest_round_trip_counts() {
         let mut clock = ClockEstimate::default();
         assert_eq!(clock.offset(), 0);
-        clock.answered(2000, 6000, 3000); // asymmetric
-        clock.answered(100, 15_050, 10_100); // offset 5000
+        clock.answered(1000, 6000, 3000); // asymmetric, 2000 ns
+        clock.answered(10_000, 15_050, 10_100); // 100 ns: offset 5000
         assert_eq!((clock.offset(), clock.round_trip()), (5000, Some(100)));
         assert_eq!(clock.since(20_000, 15_300), 300);
         assert_eq!(clock.since(20_000, 14_000), 0);
+        clock.answered(50_000, 1, 40_000); // the own clock went back
+        assert_eq!(clock.offset(), 5000);
     }
 
     #[test]
@@ -194,17 +197,17 @@ mod tests {
     fn only_the_last_exchanges_count() {
         let mut clock = ClockEstimate::default();
         assert_eq!((clock.round_trip(), clock.since(70, 100)), (None, 30));
-        clock.answered(10, 1_000_025, 30);
+        clock.answered(20, 1_000_025, 30);
         for i in 1..16u64 {
             let at = i * 1000;
-            clock.answered(100, at + 57, at + 100);
+            clock.answered(at, at + 57, at + 100);
             assert_eq!((clock.offset(), clock.round_trip()), (1_000_000, Some(100)), "{i}");
         }
-        clock.answered(100, 16_057, 16_100);
+        clock.answered(16_000, 16_057, 16_100);
         assert_eq!(clock.offset(), 7, "the shortest trip is too long ago");
         // The other's clock may be behind, too.
         let mut clock = ClockEstimate::default();
-        clock.answered(20, 710, 1020);
+        clock.answered(1000, 710, 1020);
         assert_eq!((clock.offset(), clock.since(1000, 1800)), (-300, 500));
     }
 

@@ -358,7 +358,7 @@ impl Run {
     fn promotion_plan(&self) -> String {
         let tail = self.journal.tail();
         let heard = self.links.primary().and_then(|n| self.links.view(n)).and_then(|v| v.heard);
-        let known = match heard.zip(self.links.word.heard()) {
+        let known = match heard.zip(self.links.heard_of_primary) {
             Some((_, primary)) => {
                 let missing = primary.tail.0.saturating_sub(tail.point.lsn.0);
                 let ago = self.word_age() / SECONDS;

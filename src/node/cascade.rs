@@ -312,7 +312,6 @@ impl Run {
 
     /// The journal is another one, which ends so.
     pub(super) fn restart_timeline(&mut self, end: &Tail) {
-        self.lacks_since(end);
         self.links.bytes_before = self.links.timeline.newest().map_or(0, |s| s.bytes);
         self.links.timeline.cut(end.point.lsn.prev());
         self.note_sample(end.point.lsn, end.time);
@@ -322,7 +321,7 @@ impl Run {
     /// `applied`: records, journal bytes, nanoseconds.
     pub(super) fn lag_of_follower(&self, applied: Lsn) -> (u64, u64, u64) {
         let own = self.journal.tail().point.lsn;
-        let tail = self.links.word.heard().map_or(own, |h| own.max(h.tail));
+        let tail = self.links.heard_of_primary.map_or(own, |h| own.max(h.tail));
         let (more, time) = self.still_to_come().unwrap_or_default();
         let records = tail.0.saturating_sub(applied.0);
         if records == 0 {

@@ -428,7 +428,7 @@ impl Run {
         }
         let from = self.journal.tail().point.lsn.next();
         self.set_state(link, LinkState::Receiving);
-        self.links.word.awaited();
+        self.links.heard_of_primary = None;
         self.set_peer(link, "UpToDate", None);
         self.send(link, Message::Begin { from });
         if !self.is_remaking() {

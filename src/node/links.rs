@@ -9,7 +9,7 @@ use super::config::NodeConfig;
 use super::event::{Action, Level, LinkId};
 use super::feed::Reader;
 use super::followers::Change;
-use super::heartbeat::Word;
+use super::heartbeat::{Between, Heard};
 use super::history::Happening;
 use super::meta::Ticket;
 use super::run::{Part, Run};
@@ -67,8 +67,6 @@ pub struct Link {
     /// Where the journal here ended, and what of it was applied, as told to whom was dialled.
     pub(super) told: (HistoryPoint, Lsn),
     begun: u64,
-    /// Whatever comes over it from now on was sent after this, by the own monotonic clock.
-    pub(super) sent_since: u64,
     heard: u64,
     beat: u64,
     /// What the peer was last told that it counts for here.
@@ -162,8 +160,10 @@ pub struct Links {
     pub(super) peers: Vec<PeerView>,
     dials: Vec<Dial>,
     primary: Option<NodeId>,
-    /// What is known of the primary.
-    pub(super) word: Word,
+    /// Nothing until it has spoken over the newest link.
+    pub(super) heard_of_primary: Option<Heard>,
+    /// How it is known through those between.
+    pub(super) between: Between,
     /// Through whom they come.
     pub(super) chain: Chain,
     /// The records sealed here, or received, to measure shadows against.
@@ -200,7 +200,8 @@ impl Links {
             peers,
             dials: cfg.peers.iter().map(|_| Dial { at: 0, busy: false }).collect(),
             primary: None,
-            word: Word::default(),
+            heard_of_primary: None,
+            between: Between::default(),
             chain: Chain::default(),
             timeline: Timeline::default(),
             bytes_before: 0,
@@ -279,7 +280,7 @@ impl Links {
             }
         }
         if self.primary != Some(node) {
-            self.word.awaited();
+            self.heard_of_primary = None;
         }
         self.primary = Some(node);
     }
@@ -340,7 +341,6 @@ impl Run {
             peer: None,
             told: Default::default(),
             begun,
-            sent_since: begun,
             heard,
             beat,
             counted: Standing::None,

@@ -216,7 +216,7 @@ impl Run {
     pub(super) fn tell_outdated_at(&mut self, link: LinkId) {
         let standing = self.counted(link);
         if standing == Standing::Outdated {
-            let (wall, feeds) = (self.asked_at(), Vec::new());
+            let (wall, feeds) = (self.now.wall, Vec::new());
             let (echo, tail, time, bytes, silent, live) = (0, None, 0, 0, 0, true);
             self.send(
                 link,

@@ -373,6 +373,7 @@ impl Run {
         self.image.applied = tail;
         self.links.checkpoint = point.lsn;
         self.restart_timeline(&tail);
+        self.lacks_since(&tail);
         self.maps.settled();
         self.forget_held();
         self.marks.cut(point.lsn);

@@ -351,7 +351,7 @@ impl Run {
             let why = format!("{name}, which feeds this node, has no link to the primary");
             return ("Outdated", Some(why), format!("check the primary and the link of {name} to it"));
         }
-        let Some(heard) = self.links.word.heard() else {
+        let Some(heard) = self.links.heard_of_primary else {
             let why = "the primary has not said yet where it is".to_owned();
             return ("CatchingUp", Some(why), "none: wait".into());
         };

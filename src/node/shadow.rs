@@ -439,13 +439,12 @@ impl Run {
         let Part::Shadow(s) = &self.part else { return None };
         let clock = self.links.primary_clock()?;
         let applied = self.image.applied.point.lsn;
-        let heard = self.links.word.heard()?;
+        let heard = self.links.heard_of_primary?;
         let newest = heard.tail.max(self.journal.tail().point.lsn);
         let records = newest.0.saturating_sub(applied.0);
-        let (here, to_come) = (self.behind(applied), self.still_to_come());
-        let bytes =
-            here.map_or(0, |(_, bytes, _)| bytes).saturating_add(to_come.map_or(0, |(bytes, _)| bytes));
-        let bytes = bytes.max(records.saturating_mul(BLOCK));
+        // What has come since that word is not in it.
+        let come = self.behind(heard.tail).map_or(0, |(_, bytes, _)| bytes);
+        let bytes = heard.bytes.saturating_add(come).max(records.saturating_mul(BLOCK));
         let late = match s.unapplied.front().map_or(heard.time, |(_, time)| *time) {
             0 => self.word_age(),
             since => clock.since(since, self.now.wall),

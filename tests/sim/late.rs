@@ -4,11 +4,11 @@
 //! late, than it is; where only a silent primary could know more, the silence itself counts.
 
 use crate::plan::Fault;
-use crate::world::{Host, Outcome, World, broken};
+use crate::world::{Outcome, World, broken};
 use std::collections::HashMap;
-use volrep::format::message::{Identity, Message};
+use volrep::format::message::{Identity, Message, Role};
 use volrep::node::status::{PeerStatus, Status};
-use volrep::units::{Hash, Lsn, MICROS, MILLIS, SECONDS, Term};
+use volrep::units::{Hash, Lsn, MILLIS, SECONDS};
 
 /// When each record was sealed, and by which process of which node.
 #[derive(Default)]
@@ -25,80 +25,69 @@ fn follows(s: &Status) -> bool {
     s.role == "shadow" && matches!(s.state.as_str(), "UpToDate" | "CatchingUp") && s.reason.is_none()
 }
 
-/// What a shadow was last told of its primary's journal: of which process of which node, under which term.
+/// What a shadow was last told of its primary's journal: by which process of which node.
 #[derive(Clone, Copy)]
 pub struct Heard {
     incarnation: u32,
     from: usize,
-    term: Term,
     tail: u64,
     /// Up to here it was told, too, how many bytes that is.
     sized: u64,
 }
 
-impl Heard {
-    fn is_of(&self, other: &Heard) -> bool {
-        (self.incarnation, self.from, self.term) == (other.incarnation, other.from, other.term)
-    }
-}
-
-/// What a node knows of the primary when it sends a message.
-#[derive(Clone, Copy, Default)]
-pub struct Told {
-    /// It is the primary, or was not told yet that it is not any more.
-    primary: bool,
-    /// When that was so.
-    at: u64,
-    heard: Option<Heard>,
-}
-
 impl World {
-    /// A node sends a message.
-    pub fn telling(&self, node: usize) -> Told {
-        let Host { watch, incarnation, .. } = &self.hosts[node];
-        // One that was replaced is still the primary of those who have not heard of it.
-        if !watch.is_primary() {
-            return Told { primary: false, at: watch.heard_at, heard: watch.heard_tail };
-        }
-        let own = Heard { incarnation: *incarnation, from: node, term: watch.term(), tail: 0, sized: 0 };
-        Told { primary: true, at: self.now, heard: Some(own).filter(|_| node == self.scenario.primary) }
-    }
-
-    /// A message to a shadow is read there, which was sent with that knowledge.
-    pub fn heard_tail(&mut self, node: usize, message: &Message, told: &Told) {
+    /// A message of the primary to a shadow is read there.
+    pub fn heard_tail(&mut self, node: usize, from: usize, message: &Message) {
         if let Message::Welcome { identity, .. } = message {
-            return self.welcomed_at(node, identity);
+            return self.welcomed_at(node, from, identity);
         }
         let Message::Heartbeat { tail: Some(Lsn(tail)), silent, .. } = *message else { return };
-        if !told.primary && silent == 0 {
-            return; // it tells where itself is
+        // One that was replaced is still the primary of those who have not heard of it.
+        if !self.hosts[from].watch.is_primary() {
+            return self.heard_through(node, from, tail, silent > 0);
         }
-        let watch = &mut self.hosts[node].watch;
-        // Nothing else that is said ends the primary's silence.
-        watch.heard_at = watch.heard_at.max(told.at);
-        let Some(heard) = told.heard else { return };
-        let sized = if told.primary { tail } else { heard.sized };
-        let heard = Heard { tail, sized, ..heard };
-        watch.heard_tail = match watch.heard_tail {
-            // A process's journal ends no earlier than it did, whoever has that from an older word.
-            Some(h) if h.is_of(&heard) => {
-                Some(Heard { tail: tail.max(h.tail), sized: sized.max(h.sized), ..heard })
-            }
-            Some(h) if h.from == heard.from && h.incarnation > heard.incarnation => Some(h),
-            _ => Some(heard),
-        };
+        // Nothing else that it says ends its silence.
+        self.hosts[node].watch.heard_at = self.now;
+        if from == self.scenario.primary {
+            let incarnation = self.hosts[from].incarnation;
+            self.hosts[node].watch.heard_tail = Some(Heard { incarnation, from, tail, sized: tail });
+        }
     }
 
-    /// Somebody says in the handshake how far its journal goes, and nothing more.
-    fn welcomed_at(&mut self, node: usize, identity: &Identity) {
+    /// The primary says in the handshake how far it is, and nothing more.
+    fn welcomed_at(&mut self, node: usize, from: usize, identity: &Identity) {
+        let (primary, incarnation) = (self.scenario.primary, self.hosts[from].incarnation);
         let watch = &mut self.hosts[node].watch;
-        let sealed = self.sealed.0.get(&identity.tail.hash);
         // A term that has ended is not followed.
-        let followed = identity.term >= watch.term();
-        if let Some(heard) = watch.heard_tail.as_mut().filter(|_| followed)
-            && sealed.is_some_and(|(_, n, i)| (*n, *i) == (heard.from, heard.incarnation))
+        let followed = identity.role == Role::Primary && identity.term >= watch.term();
+        if let Some(heard) = watch.heard_tail.as_mut().filter(|_| followed && from == primary)
+            && (heard.incarnation, heard.from) == (incarnation, from)
         {
             heard.tail = heard.tail.max(identity.tail.lsn.0);
+        }
+    }
+
+    /// A shadow tells another one what it knows of the primary.
+    fn heard_through(&mut self, node: usize, from: usize, tail: u64, old: bool) {
+        let fed = |s: &Status| s.peers.iter().any(|p| p.name == self.hosts[node].config.name && p.follower);
+        // What it says is of the primary if it is some time old, whatever was last looked at.
+        if !old && !self.hosts[from].status.as_ref().is_some_and(|s| fed(s)) {
+            return; // it tells where itself is
+        }
+        let told = &self.hosts[from].watch;
+        let (at, heard) = (told.heard_at, told.passed_on.get(&tail).copied());
+        let watch = &mut self.hosts[node].watch;
+        watch.heard_at = watch.heard_at.max(at);
+        if let Some(heard) = heard {
+            watch.heard_tail = Some(Heard { tail, ..heard });
+        }
+    }
+
+    /// A node says where it is, or where its primary is.
+    pub fn told_tail(&mut self, node: usize, tail: u64) {
+        let watch = &mut self.hosts[node].watch;
+        if let Some(heard) = watch.heard_tail {
+            watch.passed_on.entry(tail).or_insert(heard);
         }
     }
 
@@ -234,7 +223,7 @@ impl World {
         let Some(lag) = &s.lag else { return Ok(()) };
         self.counts.check("I5 lag");
         let heard = self.hosts[node].watch.heard_tail;
-        let Some(Heard { incarnation, from, tail, sized, .. }) = heard else { return Ok(()) };
+        let Some(Heard { incarnation, from, tail, sized }) = heard else { return Ok(()) };
         let same = (incarnation, from) == (self.hosts[primary].incarnation, primary);
         if same && lag.records + s.applied_lsn < tail {
             let text = format!(
@@ -243,10 +232,11 @@ impl World {
             );
             return broken("I5", text);
         }
-        // Of what another process has sealed it knows the segments alone; and back at an old image nobody has said what
-        // it lacks since.
+        // Of what another process has sealed it knows the segments alone; a shadow in between may never have had the
+        // records; and back at an old image nobody has said what it lacks since.
+        let through = s.primary.as_ref().and_then(|p| p.through.as_ref());
         let stopped = s.reason.as_ref().is_some_and(|why| why.starts_with("the resync stopped"));
-        let exact = own && !stopped;
+        let exact = own && through.is_none() && !stopped;
         let bytes = if same && exact { self.bytes_between(primary, node, s.applied_lsn, sized) } else { 0 };
         if lag.bytes < bytes {
             let text = format!(
@@ -258,9 +248,10 @@ impl World {
         // Whatever it could have learned since it heard anything counts.
         let silent = self.now - self.hosts[node].watch.heard_at;
         let ns = (lag.seconds * SECONDS as f64) as u64;
-        // Who is between tells it with a beat of his own.
+        // Who is between tells it with a beat of his own; each may lie in the line for a while, which nobody counts.
         let hops = if s.primary.as_ref().is_some_and(|p| p.through.is_some()) { 2 } else { 1 };
-        if silent > 2 * hops * self.plan.timing.heartbeat && late >= silent && ns + MICROS < silent {
+        let slack = hops * 100 * MILLIS;
+        if silent > 2 * hops * self.plan.timing.heartbeat + slack && late >= silent && ns + slack < silent {
             let text = format!("{node} tells a lag of {ns} ns, and has heard nothing for {silent}");
             return broken("I5", text);
         }

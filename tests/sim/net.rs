@@ -3,7 +3,6 @@
 //! Owns: every connection and what is under way on it. Invariant: without an injected fault each
 //! direction delivers exactly what was sent, in order; a cut loses a suffix of each direction.
 
-use crate::late::Told;
 use crate::prng::Prng;
 use bytes::{Bytes, BytesMut};
 use std::collections::{BTreeMap, VecDeque};
@@ -24,8 +23,8 @@ pub struct End {
     pub down: bool,
     /// It has given the connection up: what still arrives is not read.
     pub closed: bool,
-    /// Frames on their way to it, and what the sender knew.
-    inbound: VecDeque<(Bytes, Told)>,
+    /// Frames on their way to it.
+    inbound: VecDeque<Bytes>,
     /// Nothing arrives before this.
     not_before: u64,
     /// Frames that may still arrive; the rest is lost.
@@ -106,13 +105,13 @@ impl Connection {
         at
     }
     /// Puts a frame under way to `side`; when it arrives.
-    pub fn send(&mut self, side: usize, now: u64, (frame, told): (Bytes, Told), rng: &mut Prng) -> u64 {
+    pub fn send(&mut self, side: usize, now: u64, frame: Bytes, rng: &mut Prng) -> u64 {
         let end = &mut self.ends[side];
         let transfer = frame.len() as u64 * 1_000_000 / self.rate;
         let jitter =
             if rng.permille(20) { rng.below(10 * self.latency) } else { rng.below(self.latency / 4 + 1) };
         end.not_before = (now + self.latency + jitter).max(end.not_before) + transfer;
-        end.inbound.push_back((frame, told));
+        end.inbound.push_back(frame);
         end.not_before
     }
     /// Everything still to arrive at `side` arrives later than this.
@@ -124,7 +123,7 @@ impl Connection {
         self.ends[side].not_before.max(at)
     }
     /// The next frame to arrive, unless it was lost.
-    pub fn arrive(&mut self, side: usize) -> Option<(Bytes, Told)> {
+    pub fn arrive(&mut self, side: usize) -> Option<Bytes> {
         let end = &mut self.ends[side];
         let frame = end.inbound.pop_front()?;
         if let Some(left) = &mut end.allowance {
@@ -175,11 +174,10 @@ pub fn check() {
     let id = net.open(0, 0, 1, &mut rng);
     let c = net.connections.get_mut(&id).expect("just opened");
     let message = |n| Message::Durable { lsn: volrep::units::Lsn(n) };
-    let sent = |n| (frame(&message(n)), Told::default());
-    let times: Vec<u64> = (0..50).map(|n| c.send(1, n, sent(n), &mut rng)).collect();
+    let times: Vec<u64> = (0..50).map(|n| c.send(1, n, frame(&message(n)), &mut rng)).collect();
     assert!(times.is_sorted());
     for n in 0..20 {
-        let (bytes, _) = c.arrive(1).expect("sent");
+        let bytes = c.arrive(1).expect("sent");
         assert_eq!(parse(&bytes), Ok(message(n)));
         (0..40).for_each(|_| assert!(parse(&flip(&bytes, &mut rng)).is_err()));
     }

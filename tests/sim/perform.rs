@@ -317,13 +317,13 @@ impl World {
         if mine.node != node || mine.down {
             return Ok(()); // the shell drops what is sent on a link that is gone
         }
-        let (parted, told) = (self.net.parted(node, other), self.telling(node));
+        let parted = self.net.parted(node, other);
         for _ in 0..copies {
             let c = self.net.connections.get_mut(&connection).expect("never removed");
             if let Some(until) = parted {
                 c.hold(1 - side, until);
             }
-            let at = c.send(1 - side, self.now, (frame.clone(), told), &mut self.rng);
+            let at = c.send(1 - side, self.now, frame.clone(), &mut self.rng);
             self.at(at, Coming::Arrive { connection, side: 1 - side });
         }
         Ok(())
@@ -387,7 +387,7 @@ impl World {
         }
         let c = self.net.connections.get_mut(&connection).expect("never removed");
         let closed = c.ends[side].closed;
-        let Some((frame, told)) = c.arrive(side) else {
+        let Some(frame) = c.arrive(side) else {
             return Ok(());
         };
         match net::parse(&frame) {
@@ -396,7 +396,7 @@ impl World {
                 self.trace.note(self.now, node, "receive", [link.0, kind, number]);
                 if !closed {
                     self.hosts[node].watch.heard(&message);
-                    self.heard_tail(node, &message, &told);
+                    self.heard_tail(node, other, &message);
                 }
                 self.step(node, Event::Message { link, message })
             }

@@ -57,8 +57,10 @@ pub struct Watch {
     pub must_fail: bool,
     /// What the primary last told of its journal's end: which process, at which node.
     pub heard_tail: Option<crate::late::Heard>,
-    /// When what it last heard of it was so.
+    /// When it last heard anything of it.
     pub heard_at: u64,
+    /// What it knew of it when it first told so of the primary's journal.
+    pub passed_on: BTreeMap<u64, crate::late::Heard>,
     /// Its last state.
     pub state: Option<String>,
     /// It was promoted after it had heard of another promoted node, and may have given up what that one does not hold.
@@ -111,6 +113,7 @@ impl Default for Watch {
             must_fail: false,
             heard_tail: None,
             heard_at: 0,
+            passed_on: BTreeMap::new(),
             state: None,
             second: false,
             cut: None,
@@ -133,6 +136,7 @@ impl Watch {
         self.booted_at = now;
         (self.faulted, self.latched, self.stopping, self.must_fail) = (false, false, false, false);
         (self.said_applied, self.heard_tail, self.lease) = (0, None, None);
+        self.passed_on.clear();
     }
     /// What it claimed after `lsn` is given up.
     pub fn unclaim(&mut self, lsn: u64) {
@@ -429,6 +433,10 @@ impl World {
                 self.watch_passed_on(node, record)
             }
             Message::Durable { lsn } => self.watch_claim(node, lsn.0),
+            Message::Heartbeat { tail: Some(tail), .. } => {
+                self.told_tail(node, tail.0);
+                Ok(())
+            }
             Message::Positions { received, durable, applied } => {
                 if applied > durable || durable > received {
                     return broken("I5", format!("positions out of order: {message:?}"));
