@@ -156,34 +156,6 @@ fn what_lies_behind_a_clean_end_is_damage_but_of_an_older_history() {
     assert!(w.stopped());
 }
 
-/// Closed cleanly it was durable as a whole, so a later segment shows by its header.
-#[test]
-fn a_clean_end_is_looked_behind_no_further_than_its_segment_and_at_the_headers() {
-    let mut w = written(8);
-    w.checkpoint(2, 2);
-    w.erase(3);
-    // A record two segments behind the end, whose segment has no header; and one that has.
-    for (clean, header, stops) in [(false, false, false), (true, false, false), (true, true, true)] {
-        let mut again = Written {
-            disk: Disk(w.disk.0.clone()),
-            sb: w.sb.clone(),
-            points: w.points.clone(),
-            journal: written(0).journal,
-        };
-        again.sb.clean = clean;
-        if !header {
-            let fourth = Place { segment: 4, offset: 0 }.file_offset(again.journal.geometry) as usize;
-            again.disk.0[fourth..][..BLOCK as usize].fill(0);
-        }
-        if stops {
-            assert!(again.stopped(), "clean {clean}, header {header}");
-            continue;
-        }
-        let (r, _) = again.found();
-        assert_eq!((r.tail.point, r.cut > 0), (again.points[4], !clean), "clean {clean}, header {header}");
-    }
-}
-
 #[test]
 fn only_what_the_own_last_run_wrote_says_what_was_durable() {
     let torn = |change: fn(&mut Superblock), own: fn(&mut Superblock)| {

@@ -69,14 +69,6 @@ fn long() -> bool {
     std::env::var_os("VOLREP_LONG").is_some_and(|v| v != "0")
 }
 
-/// Scripts whose other half of devices has them in the short form: a front end's own tests are `device`, `durable`, `restart`.
-fn guest_if_long(script: &str, kind: &str, other: &str) {
-    if !long() {
-        return println!("skipped: {script} on {kind}, without VOLREP_LONG=1 ({other} has it)");
-    }
-    guest(script, &[kind], 300);
-}
-
 /// Rounds of killing a daemon.
 fn rounds() -> (&'static str, u32) {
     if long() { ("200", 3000) } else { ("4", 300) }
@@ -128,7 +120,7 @@ fn nbd_device() {
 
 #[test]
 fn nbd_two_nodes() {
-    guest_if_long("view.bash+retired.bash", "nbd", "ublk");
+    guest("view.bash+retired.bash", &["nbd"], 300);
 }
 
 #[test]
@@ -159,7 +151,7 @@ fn ublk_device() {
 
 #[test]
 fn ublk_database() {
-    guest_if_long("database.bash", "ublk", "nbd");
+    guest("database.bash", &["ublk"], 300);
 }
 
 #[test]
