@@ -416,10 +416,22 @@ fn a_daemon_that_is_killed_while_it_binds_a_loop_device_is_gone() {
         gone = child.try_wait().unwrap().is_some();
         std::thread::sleep(Duration::from_millis(20));
     }
+    let left = bound_below(dir.path()); // its file has no such path once it is unmounted
     // Aborts the connection: the loop driver takes no request of anybody meanwhile.
     umount2(&dir.path().join("fuse"), MntFlags::MNT_FORCE | MntFlags::MNT_DETACH).unwrap();
     child.wait().unwrap();
+    left.iter().for_each(|node| drop(run("losetup", &["--detach", node.to_str().unwrap()])));
     assert!(gone, "it waits for itself");
+}
+
+/// The loop devices of files below a directory.
+fn bound_below(dir: &Path) -> Vec<PathBuf> {
+    let blocks = fs::read_dir("/sys/block").unwrap().map_while(Result::ok);
+    let below = |at: &Path| {
+        fs::read_to_string(at.join("loop/backing_file")).is_ok_and(|f| Path::new(&f).starts_with(dir))
+    };
+    let bound = blocks.filter(|b| below(&b.path()));
+    bound.map(|b| Path::new("/dev").join(b.file_name())).collect()
 }
 
 /// Starts such a process; it and its loop device.
