@@ -359,9 +359,15 @@ impl Recovery {
         self.end = place;
         let g = self.sb.geometry;
         let window = (SURVIVORS.div_ceil(g.segment) + 1).min(u64::from(g.segments) - 1);
-        // Erasing on a cut goes on to the newest segment; a torn tail can't reach further than the window.
+        // Erasing on a cut goes on to the newest segment; a torn tail can't reach further than the window. A journal that is
+        // closed cleanly ends at the superblock's floor, and nothing was written since: a chain that ends before that is
+        // damaged whatever lies behind, and a segment that was opened later shows by its header.
         let newest = self.headers.last_key_value().map_or(0, |(s, _)| *s);
-        let until = if self.target.is_some() { newest.max(place.segment) } else { place.segment + window };
+        let until = match self.target {
+            Some(_) => newest.max(place.segment),
+            None if self.sb.clean => place.segment,
+            None => place.segment + window,
+        };
         let later = self.headers.range(place.segment + 1..).map(|(s, _)| Place { segment: *s, offset: 0 });
         self.behind.extend(later);
         self.state = State::Survivors { at: place, until, reading: BTreeMap::new() };

@@ -156,6 +156,38 @@ fn what_lies_behind_a_clean_end_is_damage_but_of_an_older_history() {
     assert!(w.stopped());
 }
 
+/// Closed cleanly it was durable as a whole up to the floor, and a later segment shows by its header: nothing else is looked
+/// through.
+#[test]
+fn a_clean_end_is_looked_behind_no_further_than_its_segment_and_at_the_headers() {
+    let mut w = written(8);
+    w.checkpoint(2, 2);
+    w.erase(3);
+    // Records lie two segments behind the end.
+    for (clean, floor, header, stops) in [
+        (false, 4, false, false),
+        (true, 4, false, false),
+        (true, 4, true, true),
+        (true, 5, false, true),
+        (false, 5, false, true),
+    ] {
+        let (disk, sb, points) = (Disk(w.disk.0.clone()), w.sb.clone(), w.points.clone());
+        let mut again = Written { disk, sb, points, journal: written(0).journal };
+        (again.sb.clean, again.sb.floor) = (clean, Lsn(floor));
+        if !header {
+            let fourth = Place { segment: 4, offset: 0 }.file_offset(again.journal.geometry) as usize;
+            again.disk.0[fourth..][..BLOCK as usize].fill(0);
+        }
+        let case = format!("clean {clean}, floor {floor}, header {header}");
+        if stops {
+            assert!(again.stopped(), "{case}");
+            continue;
+        }
+        let (r, _) = again.found();
+        assert_eq!((r.tail.point, r.cut > 0), (again.points[4], !clean), "{case}");
+    }
+}
+
 #[test]
 fn only_what_the_own_last_run_wrote_says_what_was_durable() {
     let torn = |change: fn(&mut Superblock), own: fn(&mut Superblock)| {

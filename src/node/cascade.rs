@@ -83,6 +83,24 @@ impl Run {
         shadow.role == Role::Shadow && self.cascades(link) && !ring && !member
     }
 
+    /// The primary itself asks for this shadow, of which it needs more than what comes through another one: a place in the
+    /// sync set. If that goes, it is followed instead. (Through another one comes only what is durable on every member,
+    /// so a member that stayed there would wait for itself.)
+    pub(super) fn called_by_primary(&mut self, primary: &Identity) {
+        let through = self.links.receiving().filter(|_| self.is_cascaded());
+        let Some(at) = self.cfg.peers.iter().position(|p| p.name == primary.name && p.dial) else { return };
+        if let Some(through) = through.filter(|_| self.hears_primary() && self.is_settled()) {
+            self.drop_link(through, "the primary asks for this shadow");
+            self.links.dial_before_others(at, self.now.mono + self.cfg.timing.redial);
+        }
+    }
+
+    /// Whether the primary has nothing to ask of that node: it follows, through another one, and that will do.
+    pub(super) fn follows_well(&self, node: Option<NodeId>, sync: bool) -> bool {
+        let member = |n: &NodeId| sync || self.meta.sb.sync_set.contains(n);
+        node.filter(|n| !member(n)).is_some_and(|n| self.fed_through(n).is_some())
+    }
+
     /// Records come from a shadow.
     pub(super) fn is_cascaded(&self) -> bool {
         self.links.chain.cascaded

@@ -164,6 +164,9 @@ impl Run {
                 }
                 self.send(link, refuse(why));
                 self.drop_link(link, why);
+                if asks {
+                    self.called_by_primary(hello);
+                }
             }
             Decision::Superseded => self.superseded(link, hello.term),
             Decision::Raise => self.raise_over(link, hello.term),

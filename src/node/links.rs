@@ -316,6 +316,13 @@ impl Links {
         self.dials.iter_mut().for_each(|d| d.at = 0);
     }
 
+    /// That peer is dialled now, and no other one before `then`.
+    pub(super) fn dial_before_others(&mut self, peer: usize, then: u64) {
+        for (i, d) in self.dials.iter_mut().enumerate() {
+            d.at = if i == peer { 0 } else { d.at.max(then) };
+        }
+    }
+
     /// Every reader of the journal that a link has.
     pub fn readers(&mut self) -> impl Iterator<Item = &mut Reader> {
         self.by_id.values_mut().flat_map(|l| [&mut l.reader, &mut l.copies])
@@ -655,8 +662,9 @@ impl Run {
             let linked =
                 self.links.by_id.values().any(|l| l.dialed == Some(i) || (node.is_some() && l.peer == node));
             let asked = self.is_asking() && !self.asks(i);
+            let content = !self.is_asking() && self.follows_well(node, self.cfg.peers[i].sync);
             let dial = &mut self.links.dials[i];
-            if !self.cfg.peers[i].dial || linked || asked || dial.busy {
+            if !self.cfg.peers[i].dial || linked || asked || content || dial.busy {
                 continue;
             }
             let at = dial.at + (patience - 1) * self.cfg.timing.redial;

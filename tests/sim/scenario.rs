@@ -494,7 +494,9 @@ impl World {
     /// The primary is lost in the middle of a shadow's resync, and that shadow is promoted.
     pub fn lose_primary_to(&mut self, node: usize) -> Outcome {
         let early = self.scenario.phase == Phase::Join || self.scenario.verify.is_some();
-        if self.scenario.promoted || early || self.plan.moves {
+        // Whoever is being promoted for it may be a primary already.
+        let lost = self.scenario.phase == Phase::Promote;
+        if self.scenario.promoted || early || lost || self.plan.moves {
             return Ok(());
         }
         let loss = self.scenario.rng.pick(&[Loss::Forever, Loss::Kill, Loss::Power]);
