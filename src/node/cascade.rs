@@ -14,7 +14,7 @@ use crate::format::message::{Identity, Role};
 use crate::format::record::MAX_PADDED;
 use crate::format::superblock::MAX_PEERS;
 use crate::journal::Tail;
-use crate::link::handshake::{MAX_SOURCES, closes_ring, may_lack};
+use crate::link::handshake::{MAX_SOURCES, TermOrder, closes_ring, may_lack, order};
 use crate::link::lag::Sample;
 use crate::units::{Extent, Lsn, NodeId, SECONDS, Term};
 
@@ -80,7 +80,10 @@ impl Run {
         let ring = shadow.sources.contains(&self.cfg.node) || shadow.sources.len() >= MAX_SOURCES;
         // FLUSH waits for what a member tells the primary itself.
         let member = self.meta.sb.sync_set.contains(&self.cfg.node);
-        shadow.role == Role::Shadow && self.cascades(link) && !ring && !member
+        // Who has handed its place over waits for the one that was to get it, unless another one has it by now.
+        let waits =
+            self.meta.sb.handed.is_some() && order(self.meta.sb.term, shadow.term) != TermOrder::Higher;
+        shadow.role == Role::Shadow && self.cascades(link) && !ring && !member && !waits
     }
 
     /// The primary itself asks for this shadow, of which it needs more than what comes through another one: a place in the
