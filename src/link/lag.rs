@@ -35,10 +35,47 @@ impl ClockEstimate {
     pub fn round_trip(&self) -> Option<u64> {
         self.samples.back().map(|(trip, _)| *trip)
     }
+    /// How much longer than the shortest round trip one took that began at the own time `echo`, ns.
+    pub fn excess(&self, echo: u64, now: u64) -> u64 {
+        let least = self.samples.iter().map(|(trip, _)| *trip).min();
+        least.map_or(0, |least| now.saturating_sub(echo).saturating_sub(least))
+    }
     /// Nanoseconds from `theirs`, on the other's clock, to `now` on the own one; 0 if not after.
     pub fn since(&self, theirs: u64, now: u64) -> u64 {
         let theirs_here = theirs.wrapping_sub(self.offset() as u64);
         now.saturating_sub(theirs_here)
+    }
+}
+
+/// How much longer the messages of one connection are on their way than its fastest ones: what waits in a line is not
+/// news when it comes.
+#[derive(Debug, Default)]
+pub struct Line {
+    /// Own time of arrival less the other's of sending, of the last ones, ns.
+    gaps: VecDeque<i128>,
+    /// When the last one came, on the own monotonic clock, and what was found then.
+    last: Option<(u64, u64)>,
+}
+
+impl Line {
+    /// One came now, on the own monotonic clock, that was sent at that time of the other's: ns that it was late.
+    pub fn came(&mut self, sent: u64, now: u64) -> u64 {
+        let gap = i128::from(now) - i128::from(sent);
+        self.gaps.push_back(gap);
+        if self.gaps.len() > EXCHANGES {
+            self.gaps.pop_front();
+        }
+        let least = self.gaps.iter().min().copied().unwrap_or(gap);
+        self.late((gap - least).try_into().unwrap_or(u64::MAX), now)
+    }
+
+    /// An answer came now, so much later than the fastest one, in both directions.
+    pub fn late(&mut self, excess: u64, now: u64) -> u64 {
+        // It was sent after the one before, whatever the clocks say.
+        let most = self.last.map_or(0, |(at, late)| now.saturating_sub(at).saturating_add(late));
+        let late = excess.min(most);
+        self.last = Some((now, late));
+        late
     }
 }
 
@@ -147,6 +184,24 @@ mod tests {
         assert_eq!(clock.since(20_000, 14_000), 0);
         clock.answered(50_000, 1, 40_000); // the own clock went back
         assert_eq!(clock.offset(), 5000);
+    }
+
+    #[test]
+    fn what_waited_in_the_line_is_late_and_no_older_than_the_message_before() {
+        let mut line = Line::default();
+        let wall = 1_790_000_000_000_000_000;
+        assert_eq!([(0, 1000), (100, 1100), (200, 1210)].map(|(s, n)| line.came(wall + s, n)), [0, 0, 10]);
+        // Four beats come at once; then one in time.
+        let burst = [300, 400, 500, 600].map(|s| line.came(wall + s, 1601));
+        assert_eq!((burst, line.came(wall + 700, 1700)), ([301, 201, 101, 1], 0));
+        // The other clock goes back by far more: until the last ones are all of its new time.
+        let late = [800, 900].map(|s| line.came(wall - 5_000_000 + s, 1000 + s));
+        assert_eq!(late, [100, 200]);
+        let late: Vec<_> = (10..30).map(|i| line.came(wall - 5_000_000 + i * 100, 1000 + i * 100)).collect();
+        assert_eq!(late.iter().position(|l| *l == 0), Some(EXCHANGES - 3));
+        // An answer that was on its way for long, after a message that was not.
+        assert_eq!([line.late(5000, 4000), line.late(50, 4100), line.came(0, 4200)], [100, 50, 150]);
+        assert_eq!((line.came(u64::MAX, 4300), Line::default().came(u64::MAX, 0)), (0, 0));
     }
 
     #[test]

@@ -351,7 +351,7 @@ impl Run {
         let (_, bytes, since) = self.behind(applied).unwrap_or((0, 0, time));
         let late = match since {
             0 => self.word_age(),
-            since => self.links.primary_clock().map_or(0, |c| c.since(since, self.now.wall)),
+            since => self.late_since(since),
         };
         (records, bytes.saturating_add(more), late)
     }

@@ -25,10 +25,12 @@ pub struct Heard {
     pub(super) bytes: u64,
 }
 
-/// When it was heard there that this is so, by the own monotonic clock; under which term, and who said so here.
+/// When it was heard there that this is so, by the own monotonic clock, and when that would have been if no message had
+/// waited in a line; under which term, and who said so here.
 #[derive(Clone, Copy)]
 struct Known {
     at: u64,
+    alive: u64,
     term: Term,
     by: Option<NodeId>,
     heard: Heard,
@@ -69,18 +71,19 @@ impl Run {
         else {
             return;
         };
+        let late = self.late_in_line(link, wall, echo);
         match self.links.by_id.get(&link).map(|l| &l.state) {
             Some(LinkState::Receiving) => {
                 self.links.between.lost = !live;
                 if let Some(tail) = tail {
-                    self.heard_of(link, Heard { tail, time, bytes }, silent);
+                    self.heard_of(link, Heard { tail, time, bytes }, (silent, late));
                 }
                 self.told_standing(standing, true);
             }
             Some(state) if state.is_followed() => {
                 if let Some(tail) = tail {
                     let heard = self.with_own(Heard { tail, time, bytes });
-                    self.heard_of(link, heard, silent);
+                    self.heard_of(link, heard, (silent, late));
                 }
                 self.told_standing(standing, false);
             }
@@ -95,6 +98,15 @@ impl Run {
         if let Some(p) = self.links.peer_of(link).filter(|_| wall > 0) {
             p.clock.answered(echo, wall, now);
         }
+    }
+
+    /// For how long, ns, a heartbeat that came now was on its way beyond what others take: by the sender's clock, or, if it
+    /// answers one, by the own. (A shadow's answers tell the primary's time.)
+    fn late_in_line(&mut self, link: LinkId, wall: u64, echo: u64) -> u64 {
+        let (mono, now) = (self.now.mono, self.now.wall);
+        let excess = self.links.peer_of(link).map_or(0, |p| p.clock.excess(echo, now));
+        let Some(l) = self.links.by_id.get_mut(&link) else { return 0 };
+        if echo == 0 { l.line.came(wall, mono) } else { l.line.late(excess, mono) }
     }
 
     /// Before records come over a link, it tells what follows the point that the handshake has found: what is here and
@@ -134,19 +146,20 @@ impl Run {
         }
     }
 
-    /// Somebody who heard of the primary so long ago says this of it.
-    fn heard_of(&mut self, link: LinkId, mut heard: Heard, silent: u64) {
-        let (mut at, term) = (self.now.mono.saturating_sub(silent), self.meta.sb.term);
+    /// Somebody who heard of the primary so long ago says this of it, and that was late by so much.
+    fn heard_of(&mut self, link: LinkId, mut heard: Heard, (silent, late): (u64, u64)) {
+        let (mut alive, term) = (self.now.mono.saturating_sub(silent), self.meta.sb.term);
+        let mut at = alive.saturating_sub(late);
         let by = self.links.by_id.get(&link).and_then(|l| l.peer());
         // What was known here may be newer than what the next one in the chain knows. But if that one said so itself, it
         // took longer to come here than it seemed: he knows no less now.
         if let Some(known) = self.links.between.known.filter(|k| k.at > at && k.term == term && k.by != by) {
-            at = known.at;
+            (at, alive) = (known.at, alive.max(known.alive));
             if known.heard.tail > heard.tail {
                 heard = known.heard;
             }
         }
-        self.links.between.known = Some(Known { at, term, by, heard });
+        self.links.between.known = Some(Known { at, alive, term, by, heard });
         self.links.heard_of_primary = Some(heard);
     }
 
@@ -215,10 +228,19 @@ impl Run {
         Some(self.now.wall.wrapping_add(clock.offset() as u64))
     }
 
+    /// Nanoseconds since that time on the primary's clock. Before an exchange has told that clock it may be wrong by
+    /// anything, and counts from the start here at the latest.
+    pub(super) fn late_since(&self, time: u64) -> u64 {
+        let Some(clock) = self.links.primary_clock() else { return 0 };
+        let unknown = clock.round_trip().is_none();
+        let least = if unknown { self.now.mono.saturating_sub(self.links.chain.since) } else { 0 };
+        clock.since(time, self.now.wall).max(least)
+    }
+
     /// Nanoseconds since the primary was heard, by this shadow or by those between; since the start if never.
     pub(super) fn unheard(&self) -> u64 {
         let heard = match self.is_cascaded() {
-            true => self.links.between.known.filter(|k| k.term == self.meta.sb.term).map(|k| k.at),
+            true => self.links.between.known.filter(|k| k.term == self.meta.sb.term).map(|k| k.alive),
             false => self.links.primary().and_then(|n| self.links.view(n)).and_then(|v| v.heard),
         };
         self.now.mono.saturating_sub(heard.unwrap_or(self.links.chain.since))

@@ -16,7 +16,7 @@ use super::run::{Part, Run};
 use crate::format::message::{Identity, Message, Role, Standing, proof, refuse};
 use crate::format::superblock::{Peer, Superblock};
 use crate::journal::Tail;
-use crate::link::lag::{ClockEstimate, Timeline};
+use crate::link::lag::{ClockEstimate, Line, Timeline};
 use crate::link::sender::Sender;
 use crate::units::{HistoryPoint, Lsn, NodeId, Term};
 use std::collections::BTreeMap;
@@ -69,6 +69,8 @@ pub struct Link {
     begun: u64,
     heard: u64,
     beat: u64,
+    /// How long its heartbeats are on their way.
+    pub(super) line: Line,
     /// What the peer was last told that it counts for here.
     pub(super) counted: Standing,
     /// The records after this one are kept for it, until it begins.
@@ -350,6 +352,7 @@ impl Run {
             begun,
             heard,
             beat,
+            line: Line::default(),
             counted: Standing::None,
             held: None,
             fork: None,

@@ -430,11 +430,10 @@ impl Run {
         let waiting = undurable.or(s.held.front().map(|record| record.stamp.time));
         // Of the first one that is still to come it is known that it follows the last one here.
         let since = waiting.or((heard > tail.point.lsn).then_some(tail.time));
-        let clock = self.links.primary_clock();
-        since.zip(clock).map_or(0, |(since, clock)| clock.since(since, self.now.wall))
+        since.map_or(0, |since| self.late_since(since))
     }
 
-    /// Lag as this shadow measures it. Before an exchange with the primary has told its clock, by the own one.
+    /// Lag as this shadow measures it.
     pub(super) fn lag(&self) -> Option<Lag> {
         let Part::Shadow(s) = &self.part else { return None };
         let clock = self.links.primary_clock()?;
@@ -447,7 +446,7 @@ impl Run {
         let bytes = heard.bytes.saturating_add(come).max(records.saturating_mul(BLOCK));
         let late = match s.unapplied.front().map_or(heard.time, |(_, time)| *time) {
             0 => self.word_age(),
-            since => clock.since(since, self.now.wall),
+            since => self.late_since(since),
         };
         let (bytes, late) = if records > 0 { (bytes, late) } else { (0, 0) };
         // What a silent primary has sealed since is unknown here: the last word of it is the bound.
