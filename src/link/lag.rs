@@ -35,10 +35,11 @@ impl ClockEstimate {
     pub fn round_trip(&self) -> Option<u64> {
         self.samples.back().map(|(trip, _)| *trip)
     }
-    /// How much longer than the shortest round trip one took that began at the own time `echo`, ns.
+    /// How much longer than the shortest round trip one took that began at the own time `echo`, ns. All of the first one
+    /// counts.
     pub fn excess(&self, echo: u64, now: u64) -> u64 {
-        let least = self.samples.iter().map(|(trip, _)| *trip).min();
-        least.map_or(0, |least| now.saturating_sub(echo).saturating_sub(least))
+        let least = self.samples.iter().map(|(trip, _)| *trip).min().unwrap_or(0);
+        now.saturating_sub(echo).saturating_sub(least)
     }
     /// Nanoseconds from `theirs`, on the other's clock, to `now` on the own one; 0 if not after.
     pub fn since(&self, theirs: u64, now: u64) -> u64 {
