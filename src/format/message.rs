@@ -89,7 +89,8 @@ pub struct Identity {
     pub rewinds: bool,
     /// On a shadow: how long it holds its image back, ns.
     pub apply_delay: u64,
-    /// On a shadow that dials: it follows this peer even while that is a shadow itself.
+    /// On a shadow that dials: it follows this peer even while that is a shadow itself. On a primary that dials: the
+    /// shadow is to follow it directly, for it is, or is to be, a member of the sync set.
     pub cascades: bool,
     /// On a shadow: those through whom it gets its records, or last did, the nearest first.
     pub sources: Vec<NodeId>,

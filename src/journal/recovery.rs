@@ -4,7 +4,7 @@
 //! for records that survived, decides by [`decide`], erases what lies behind the end, syncs.
 //!
 //! Owns: the decision table. Invariants: nothing that was ever announced durable is cut off in
-//! silence: that is damage, and recovery stops; what lies behind the end is gone, durably, before
+//! silence: that is damage, and recovery stops; what may have been written behind the end is gone, durably, before
 //! anything is appended, so it can't come back.
 
 use super::cursor::{CHUNK, Cursor, Place, Step};

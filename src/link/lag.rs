@@ -7,7 +7,7 @@ use crate::units::{BLOCK, Lsn};
 use std::collections::VecDeque;
 
 /// Estimates the other wall clock minus the own one, from the round trips of heartbeats.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct ClockEstimate {
     /// (round trip, offset) of the last exchanges, ns.
     samples: VecDeque<(u64, i64)>,
@@ -48,34 +48,40 @@ impl ClockEstimate {
     }
 }
 
-/// How much longer the messages of one connection are on their way than its fastest ones: what waits in a line is not
-/// news when it comes.
-#[derive(Debug, Default)]
+/// How much longer the messages of one connection are on their way than the fastest of its last ones: what waits in a line is
+/// not news when it comes. (A queue that stands for longer than those shows no more.)
+#[derive(Debug)]
 pub struct Line {
     /// Own time of arrival less the other's of sending, of the last ones, ns.
     gaps: VecDeque<i128>,
     /// When the last one came, on the own monotonic clock, and what was found then.
-    last: Option<(u64, u64)>,
+    last: (u64, u64),
 }
 
 impl Line {
+    /// The connection begins, at that time of the own monotonic clock.
+    pub fn new(now: u64) -> Line {
+        Line { gaps: VecDeque::new(), last: (now, 0) }
+    }
+
     /// One came now, on the own monotonic clock, that was sent at that time of the other's: ns that it was late.
     pub fn came(&mut self, sent: u64, now: u64) -> u64 {
         let gap = i128::from(now) - i128::from(sent);
+        // Of the first one nothing is known, but that it was sent since the connection began.
+        let excess = self.gaps.iter().min().map_or(i128::MAX, |least| (gap - least).max(0));
         self.gaps.push_back(gap);
         if self.gaps.len() > EXCHANGES {
             self.gaps.pop_front();
         }
-        let least = self.gaps.iter().min().copied().unwrap_or(gap);
-        self.late((gap - least).try_into().unwrap_or(u64::MAX), now)
+        self.late(excess.try_into().unwrap_or(u64::MAX), now)
     }
 
     /// An answer came now, so much later than the fastest one, in both directions.
     pub fn late(&mut self, excess: u64, now: u64) -> u64 {
         // It was sent after the one before, whatever the clocks say.
-        let most = self.last.map_or(0, |(at, late)| now.saturating_sub(at).saturating_add(late));
-        let late = excess.min(most);
-        self.last = Some((now, late));
+        let (at, before) = self.last;
+        let late = excess.min(now.saturating_sub(at).saturating_add(before));
+        self.last = (now, late);
         late
     }
 }
@@ -189,9 +195,9 @@ mod tests {
 
     #[test]
     fn what_waited_in_the_line_is_late_and_no_older_than_the_message_before() {
-        let mut line = Line::default();
+        let mut line = Line::new(993);
         let wall = 1_790_000_000_000_000_000;
-        assert_eq!([(0, 1000), (100, 1100), (200, 1210)].map(|(s, n)| line.came(wall + s, n)), [0, 0, 10]);
+        assert_eq!([(0, 1000), (100, 1100), (200, 1210)].map(|(s, n)| line.came(wall + s, n)), [7, 0, 10]);
         // Four beats come at once; then one in time.
         let burst = [300, 400, 500, 600].map(|s| line.came(wall + s, 1601));
         assert_eq!((burst, line.came(wall + 700, 1700)), ([301, 201, 101, 1], 0));
@@ -199,10 +205,10 @@ mod tests {
         let late = [800, 900].map(|s| line.came(wall - 5_000_000 + s, 1000 + s));
         assert_eq!(late, [100, 200]);
         let late: Vec<_> = (10..30).map(|i| line.came(wall - 5_000_000 + i * 100, 1000 + i * 100)).collect();
-        assert_eq!(late.iter().position(|l| *l == 0), Some(EXCHANGES - 3));
+        assert_eq!(late.iter().position(|l| *l == 0), Some(EXCHANGES - 2));
         // An answer that was on its way for long, after a message that was not.
         assert_eq!([line.late(5000, 4000), line.late(50, 4100), line.came(0, 4200)], [100, 50, 150]);
-        assert_eq!((line.came(u64::MAX, 4300), Line::default().came(u64::MAX, 0)), (0, 0));
+        assert_eq!((line.came(u64::MAX, 4300), Line::new(0).came(u64::MAX, 0)), (0, 0));
     }
 
     #[test]

@@ -70,9 +70,17 @@ fn feeds(state: &LinkState) -> bool {
 
 impl Run {
     /// The peer that is dialled over this link may be followed while it is a shadow.
-    pub(super) fn cascades(&self, link: LinkId) -> bool {
+    fn cascades(&self, link: LinkId) -> bool {
         let dialed = self.links.by_id.get(&link).and_then(|l| l.dialed);
         dialed.and_then(|i| self.cfg.peers.get(i)).is_some_and(|p| p.cascade)
+    }
+
+    /// What is said of that to the peer: on a primary, whether it calls it.
+    pub(super) fn tells_way(&self, link: LinkId) -> bool {
+        match self.part {
+            Part::Primary(_) => self.calls(link),
+            Part::Shadow(_) => self.cascades(link),
+        }
     }
 
     /// Another shadow says who it is, and may be followed.
@@ -84,24 +92,6 @@ impl Run {
         let waits =
             self.meta.sb.handed.is_some() && order(self.meta.sb.term, shadow.term) != TermOrder::Higher;
         shadow.role == Role::Shadow && self.cascades(link) && !ring && !member && !waits
-    }
-
-    /// The primary itself asks for this shadow, of which it needs more than what comes through another one: a place in the
-    /// sync set. If that goes, it is followed instead. (Through another one comes only what is durable on every member,
-    /// so a member that stayed there would wait for itself.)
-    pub(super) fn called_by_primary(&mut self, primary: &Identity) {
-        let through = self.links.receiving().filter(|_| self.is_cascaded());
-        let Some(at) = self.cfg.peers.iter().position(|p| p.name == primary.name && p.dial) else { return };
-        if let Some(through) = through.filter(|_| self.hears_primary() && self.is_settled()) {
-            self.drop_link(through, "the primary asks for this shadow");
-            self.links.dial_before_others(at, self.now.mono + self.cfg.timing.redial);
-        }
-    }
-
-    /// Whether the primary has nothing to ask of that node: it follows, through another one, and that will do.
-    pub(super) fn follows_well(&self, node: Option<NodeId>, sync: bool) -> bool {
-        let member = |n: &NodeId| sync || self.meta.sb.sync_set.contains(n);
-        node.filter(|n| !member(n)).is_some_and(|n| self.fed_through(n).is_some())
     }
 
     /// Records come from a shadow.

@@ -164,7 +164,8 @@ impl Run {
                 }
                 self.send(link, refuse(why));
                 self.drop_link(link, why);
-                if asks {
+                let current = hello.term.node == hello.node;
+                if asks && ours && current && hello.cascades {
                     self.called_by_primary(hello);
                 }
             }
@@ -285,13 +286,13 @@ impl Run {
             Part::Primary(_) => return self.met_other(link, primary),
         }
         let own = self.identity();
-        let followed = primary.role == Role::Primary || self.may_follow_shadow(link, primary);
-        if !followed || primary.group != own.group || primary.volumes != own.volumes {
-            return self.drop_link(link, "it is not a primary of this group with these volumes");
-        }
         // Who has handed its place over does not follow the one that was not told of it, though it may feed shadows.
         if primary.role == Role::Shadow && self.takes_back(link, primary) {
             return;
+        }
+        let followed = primary.role == Role::Primary || self.may_follow_shadow(link, primary);
+        if !followed || primary.group != own.group || primary.volumes != own.volumes {
+            return self.drop_link(link, "it is not a primary of this group with these volumes");
         }
         let rank = order(own.term, primary.term);
         if let Some(peer) = self.links.peer_of(link) {
@@ -309,9 +310,10 @@ impl Run {
         if rank == TermOrder::Higher {
             self.leave_clock();
         }
+        let clock = self.links.clock_of(primary.term.node);
         if let Some(peer) = self.links.peer_of(link) {
             peer.fork = fork(&own, primary);
-            peer.tells_time_of(primary.term.node);
+            peer.tells_time_of(primary.term.node, clock);
             peer.follows = false;
         }
         if rank == TermOrder::Conflicting {

@@ -6,7 +6,7 @@
 //! primary's, never that of a shadow in between.
 
 use super::event::LinkId;
-use super::links::{LinkState, PeerView};
+use super::links::{LinkState, Links, PeerView};
 use super::run::{Part, Run};
 use crate::format::message::{Identity, Message};
 use crate::journal::Tail;
@@ -25,8 +25,8 @@ pub struct Heard {
     pub(super) bytes: u64,
 }
 
-/// When it was heard there that this is so, by the own monotonic clock, and when that would have been if no message had
-/// waited in a line; under which term, and who said so here.
+/// When it was heard there that this is so, by the own monotonic clock, and when that would have been if the message had not
+/// waited in the line to here; under which term, and who said so here.
 #[derive(Clone, Copy)]
 struct Known {
     at: u64,
@@ -56,11 +56,20 @@ struct Beat {
 }
 
 impl PeerView {
-    /// The times that it tells from now on are those of this node.
-    pub(super) fn tells_time_of(&mut self, node: NodeId) {
+    /// The times that it tells from now on are those of this node, whose clock another one may have told already.
+    pub(super) fn tells_time_of(&mut self, node: NodeId, clock: ClockEstimate) {
         if self.clock_of != Some(node) {
-            (self.clock_of, self.clock) = (Some(node), ClockEstimate::default());
+            (self.clock_of, self.clock) = (Some(node), clock);
         }
+    }
+}
+
+impl Links {
+    /// What is known of that node's clock.
+    pub(super) fn clock_of(&self, node: NodeId) -> ClockEstimate {
+        let told = self.peers.iter().filter(|p| p.clock_of == Some(node));
+        told.max_by_key(|p| p.clock.round_trip().is_some())
+            .map_or_else(ClockEstimate::default, |p| p.clock.clone())
     }
 }
 
@@ -229,11 +238,12 @@ impl Run {
     }
 
     /// Nanoseconds since that time on the primary's clock. Before an exchange has told that clock it may be wrong by
-    /// anything, and counts from the start here at the latest.
+    /// anything, and counts from the last word of any primary, or from the start here, at the latest.
     pub(super) fn late_since(&self, time: u64) -> u64 {
         let Some(clock) = self.links.primary_clock() else { return 0 };
         let unknown = clock.round_trip().is_none();
-        let least = if unknown { self.now.mono.saturating_sub(self.links.chain.since) } else { 0 };
+        let heard = self.links.between.known.map_or(self.links.chain.since, |k| k.at);
+        let least = if unknown { self.now.mono.saturating_sub(heard) } else { 0 };
         clock.since(time, self.now.wall).max(least)
     }
 

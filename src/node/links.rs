@@ -4,6 +4,7 @@
 //! is believed before the peer has proved the group's key; one link a peer; a peer's durable position
 //! counts only for records of the history that is current here.
 
+use super::calling::Call;
 use super::cascade::Chain;
 use super::config::NodeConfig;
 use super::event::{Action, Level, LinkId};
@@ -151,8 +152,8 @@ impl Link {
     }
 }
 
-struct Dial {
-    at: u64,
+pub(super) struct Dial {
+    pub(super) at: u64,
     busy: bool,
 }
 
@@ -160,7 +161,8 @@ struct Dial {
 pub struct Links {
     pub(super) by_id: BTreeMap<LinkId, Link>,
     pub(super) peers: Vec<PeerView>,
-    dials: Vec<Dial>,
+    pub(super) dials: Vec<Dial>,
+    pub(super) call: Call,
     primary: Option<NodeId>,
     /// Nothing until it has spoken over the newest link.
     pub(super) heard_of_primary: Option<Heard>,
@@ -181,7 +183,7 @@ pub struct Links {
 }
 
 /// After a verdict that dialling again won't change soon.
-const PATIENCE: u64 = 10;
+pub(super) const PATIENCE: u64 = 10;
 
 impl Links {
     /// No connection; what the superblock knows of the peers.
@@ -201,6 +203,7 @@ impl Links {
             by_id: BTreeMap::new(),
             peers,
             dials: cfg.peers.iter().map(|_| Dial { at: 0, busy: false }).collect(),
+            call: Call::default(),
             primary: None,
             heard_of_primary: None,
             between: Between::default(),
@@ -318,13 +321,6 @@ impl Links {
         self.dials.iter_mut().for_each(|d| d.at = 0);
     }
 
-    /// That peer is dialled now, and no other one before `then`.
-    pub(super) fn dial_before_others(&mut self, peer: usize, then: u64) {
-        for (i, d) in self.dials.iter_mut().enumerate() {
-            d.at = if i == peer { 0 } else { d.at.max(then) };
-        }
-    }
-
     /// Every reader of the journal that a link has.
     pub fn readers(&mut self) -> impl Iterator<Item = &mut Reader> {
         self.by_id.values_mut().flat_map(|l| [&mut l.reader, &mut l.copies])
@@ -352,7 +348,7 @@ impl Run {
             begun,
             heard,
             beat,
-            line: Line::default(),
+            line: Line::new(begun),
             counted: Standing::None,
             held: None,
             fork: None,
@@ -386,6 +382,9 @@ impl Run {
         }
         self.compare.forget(link);
         let gone = self.links.by_id.remove(&link);
+        if let Some(peer) = gone.as_ref().and_then(|l| l.dialed) {
+            self.links.call_ends(peer);
+        }
         // A link that ends without an answer says nothing: its peer may be on the way to a promotion.
         let silent = |l: &&Link| matches!(l.state, LinkState::Dialled | LinkState::Greeted);
         if let Some(peer) = gone.as_ref().filter(|l| !silent(l)).and_then(|l| l.dialed) {
@@ -400,6 +399,7 @@ impl Run {
     pub(super) fn dial_failed(&mut self, peer: usize) {
         let redial = self.cfg.timing.redial;
         self.heard_out(peer);
+        self.links.call_ends(peer);
         if let Some(d) = self.links.dials.get_mut(peer) {
             d.busy = false;
             d.at = self.now.mono + redial;
@@ -504,7 +504,7 @@ impl Run {
                 }
             }
             (LinkState::Dialled, Message::Challenge { nonce }) => {
-                let cascades = self.cascades(link);
+                let cascades = self.tells_way(link);
                 let identity = Box::new(Identity { cascades, ..self.identity() });
                 let proof = proof(&self.cfg.key, &nonce, &identity, None);
                 let Some(l) = self.links.by_id.get_mut(&link) else { return };
@@ -671,6 +671,7 @@ impl Run {
                 continue;
             }
             let at = dial.at + (patience - 1) * self.cfg.timing.redial;
+            let at = at.max(self.links.call.holds_back(i));
             if self.now.mono >= at {
                 dial.busy = true;
                 self.out.push(Action::Dial { peer: i });

@@ -10,12 +10,13 @@
 //! that its primary's journal can't feed, `view` what others see of a shadow, `retire` and `salvage` the end of a primary,
 //! `drain` a primary that serves before its image has caught up, `reading` how such an image is read, `delay` the image that is held back, `rewind` a promotion as of an earlier record,
 //! `marks` the named places in the write order, `history` what is kept of all that for people,
-//! `foresight` the FLUSH that is about to come, `followers` what a primary owes its shadows, `outdate` the loss of one that it waits for, `cascade` what a shadow passes on to others, `heartbeat` what is told of
+//! `foresight` the FLUSH that is about to come, `followers` what a primary owes its shadows, `outdate` the loss of one that it waits for, `cascade` what a shadow passes on to others, `calling` that a member is to follow the primary itself, `heartbeat` what is told of
 //! clocks and of the primary, `lease` a cluster manager's hold on a primary, `admin` what administrators ask, `report` what they are told.
 
 mod admin;
 mod asking;
 mod boot;
+mod calling;
 mod cascade;
 mod compare;
 pub mod config;

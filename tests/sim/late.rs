@@ -44,8 +44,7 @@ impl World {
         let Message::Heartbeat { tail: Some(Lsn(tail)), silent, .. } = *message else { return };
         // One that was replaced is still the primary of those who have not heard of it, and one that hands its place over until
         // that is durable.
-        let hands_over = self.scenario.moving.as_ref().is_some_and(|m| m.is_from(from));
-        if !self.hosts[from].watch.is_primary() && !hands_over {
+        if !self.hosts[from].watch.is_primary() && !self.gives_place_away(from) {
             return self.heard_through(node, from, tail, silent > 0);
         }
         // Nothing else that it says ends its silence.

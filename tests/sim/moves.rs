@@ -41,6 +41,11 @@ impl World {
         self.ask(from, AdminOp::Switchover { to, dry_run: false }, Purpose::Switchover)
     }
 
+    /// It is about to give its place away.
+    pub fn gives_place_away(&self, node: usize) -> bool {
+        self.scenario.moving.as_ref().is_some_and(|m| m.from == node && !m.left)
+    }
+
     /// It is one of the two between which the place moves.
     pub fn is_moving(&self, node: usize) -> bool {
         self.scenario.moving.as_ref().is_some_and(|m| m.from == node || m.to == node)
