@@ -348,6 +348,7 @@ impl Run {
         self.close_links("this node is being promoted");
         self.forget_held();
         self.log(Level::Warn, format!("promotion begins: {plan}"));
+        self.lease = None;
         self.admin.begin_promotion(Some(id));
         if let Some(promoting) = &mut self.admin.promotion {
             promoting.rewind = rewind;

@@ -1,7 +1,8 @@
 //! A cluster manager's lease: without its word this primary stops by itself.
 //!
 //! Owns: until when it may serve. Invariant (I8): once the lease has run out nothing is acknowledged any more, whatever
-//! else was on its way: devices give errors, until the daemon is started anew.
+//! else was on its way, also by a primary that has handed its place over and takes it back: devices give errors, until the
+//! daemon is started anew.
 
 use super::event::{AdminId, Level, Refusal};
 use super::run::{Part, Run};
@@ -28,7 +29,7 @@ impl Run {
 
     /// Before anything else is done: it may have run out.
     pub(super) fn end_lease(&mut self) {
-        let Some(until) = self.lease.filter(|_| self.fault.is_none()) else { return };
+        let Some(until) = self.leased() else { return };
         if self.now.mono < until {
             return;
         }
@@ -41,8 +42,13 @@ impl Run {
 
     /// It is looked at again when it ends.
     pub(super) fn await_lease(&mut self) {
-        if let Some(until) = self.lease.filter(|_| self.fault.is_none()) {
+        if let Some(until) = self.leased() {
             self.wake_at(until);
         }
+    }
+
+    /// Until when this node may serve, while it does.
+    fn leased(&self) -> Option<u64> {
+        self.lease.filter(|_| self.fault.is_none() && matches!(self.part, Part::Primary(_)))
     }
 }

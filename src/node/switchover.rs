@@ -248,7 +248,11 @@ impl Run {
         self.part = Part::Shadow(shadow);
         // Whoever came meanwhile was greeted by a primary.
         self.close_links("this node is a shadow now");
-        (self.links.entering, self.lease) = (None, None);
+        self.links.entering = None;
+        if self.meta.sb.handed.is_none() {
+            // Should it take its place back, it does so under the lease that it had.
+            self.lease = None;
+        }
         self.links.forget_followers();
         self.links.dial_now();
         self.update_keep();
@@ -293,7 +297,7 @@ impl Run {
 
     /// Another node was promoted: there is nothing to be taken back.
     pub(super) fn taken_over(&mut self, by: NodeId, name: &str) {
-        self.meta.sb.handed = None;
+        (self.meta.sb.handed, self.lease) = (None, None);
         if self.moving.as_ref().is_some_and(|m| !m.is_draining()) {
             let term = self.meta.sb.term.counter;
             let given = self.moving.as_ref().is_some_and(|m| m.to == by);

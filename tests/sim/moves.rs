@@ -85,6 +85,8 @@ impl World {
         let settled = match (there, here) {
             (true, _) => {
                 self.counts.met("switched over");
+                // What it was lent was for its place.
+                self.hosts[from].watch.lease = None;
                 self.work.forget(from);
                 to
             }
