@@ -103,9 +103,13 @@ impl Run {
             return self.send_heartbeat(link, wall);
         }
         let now = self.now.wall;
+        let primary = self.links.primary();
         // A shadow that has no idea of its primary's clock says 0.
         if let Some(p) = self.links.peer_of(link).filter(|_| wall > 0) {
             p.clock.answered(echo, wall, now);
+            if p.node == primary {
+                self.links.timed = self.now.mono;
+            }
         }
     }
 
@@ -238,12 +242,12 @@ impl Run {
     }
 
     /// Nanoseconds since that time on the primary's clock. Before an exchange has told that clock it may be wrong by
-    /// anything, and counts from the last word of any primary, or from the start here, at the latest.
+    /// anything, and counts from the last exchange that told a primary's, or from the start here, at the latest.
     pub(super) fn late_since(&self, time: u64) -> u64 {
         let Some(clock) = self.links.primary_clock() else { return 0 };
         let unknown = clock.round_trip().is_none();
-        let heard = self.links.between.known.map_or(self.links.chain.since, |k| k.at);
-        let least = if unknown { self.now.mono.saturating_sub(heard) } else { 0 };
+        let timed = self.links.timed.max(self.links.chain.since);
+        let least = if unknown { self.now.mono.saturating_sub(timed) } else { 0 };
         clock.since(time, self.now.wall).max(least)
     }
 

@@ -166,6 +166,8 @@ pub struct Links {
     primary: Option<NodeId>,
     /// Nothing until it has spoken over the newest link.
     pub(super) heard_of_primary: Option<Heard>,
+    /// When an exchange last told a primary's clock, on the own monotonic one; or this node was the primary.
+    pub(super) timed: u64,
     /// How it is known through those between.
     pub(super) between: Between,
     /// Through whom they come.
@@ -206,6 +208,7 @@ impl Links {
             call: Call::default(),
             primary: None,
             heard_of_primary: None,
+            timed: 0,
             between: Between::default(),
             chain: Chain::default(),
             timeline: Timeline::default(),

@@ -248,7 +248,7 @@ impl Run {
         self.part = Part::Shadow(shadow);
         // Whoever came meanwhile was greeted by a primary.
         self.close_links("this node is a shadow now");
-        self.links.entering = None;
+        (self.links.entering, self.links.timed) = (None, self.now.mono);
         if self.meta.sb.handed.is_none() {
             // Should it take its place back, it does so under the lease that it had.
             self.lease = None;
@@ -268,6 +268,7 @@ impl Run {
             return self.drop_link(link, "it hands its place over, which can't be taken now");
         }
         self.log(Level::Warn, format!("the primary hands its place over, after LSN {}", at.lsn));
+        self.lease = None;
         self.take_over();
     }
 

@@ -3,6 +3,8 @@
 //! Owns: the durable terms of both superblock slots. Invariants: nothing is sealed or followed under a term that is
 //! not in both slots (I7, I8); a node to which a failed write was told is a failed node (I10).
 
+use crate::plan::Fault;
+use crate::prng::Prng;
 use crate::scenario::Phase;
 use crate::world::{Outcome, Purpose, World, broken};
 use volrep::disk::File;
@@ -75,4 +77,20 @@ impl World {
             _ => broken("I10", format!("node {node} is {} after a failed write: {:?}", s.state, s.reason)),
         }
     }
+}
+
+/// A primary that takes the place back, which it has handed over in vain, has it for no longer than it was lent.
+pub fn check() {
+    let mut taken_back = 0;
+    for seed in 1..=300 {
+        let mut plan = crate::sweep::plan(&("lease", |p| (p.moves, p.role_ambush) = (true, 1000)));
+        plan.mix.requests = 200;
+        plan.faults = vec![(8, Fault::Lease), (12, Fault::Switchover)];
+        let mut world = World::planned(plan, Prng::new(seed), false);
+        if let Err(v) = world.run() {
+            panic!("seed {seed}: {}: {}", v.invariant, v.text);
+        }
+        taken_back += world.counts.met.get("a lease of a place that was taken back").copied().unwrap_or(0);
+    }
+    assert!(taken_back > 0, "no place was taken back under a lease");
 }

@@ -5,12 +5,13 @@
 //!
 //! Owns: the made primary. Invariant checked (I9): equal names of runs at an equal LSN are no evidence. A shadow goes on
 //! from a point only if the chain hash there is its own one; otherwise it says that the histories differ, and nothing of it changes.
+//! And (I5) a clock that was not told is nobody's.
 
 use crate::prng::Prng;
 use crate::world::{Host, World};
 use std::collections::VecDeque;
 use volrep::disk::aligned;
-use volrep::format::message::{Cause, Identity, Message, Opening, Role, Verdict, proof};
+use volrep::format::message::{Cause, Identity, Message, Opening, Role, Standing, Verdict, proof};
 use volrep::format::record::{self, Compressor, Content, EncodeJob, Kind, Record, Stamp, flags};
 use volrep::node::Node;
 use volrep::node::event::{Action, Actions, AdminId, AdminOp, Answer, Event, LinkId};
@@ -47,11 +48,18 @@ struct Lone {
     term: Term,
     /// The primary's history; its run began at the first point.
     records: Vec<Record>,
+    /// Its clock is so far ahead of the shadow's, ns.
+    ahead: i64,
 }
 
 impl Lone {
     /// A shadow that follows the made primary, has all its records, and may not apply the last ones.
     fn new() -> Lone {
+        Lone::of_clock(0)
+    }
+
+    /// The same of a primary whose clock is so far ahead.
+    fn of_clock(ahead: i64) -> Lone {
         let world = World::planned(crate::sweep::plain_plan(), Prng::new(1), false);
         let node = Node::new(world.hosts[1].config.clone(), world.hosts[1].memories());
         let term = Term { counter: 1, node: world.hosts[0].id };
@@ -67,6 +75,7 @@ impl Lone {
             status: None,
             term,
             records: Vec::new(),
+            ahead,
         };
         let mut actions = Actions::default();
         lone.node.start(lone.host().now(0), &mut actions);
@@ -101,13 +110,32 @@ impl Lone {
             generation: self.run(),
             lsn: Lsn(lsn),
             prev: self.point(lsn - 1).hash,
-            time: self.host().now(self.now).wall,
+            time: self.wall(),
             flags: if lsn == 1 { flags::OPENS } else { 0 },
             last_write: lsn,
             durable: Lsn(APPLIED.min(lsn - 1)),
             kind: Kind::Writes,
         };
         record::seal(record::encode(job, &mut Compressor::default()), stamp)
+    }
+
+    /// What the primary's clock says.
+    fn wall(&self) -> u64 {
+        self.host().now(self.now).wall.saturating_add_signed(self.ahead)
+    }
+
+    /// The primary says where it is; `echo`: it answers.
+    fn beat(&mut self, echo: u64) {
+        let applied = &self.records[APPLIED as usize];
+        let (wall, tail, time) = (self.wall(), Some(Lsn(ALL)), applied.stamp.time);
+        let (bytes, feeds, standing) = (applied.wire_len(), Vec::new(), Standing::None);
+        let live = true;
+        self.hear(Message::Heartbeat { wall, echo, tail, time, bytes, silent: 0, live, feeds, standing });
+    }
+
+    /// The lag that the shadow tells, ns.
+    fn lag(&mut self) -> u64 {
+        (self.ask().lag.expect("it has heard of its primary").seconds * SECONDS as f64) as u64
     }
 
     /// The point of the history that the shadow has.
@@ -275,6 +303,7 @@ pub fn check() {
     let beyond = HistoryPoint { lsn: Lsn(ALL + 1), ..lone.point(ALL) };
     assert_eq!(lone.welcome(Verdict::Compare(beyond)), Heard::Nothing);
     resyncs();
+    lags();
 }
 
 /// A resync goes from the newest point that has the same hash on both sides, and is in the image.
@@ -292,5 +321,27 @@ fn resyncs() {
         points.sort_by_key(|p| p.lsn);
         let verdict = Verdict::Resync { cause: Cause::Behind, oldest: Lsn(ALL + 9), points };
         assert_eq!(lone.welcome(verdict), Heard::Since(common), "{same:?} {different:?}");
+    }
+}
+
+/// Records that the shadow lacks since it began, by a clock of which it was told nothing yet; and once it was.
+fn lags() {
+    for hours in [-2, 0, 2] {
+        let mut lone = Lone::of_clock(hours * 3600 * SECONDS as i64);
+        let sealed = lone.records[APPLIED as usize].stamp.time.saturating_add_signed(-lone.ahead);
+        // The second word has not waited, so nothing else makes up for the clock.
+        for _ in 0..2 {
+            lone.beat(0);
+            lone.rest(20 * MILLIS);
+        }
+        let late = |lone: &Lone| lone.host().now(lone.now).wall - sealed;
+        assert!(lone.lag() >= late(&lone), "{hours} h ahead, {} of {}", lone.lag(), late(&lone));
+        let asked = lone.said.iter().rev().find_map(|m| match m {
+            Message::Heartbeat { wall, echo: 0, .. } => Some(*wall),
+            _ => None,
+        });
+        lone.beat(asked.expect("it asks what time it is"));
+        let (told, late) = (lone.lag(), late(&lone));
+        assert!(told.abs_diff(late) <= 100 * MILLIS, "{hours} h ahead, {told} of {late}");
     }
 }

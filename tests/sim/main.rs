@@ -175,7 +175,7 @@ fn report(seed: u64, ran: Ran, failure: Violation, args: &Args) {
 }
 
 fn models() -> (u64, u64) {
-    let checks: [(&str, fn()); 11] = [
+    let checks: [(&str, fn()); 12] = [
         ("content", content::check),
         ("disk", disk::check),
         ("memory", memory::check),
@@ -183,6 +183,7 @@ fn models() -> (u64, u64) {
         ("model", model::check),
         ("net", net::check),
         ("word", outdate::check),
+        ("lease", fence::check),
         ("sparse", sparse::check),
         ("journal", bare_journal::check),
         ("lone", lone::check),

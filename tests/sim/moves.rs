@@ -92,6 +92,9 @@ impl World {
             }
             (false, true) if left => {
                 self.counts.met("a switchover that was rolled back");
+                if self.hosts[from].watch.lease.is_some() {
+                    self.counts.met("a lease of a place that was taken back");
+                }
                 from
             }
             (false, true) => {
