@@ -1,88 +1,120 @@
 //! How late a shadow is: the other's clock, and a line of (LSN, seal time, bytes) to measure against.
 //!
 //! Owns: the estimate of the clocks' difference, and the samples. Invariant (I5): lag is never told
-//! smaller than the samples prove: between two samples the older one's time counts.
+//! smaller than the samples prove: between two samples the older one's time counts; what stands in a line counts as late, and
+//! what a round trip took beyond the shortest one, and the drift since, are taken for what makes the lag longer. (No record's
+//! time is before that of the one before. So of records that are sealed by a clock that was set back, or is behind that of an
+//! earlier primary, a shadow tells too few seconds by as much, until that clock is there.)
 
 use crate::units::{BLOCK, Lsn};
 use std::collections::VecDeque;
 
-/// Estimates the other wall clock minus the own one, from the round trips of heartbeats.
+/// Estimates the other wall clock minus the own one, from the round trips of heartbeats: an exchange proves the offset to its
+/// round trip, and the proof grows weaker as the clocks drift apart.
 #[derive(Clone, Debug, Default)]
 pub struct ClockEstimate {
-    /// (round trip, offset) of the last exchanges, ns.
-    samples: VecDeque<(u64, i64)>,
+    /// The one that proves most.
+    best: Option<Exchange>,
+    /// Round trip of the last one, ns.
+    last: Option<u64>,
 }
 
-/// Exchanges that count.
-const EXCHANGES: usize = 16;
+/// A heartbeat and its answer.
+#[derive(Clone, Copy, Debug)]
+struct Exchange {
+    trip: u64,
+    /// If the answer was given in the middle of the trip, ns.
+    middle: i64,
+    /// If all that the trip took beyond the shortest one was on the way back, ns: what happened there is not told to be
+    /// younger than it is.
+    offset: i64,
+    /// When it ended, on the own wall clock.
+    at: u64,
+}
+
+/// Two clocks drift apart by at most one ns in so many: quartz keeps time to 100 ppm, at either end.
+const STEADY: u64 = 5000;
+
+impl Exchange {
+    /// It says more than an earlier one does now, or that one of the clocks has been set since.
+    fn counts_for_more_than(&self, old: &Exchange) -> bool {
+        let drift = self.at.saturating_sub(old.at) / STEADY;
+        let both = (self.trip / 2 + old.trip / 2).saturating_add(drift);
+        self.trip / 2 <= (old.trip / 2).saturating_add(drift) || self.middle.abs_diff(old.middle) > both
+    }
+}
 
 impl ClockEstimate {
-    /// The other answered, at its time `wall`, a heartbeat sent at the own time `echo`.
-    pub fn answered(&mut self, echo: u64, wall: u64, now: u64) {
+    /// The other answered, at its time `wall`, a heartbeat sent at the own time `echo`; that took `excess` ns longer than the
+    /// shortest round trip.
+    pub fn answered(&mut self, echo: u64, wall: u64, now: u64, excess: u64) {
         // A clock that jumped in between proves nothing.
         let Some(trip) = now.checked_sub(echo) else { return };
-        let offset = wall.wrapping_sub(echo + trip / 2) as i64;
-        self.samples.push_back((trip, offset));
-        if self.samples.len() > EXCHANGES {
-            self.samples.pop_front();
+        self.last = Some(trip);
+        let after = |half: u64| wall.wrapping_sub(echo + half) as i64;
+        let (middle, offset) = (after(trip / 2), after(trip.saturating_sub(excess) / 2));
+        let new = Exchange { trip, middle, offset, at: now };
+        if self.best.is_none_or(|old| new.counts_for_more_than(&old)) {
+            self.best = Some(new);
         }
     }
-    /// The offset of the exchange with the shortest round trip, ns; 0 before any.
+    /// The offset, ns; 0 before any exchange.
     pub fn offset(&self) -> i64 {
-        self.samples.iter().min().map_or(0, |(_, offset)| *offset)
+        self.best.map_or(0, |best| best.offset)
     }
     /// Round trip of the last exchange, ns.
     pub fn round_trip(&self) -> Option<u64> {
-        self.samples.back().map(|(trip, _)| *trip)
+        self.last
     }
-    /// How much longer than the shortest round trip one took that began at the own time `echo`, ns. All of the first one
-    /// counts.
-    pub fn excess(&self, echo: u64, now: u64) -> u64 {
-        let least = self.samples.iter().map(|(trip, _)| *trip).min().unwrap_or(0);
-        now.saturating_sub(echo).saturating_sub(least)
-    }
-    /// Nanoseconds from `theirs`, on the other's clock, to `now` on the own one; 0 if not after.
+    /// Nanoseconds from `theirs`, on the other's clock, to `now` on the own one, and what the clocks may have drifted apart
+    /// by; 0 if not after.
     pub fn since(&self, theirs: u64, now: u64) -> u64 {
         let theirs_here = theirs.wrapping_sub(self.offset() as u64);
-        now.saturating_sub(theirs_here)
+        let drift = self.best.map_or(0, |best| now.saturating_sub(best.at) / STEADY);
+        now.saturating_add(drift).saturating_sub(theirs_here)
     }
 }
 
-/// How much longer the messages of one connection are on their way than the fastest of its last ones: what waits in a line is
-/// not news when it comes. (A queue that stands for longer than those shows no more.)
+/// The shortest round trip with a peer, ns, over all its connections, and when the last one was greeted, on the own monotonic
+/// clock: what waits in a line is not news when it comes, however long the queue has stood there.
+#[derive(Debug, Default)]
+pub struct Way(Option<(u64, u64)>);
+
+impl Way {
+    /// A connection was greeted that began so long ago, which took a round trip at least. The way may have become longer since
+    /// the last one, which is believed as slowly as clocks drift apart.
+    pub fn greeted(&mut self, trip: u64, now: u64) {
+        let least = self.0.map(|(least, at)| least.saturating_add(now.saturating_sub(at) / STEADY));
+        self.0 = Some((trip.min(least.unwrap_or(trip)), now));
+    }
+
+    /// A round trip has ended that took so long: ns beyond the shortest.
+    pub fn trip(&mut self, trip: u64) -> u64 {
+        let (least, _) = self.0.get_or_insert((trip, 0));
+        let excess = trip.saturating_sub(*least);
+        *least = trip.min(*least);
+        excess
+    }
+}
+
+/// How late the messages of a connection come.
 #[derive(Debug)]
 pub struct Line {
-    /// Own time of arrival less the other's of sending, of the last ones, ns.
-    gaps: VecDeque<i128>,
-    /// When the last one came, on the own monotonic clock, and what was found then.
-    last: (u64, u64),
+    /// What comes from now on was sent after this, on the own monotonic clock, but for the time that the way takes.
+    after: u64,
 }
 
 impl Line {
     /// The connection begins, at that time of the own monotonic clock.
     pub fn new(now: u64) -> Line {
-        Line { gaps: VecDeque::new(), last: (now, 0) }
+        Line { after: now }
     }
 
-    /// One came now, on the own monotonic clock, that was sent at that time of the other's: ns that it was late.
-    pub fn came(&mut self, sent: u64, now: u64) -> u64 {
-        let gap = i128::from(now) - i128::from(sent);
-        // Of the first one nothing is known, but that it was sent since the connection began.
-        let excess = self.gaps.iter().min().map_or(i128::MAX, |least| (gap - least).max(0));
-        self.gaps.push_back(gap);
-        if self.gaps.len() > EXCHANGES {
-            self.gaps.pop_front();
-        }
-        self.late(excess.try_into().unwrap_or(u64::MAX), now)
-    }
-
-    /// An answer came now, so much later than the fastest one, in both directions.
-    pub fn late(&mut self, excess: u64, now: u64) -> u64 {
-        // It was sent after the one before, whatever the clocks say.
-        let (at, before) = self.last;
-        let late = excess.min(now.saturating_sub(at).saturating_add(before));
-        self.last = (now, late);
-        late
+    /// Ns that a message which comes now was in the line at most: it was sent after the one before, and if it ends a round
+    /// trip, that was so much longer than the shortest.
+    pub fn late(&mut self, excess: Option<u64>, now: u64) -> u64 {
+        self.after = self.after.max(excess.map_or(0, |excess| now.saturating_sub(excess)));
+        now.saturating_sub(self.after)
     }
 }
 
@@ -184,31 +216,51 @@ mod tests {
     fn the_offset_of_the_shortest_round_trip_counts() {
         let mut clock = ClockEstimate::default();
         assert_eq!(clock.offset(), 0);
-        clock.answered(1000, 6000, 3000); // asymmetric, 2000 ns
-        clock.answered(10_000, 15_050, 10_100); // 100 ns: offset 5000
+        clock.answered(1000, 6000, 3000, 0); // asymmetric, 2000 ns
+        clock.answered(10_000, 15_050, 10_100, 0); // 100 ns: offset 5000
         assert_eq!((clock.offset(), clock.round_trip()), (5000, Some(100)));
-        assert_eq!(clock.since(20_000, 15_300), 300);
+        assert_eq!((clock.since(20_000, 15_300), clock.since(20_000, 60_100)), (301, 45_110));
         assert_eq!(clock.since(20_000, 14_000), 0);
-        clock.answered(50_000, 1, 40_000); // the own clock went back
+        clock.answered(50_000, 1, 40_000, 0); // the own clock went back
         assert_eq!(clock.offset(), 5000);
+        // What the trip took beyond the shortest one may have been on the way back.
+        let mut clock = ClockEstimate::default();
+        clock.answered(1000, 6000, 3000, 1900);
+        assert_eq!(clock.offset(), 4950);
+        clock.answered(4000, 9090, 4100, 0);
+        assert_eq!(clock.offset(), 5040);
     }
 
     #[test]
-    fn what_waited_in_the_line_is_late_and_no_older_than_the_message_before() {
+    fn a_message_is_no_older_than_the_one_before_and_an_answer_than_its_trip() {
         let mut line = Line::new(993);
-        let wall = 1_790_000_000_000_000_000;
-        assert_eq!([(0, 1000), (100, 1100), (200, 1210)].map(|(s, n)| line.came(wall + s, n)), [7, 0, 10]);
-        // Four beats come at once; then one in time.
-        let burst = [300, 400, 500, 600].map(|s| line.came(wall + s, 1601));
-        assert_eq!((burst, line.came(wall + 700, 1700)), ([301, 201, 101, 1], 0));
-        // The other clock goes back by far more: until the last ones are all of its new time.
-        let late = [800, 900].map(|s| line.came(wall - 5_000_000 + s, 1000 + s));
-        assert_eq!(late, [100, 200]);
-        let late: Vec<_> = (10..30).map(|i| line.came(wall - 5_000_000 + i * 100, 1000 + i * 100)).collect();
-        assert_eq!(late.iter().position(|l| *l == 0), Some(EXCHANGES - 2));
-        // An answer that was on its way for long, after a message that was not.
-        assert_eq!([line.late(5000, 4000), line.late(50, 4100), line.came(0, 4200)], [100, 50, 150]);
-        assert_eq!((line.came(u64::MAX, 4300), Line::new(0).came(u64::MAX, 0)), (0, 0));
+        assert_eq!([1000, 1100].map(|now| line.late(None, now)), [7, 107]);
+        assert_eq!(
+            [(Some(5), 1150), (None, 1200), (None, 1200)].map(|(e, now)| line.late(e, now)),
+            [5, 55, 55]
+        );
+        // It was long on its way, after one that was not.
+        assert_eq!(
+            [(Some(0), 1300), (Some(5000), 1400), (None, 1450)].map(|(e, n)| line.late(e, n)),
+            [0, 100, 150]
+        );
+        assert_eq!([line.late(Some(3), 1440), line.late(None, 1440)], [3, 3]);
+    }
+
+    #[test]
+    fn a_queue_is_seen_for_as_long_as_it_stands() {
+        let (mut way, queue) = (Way::default(), 3_000_000_000);
+        assert_eq!([way.trip(40), way.trip(20), way.trip(25)], [0, 0, 5]);
+        assert!((0..100_000).all(|_| way.trip(20 + queue) == queue));
+        assert_eq!([way.trip(20), way.trip(10), way.trip(30)], [0, 0, 20]);
+        // Another connection: what the way takes may have changed meanwhile.
+        let mut way = Way::default();
+        way.greeted(50, 1_000_000);
+        assert_eq!([way.trip(60), way.trip(20), way.trip(70)], [10, 0, 50]);
+        way.greeted(500, 1_500_000);
+        assert_eq!([way.trip(120), way.trip(130)], [0, 10]);
+        way.greeted(90, 100_000_000);
+        assert_eq!(way.trip(95), 5);
     }
 
     #[test]
@@ -256,20 +308,28 @@ mod tests {
     }
 
     #[test]
-    fn only_the_last_exchanges_count() {
+    fn what_an_exchange_proves_of_a_clock_grows_weaker() {
         let mut clock = ClockEstimate::default();
         assert_eq!((clock.round_trip(), clock.since(70, 100)), (None, 30));
-        clock.answered(20, 1_000_025, 30);
-        for i in 1..16u64 {
+        clock.answered(20, 1_000_025, 30, 0);
+        // Of longer trips, until the clocks may have drifted apart by the difference.
+        for i in 1..=224u64 {
             let at = i * 1000;
-            clock.answered(at, at + 57, at + 100);
+            clock.answered(at, 1_000_000 + at + 57, at + 100, 0);
             assert_eq!((clock.offset(), clock.round_trip()), (1_000_000, Some(100)), "{i}");
         }
-        clock.answered(16_000, 16_057, 16_100);
-        assert_eq!(clock.offset(), 7, "the shortest trip is too long ago");
+        clock.answered(225_000, 1_225_057, 225_100, 0);
+        assert_eq!(clock.offset(), 1_000_007, "the shortest trip is too long ago");
+        // The other's clock is set: what was proved of it is not true any more.
+        clock.answered(226_000, 1_226_057, 226_900, 0);
+        assert_eq!(clock.offset(), 1_000_007);
+        clock.answered(227_000, 1_227_957, 227_900, 0);
+        assert_eq!(clock.offset(), 1_000_007);
+        clock.answered(228_000, 1_229_257, 228_900, 0);
+        assert_eq!(clock.offset(), 1_000_807);
         // The other's clock may be behind, too.
         let mut clock = ClockEstimate::default();
-        clock.answered(1000, 710, 1020);
+        clock.answered(1000, 710, 1020, 0);
         assert_eq!((clock.offset(), clock.since(1000, 1800)), (-300, 500));
     }
 

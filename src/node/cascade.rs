@@ -339,11 +339,7 @@ impl Run {
             return (0, 0, 0);
         }
         let (_, bytes, since) = self.behind(applied).unwrap_or((0, 0, time));
-        let late = match since {
-            0 => self.word_age(),
-            since => self.late_since(since),
-        };
-        (records, bytes.saturating_add(more), late)
+        (records, bytes.saturating_add(more), self.late_since(since))
     }
 
     /// The records come from this peer.

@@ -12,7 +12,7 @@ use crate::format::message::{Identity, Message};
 use crate::journal::Tail;
 use crate::link::handshake::{TermOrder, order};
 use crate::link::lag::ClockEstimate;
-use crate::units::{BLOCK, Lsn, NodeId, Term};
+use crate::units::{BLOCK, Lsn, NodeId, Now, Term};
 
 /// What was last said of the primary, by itself or by the shadow that feeds this one.
 #[derive(Clone, Copy)]
@@ -71,6 +71,12 @@ impl Links {
         told.max_by_key(|p| p.clock.round_trip().is_some())
             .map_or_else(ClockEstimate::default, |p| p.clock.clone())
     }
+
+    /// Nanoseconds since that time on the primary's clock; `None` while nothing is known of that clock, or of the time (0).
+    pub(super) fn since(&self, time: u64, now: Now) -> Option<u64> {
+        let clock = self.primary_clock().filter(|c| time > 0 && c.round_trip().is_some())?;
+        Some(clock.since(time, now.wall))
+    }
 }
 
 impl Run {
@@ -80,7 +86,7 @@ impl Run {
         else {
             return;
         };
-        let late = self.late_in_line(link, wall, echo);
+        let (late, excess) = self.late_in_line(link, echo);
         match self.links.by_id.get(&link).map(|l| &l.state) {
             Some(LinkState::Receiving) => {
                 self.links.between.lost = !live;
@@ -106,20 +112,21 @@ impl Run {
         let primary = self.links.primary();
         // A shadow that has no idea of its primary's clock says 0.
         if let Some(p) = self.links.peer_of(link).filter(|_| wall > 0) {
-            p.clock.answered(echo, wall, now);
+            p.clock.answered(echo, wall, now, excess);
             if p.node == primary {
                 self.links.timed = self.now.mono;
             }
         }
     }
 
-    /// For how long, ns, a heartbeat that came now was on its way beyond what others take: by the sender's clock, or, if it
-    /// answers one, by the own. (A shadow's answers tell the primary's time.)
-    fn late_in_line(&mut self, link: LinkId, wall: u64, echo: u64) -> u64 {
-        let (mono, now) = (self.now.mono, self.now.wall);
-        let excess = self.links.peer_of(link).map_or(0, |p| p.clock.excess(echo, now));
-        let Some(l) = self.links.by_id.get_mut(&link) else { return 0 };
-        if echo == 0 { l.line.came(wall, mono) } else { l.line.late(excess, mono) }
+    /// For how long, ns, a heartbeat that came now, the answer to one sent at the own time `echo`, or none, was in the line at
+    /// most; and how much longer than the shortest the round trip was that it ends.
+    fn late_in_line(&mut self, link: LinkId, echo: u64) -> (u64, u64) {
+        let now = self.now;
+        let trip = now.wall.checked_sub(echo).filter(|_| echo > 0);
+        let excess = trip.and_then(|trip| Some(self.links.peer_of(link)?.way.trip(trip)));
+        let late = self.links.by_id.get_mut(&link).map_or(0, |l| l.line.late(excess, now.mono));
+        (late, excess.unwrap_or(0))
     }
 
     /// Before records come over a link, it tells what follows the point that the handshake has found: what is here and
@@ -242,13 +249,16 @@ impl Run {
     }
 
     /// Nanoseconds since that time on the primary's clock. Before an exchange has told that clock it may be wrong by
-    /// anything, and counts from the last exchange that told a primary's, or from the start here, at the latest.
+    /// anything, and counts from the last exchange that told a primary's, or from the start here, at the latest. Time 0: since
+    /// the last word of the primary.
     pub(super) fn late_since(&self, time: u64) -> u64 {
+        if time == 0 {
+            return self.word_age();
+        }
         let Some(clock) = self.links.primary_clock() else { return 0 };
-        let unknown = clock.round_trip().is_none();
         let timed = self.links.timed.max(self.links.chain.since);
-        let least = if unknown { self.now.mono.saturating_sub(timed) } else { 0 };
-        clock.since(time, self.now.wall).max(least)
+        let least = || self.now.mono.saturating_sub(timed).max(clock.since(time, self.now.wall));
+        self.links.since(time, self.now).unwrap_or_else(least)
     }
 
     /// Nanoseconds since the primary was heard, by this shadow or by those between; since the start if never.
@@ -270,7 +280,7 @@ impl Run {
 
     /// For how long that word is missing, ns; none while it comes.
     pub(super) fn missing_word(&self) -> Option<u64> {
-        Some(self.word_age()).filter(|age| *age > self.patience())
+        Some(self.word_age()).filter(|age| *age > self.patience() || !self.hears_primary())
     }
 
     /// The primary is connected, or as far as those between say.

@@ -17,7 +17,7 @@ use super::run::{Part, Run};
 use crate::format::message::{Identity, Message, Role, Standing, proof, refuse};
 use crate::format::superblock::{Peer, Superblock};
 use crate::journal::Tail;
-use crate::link::lag::{ClockEstimate, Line, Timeline};
+use crate::link::lag::{ClockEstimate, Line, Timeline, Way};
 use crate::link::sender::Sender;
 use crate::units::{HistoryPoint, Lsn, NodeId, Term};
 use std::collections::BTreeMap;
@@ -70,7 +70,6 @@ pub struct Link {
     begun: u64,
     heard: u64,
     beat: u64,
-    /// How long its heartbeats are on their way.
     pub(super) line: Line,
     /// What the peer was last told that it counts for here.
     pub(super) counted: Standing,
@@ -93,6 +92,7 @@ pub struct PeerView {
     pub(super) applied: Lsn,
     pub(super) heard: Option<u64>,
     pub(super) clock: ClockEstimate,
+    pub(super) way: Way,
     pub(super) sent_bytes: u64,
     /// What it holds is not an image yet: it is durable for nobody.
     pub(super) resyncing: bool,
@@ -126,6 +126,7 @@ impl PeerView {
             applied: Lsn(0),
             heard: None,
             clock: ClockEstimate::default(),
+            way: Way::default(),
             sent_bytes: 0,
             resyncing: known.is_some_and(|p| p.resyncing),
             blank: false,
@@ -259,9 +260,9 @@ impl Links {
 
     /// A link leads to this node, which calls itself `name`.
     pub fn meet(&mut self, link: LinkId, node: NodeId, name: &str, now: u64) {
-        if let Some(l) = self.by_id.get_mut(&link) {
-            l.peer = Some(node);
-        }
+        let Some(l) = self.by_id.get_mut(&link) else { return };
+        l.peer = Some(node);
+        let greeted = now.saturating_sub(l.begun);
         let known = self.peers.iter().position(|p| p.node == Some(node));
         let named = || self.peers.iter().position(|p| p.name == name && p.node.is_none());
         let at = known.or_else(named).unwrap_or_else(|| {
@@ -271,6 +272,7 @@ impl Links {
         let view = &mut self.peers[at];
         view.node = Some(node);
         view.heard = Some(now);
+        view.way.greeted(greeted, now); // no queue stands before it
     }
 
     /// Those whose word on this shadow counts: not those that follow it.

@@ -245,8 +245,9 @@ impl Run {
                 Some((last, _)) => *last = lsn,
                 None => s.unapplied.push_back((lsn, time)),
             }
-            let late = self.links.primary_clock().map_or(0, |c| c.since(time, self.now.wall));
-            s.meter.record(0, late, self.now.mono);
+            if let Some(late) = self.links.since(time, self.now) {
+                s.meter.record(0, late, self.now.mono);
+            }
             let wanted = record.stamp.flags & flags::SYNC != 0;
             let offset = self.journal.append(self.now, &record, wanted, &mut self.disk);
             self.backlog.push(&record, offset);
@@ -301,22 +302,22 @@ impl Run {
 
     fn note_durable(&mut self) {
         let durable = self.journal.durable();
-        let wall = self.now.wall;
         let Part::Shadow(s) = &mut self.part else { return };
         while let Some((_, time, carried)) = s.undurable.pop_front_if(|(lsn, ..)| *lsn <= durable) {
             s.vouched = s.vouched.max(carried);
-            let late = self.links.primary_clock().map_or(0, |c| c.since(time, wall));
-            s.meter.record(1, late, self.now.mono);
+            if let Some(late) = self.links.since(time, self.now) {
+                s.meter.record(1, late, self.now.mono);
+            }
         }
     }
 
     /// Everything up to here is in the image.
     pub(super) fn note_applied(&mut self, applied: Lsn) {
-        let wall = self.now.wall;
         let Part::Shadow(s) = &mut self.part else { return };
         while let Some((_, time)) = s.unapplied.pop_front_if(|(lsn, _)| *lsn <= applied) {
-            let late = self.links.primary_clock().map_or(0, |c| c.since(time, wall));
-            s.meter.record(2, late.saturating_sub(s.delay.intended()), self.now.mono);
+            if let Some(late) = self.links.since(time, self.now) {
+                s.meter.record(2, late.saturating_sub(s.delay.intended()), self.now.mono);
+            }
         }
     }
 
@@ -444,10 +445,12 @@ impl Run {
         // What has come since that word is not in it.
         let come = self.behind(heard.tail).map_or(0, |(_, bytes, _)| bytes);
         let bytes = heard.bytes.saturating_add(come).max(records.saturating_mul(BLOCK));
-        let late = match s.unapplied.front().map_or(heard.time, |(_, time)| *time) {
-            0 => self.word_age(),
-            since => self.late_since(since),
-        };
+        // When the first of them was sealed: as the journal here knows, or else the primary; and as it said when it came. Each may
+        // be by a clock that was not known then: the oldest counts.
+        let here = self.behind(applied).filter(|_| self.links.timeline.reaches(applied));
+        let told = here.map_or(heard.time, |(.., time)| time);
+        let came = s.unapplied.front().map_or(0, |(_, time)| *time);
+        let late = self.late_since([told, came].into_iter().filter(|time| *time > 0).min().unwrap_or(0));
         let (bytes, late) = if records > 0 { (bytes, late) } else { (0, 0) };
         // What a silent primary has sealed since is unknown here: the last word of it is the bound.
         let silent = self.missing_word().unwrap_or(0);

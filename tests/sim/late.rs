@@ -43,8 +43,10 @@ impl World {
         }
         let Message::Heartbeat { tail: Some(Lsn(tail)), silent, .. } = *message else { return };
         // One that was replaced is still the primary of those who have not heard of it, and one that hands its place over until
-        // that is durable.
-        if !self.hosts[from].watch.is_primary() && !self.gives_place_away(from) {
+        // somebody has it.
+        let told = &self.hosts[from].watch;
+        let vacant = told.handed() && self.hosts.iter().all(|h| h.watch.term() <= told.term());
+        if !told.is_primary() && !vacant && !self.gives_place_away(from) {
             return self.heard_through(node, from, tail, silent > 0);
         }
         // Nothing else that it says ends its silence.
@@ -151,7 +153,7 @@ impl World {
             let Some((late, lacks, own)) = self.true_lag(primary, &p, node, s.applied_lsn) else { continue };
             let told = p.peers.iter().find(|q| q.name == host.config.name);
             let told = told.filter(|q| matches!(q.state.as_str(), "UpToDate" | "CatchingUp"));
-            self.check_lag_here(primary, node, &s, (late, own))?;
+            self.check_lag_here(primary, node, &s, (late, own, jumps))?;
             if !follows(&s) {
                 continue;
             }
@@ -219,7 +221,7 @@ impl World {
         primary: usize,
         node: usize,
         s: &Status,
-        (late, own): (u64, bool),
+        (late, own, jumps): (u64, bool, bool),
     ) -> Outcome {
         let Some(lag) = &s.lag else { return Ok(()) };
         self.counts.check("I5 lag");
@@ -246,12 +248,25 @@ impl World {
             );
             return broken("I5", text);
         }
+        // Of what it has heard of, the time is as exact as the primary's clock is known, if it is, and no earlier primary's was
+        // ahead: no record's time is before that of the one before.
+        let clock = |n: usize| self.hosts[n].now(self.now).wall;
+        let earlier = self.hosts[primary].watch.term().counter > 1;
+        let ahead = earlier && (0..self.hosts.len()).any(|n| clock(n) > clock(primary));
+        let total = (lag.total_seconds * SECONDS as f64) as u64;
+        let timed = lag.clock_offset != 0.0 && !jumps && !ahead;
+        if same && exact && timed && tail > s.applied_lsn && total + 20 * MILLIS < late {
+            let text = format!(
+                "{node} tells a lag of {total} ns, and has heard of {tail}, of which the first is {late} ns old"
+            );
+            return broken("I5", text);
+        }
         // Whatever it could have learned since it heard anything counts.
         let silent = self.now - self.hosts[node].watch.heard_at;
         let ns = (lag.seconds * SECONDS as f64) as u64;
-        // Who is between tells it with a beat of his own; each may lie in the line for a while, which nobody counts.
+        // Who is between tells it with a beat of his own; the shortest way of each is not counted.
         let hops = if s.primary.as_ref().is_some_and(|p| p.through.is_some()) { 2 } else { 1 };
-        let slack = hops * 100 * MILLIS;
+        let slack = hops * 20 * MILLIS;
         if silent > 2 * hops * self.plan.timing.heartbeat + slack && late >= silent && ns + slack < silent {
             let text = format!("{node} tells a lag of {ns} ns, and has heard nothing for {silent}");
             return broken("I5", text);

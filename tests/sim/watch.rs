@@ -175,6 +175,10 @@ impl Watch {
             self.heard_term = self.heard_term.max(identity.term.counter);
         }
     }
+    /// Its superblock says that it has handed its place as primary over.
+    pub fn handed(&self) -> bool {
+        self.place.is_some_and(|(_, _, handed, _)| handed.is_some())
+    }
     /// What its superblock says that it is.
     pub fn role(&self) -> Option<Role> {
         self.place.map(|(role, ..)| role)
