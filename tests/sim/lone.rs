@@ -62,7 +62,7 @@ impl Lone {
     fn of_clock(ahead: i64) -> Lone {
         // While a word of the primary is not missing, no silence makes up for its clock.
         let mut plan = crate::sweep::plain_plan();
-        plan.timing.heartbeat = 150 * MILLIS;
+        plan.timing.heartbeat = 170 * MILLIS;
         let world = World::planned(plan, Prng::new(1), false);
         let node = Node::new(world.hosts[1].config.clone(), world.hosts[1].memories());
         let term = Term { counter: 1, node: world.hosts[0].id };
@@ -342,6 +342,7 @@ fn lags() {
         });
         lone.beat(asked.expect("it asks what time it is"));
         let (told, late) = (lone.lag(), late(&lone));
-        assert!(told.abs_diff(late) <= 100 * MILLIS, "{hours} h ahead, {told} of {late}");
+        // What the answer waited for counts.
+        assert!((late..=late + 200 * MILLIS).contains(&told), "{hours} h ahead, {told} of {late}");
     }
 }
