@@ -126,11 +126,12 @@ impl Run {
     }
 
     fn peer(&self, p: &PeerView) -> PeerStatus {
+        let follower = matches!(self.part, Part::Shadow(_)) && p.follows;
         let late = |lsn| match &self.part {
             Part::Primary(_) => self.behind(lsn).map_or((0, 0, 0), |(records, bytes, since)| {
                 (records, bytes, self.now.wall.saturating_sub(since))
             }),
-            Part::Shadow(_) if p.follows => self.lag_of_follower(lsn),
+            Part::Shadow(_) if follower => self.lag_of_follower(lsn),
             Part::Shadow(_) => (0, 0, 0),
         };
         let (lag_records, lag_bytes, unapplied) = late(p.applied);
@@ -141,7 +142,7 @@ impl Run {
         // What is not even durable there is not held back on purpose.
         let lag = unapplied.saturating_sub(p.apply_delay).max(late(p.durable).2);
         // What a silent primary has sealed since is unknown, here and there.
-        let lag = lag.max(self.missing_word().filter(|_| p.follows).unwrap_or(0));
+        let lag = lag.max(self.missing_word().filter(|_| follower).unwrap_or(0));
         PeerStatus {
             name: p.name.clone(),
             state: if through.is_some() { "Disconnected" } else { p.state }.into(),
@@ -161,7 +162,7 @@ impl Run {
             sent_bytes: p.sent_bytes,
             fork_lsn: p.fork.filter(|_| p.state == "Diverged" || self.is_retired()).map(|lsn| lsn.0),
             source: self.is_source(p).then(|| if self.is_cascaded() { "shadow" } else { "primary" }.into()),
-            follower: matches!(self.part, Part::Shadow(_)) && p.follows,
+            follower,
             verified: known.and_then(|k| k.verified.as_ref()).map(Verified::from),
         }
     }

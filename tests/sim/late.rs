@@ -145,6 +145,9 @@ impl World {
         if self.hosts[primary].node.is_none() || p.state == "Failed" || p.state == "Recovering" {
             return Ok(());
         }
+        if !jumps {
+            self.check_not_too_late(primary, &p)?;
+        }
         for node in (0..self.hosts.len()).filter(|n| *n != primary) {
             let host = &self.hosts[node];
             // Whose connection is lost still tells how far it is behind.
@@ -169,6 +172,22 @@ impl World {
                 let undurable = self.true_lag(primary, &p, node, s.durable_lsn).map_or(0, |(late, ..)| late);
                 let late = late.saturating_sub(meant).max(undurable);
                 self.check_lag_there(node, &s, told, (late, lacks), jumps || !own)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A primary knows by its own clock when it sealed what somebody lacks who has told it what he has.
+    fn check_not_too_late(&mut self, primary: usize, p: &Status) -> Outcome {
+        for q in &p.peers {
+            let Some(node) = self.hosts.iter().position(|h| h.config.name == q.name) else { continue };
+            let lag = self.true_lag(primary, p, node, q.applied_lsn);
+            let Some((late, _, true)) = lag else { continue };
+            self.counts.check("I5 lag");
+            let told = (q.lag_seconds * SECONDS as f64) as u64;
+            if told > late + MILLIS {
+                let text = format!("the primary tells that {} is {told} ns late, who is {late}", q.name);
+                return broken("I5", text);
             }
         }
         Ok(())
