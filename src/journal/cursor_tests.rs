@@ -68,7 +68,7 @@ fn every_record_is_yielded_with_its_place_and_read_once() {
     for (record, place) in &records {
         let (step, more) = next(&mut at, &file, None);
         assert!(matches!(step, Step::Record(r, p) if r == *record && p == *place));
-        assert_eq!(at.last(), record.point());
+        assert_eq!((at.last(), at.segment()), (record.point(), place.segment));
         reads.extend(more);
     }
     // A segment is read to its end, and the next one from its start.

@@ -215,6 +215,11 @@ fn the_time_of_the_last_record_is_known_whatever_the_journal_holds() {
     let mut w = written(4);
     let (r, _) = w.found();
     assert_eq!((r.tail.time, r.tail.last_write, r.tail.point), (4, 4, w.points[4]));
+    // That of the checkpoint, too: by its record, or by the header of the segment that begins there.
+    for (lsn, segment) in [(0, 1), (1, 1), (2, 2), (3, 2)] {
+        w.checkpoint(lsn, segment);
+        assert_eq!(w.found().0.checkpoint_time, lsn as u64);
+    }
     // Of a segment that has no records yet, its header tells.
     w.checkpoint(2, 2);
     w.disk.0[2 * SEGMENT as usize + BLOCK as usize..3 * SEGMENT as usize].fill(0);

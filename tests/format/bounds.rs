@@ -9,11 +9,11 @@ use volrep::format::FormatError;
 use volrep::format::compare::{self, Compare, EXTENT, ExtentLeaves, LEAF, WINDOW};
 use volrep::format::mapped::{HEAD, Owner};
 use volrep::format::message::{
-    self, Cause, FRAME, FrameHeader, MAX_BODY, MAX_NAME, MAX_TEXT, Message, Verdict, refuse,
+    self, Cause, FRAME, FrameHeader, MAX_BODY, MAX_NAME, MAX_TEXT, Message, Standing, Verdict, refuse,
 };
 use volrep::format::record::{
     self, Codec, Compressor, Content, EncodeJob, Encoded, Header, Kind, MAX_EXTENTS, MAX_MARK, MAX_MEMBERS,
-    MAX_RAW, Record, is_mark,
+    MAX_RAW, Record, is_mark, padded,
 };
 use volrep::format::salvage::{self, Trailer};
 use volrep::format::segment::SegmentHeader;
@@ -228,6 +228,43 @@ fn a_frames_header_is_bounded_and_its_body_as_long_as_it_says() {
         bytes[8..16].copy_from_slice(&sum[..8]);
         let header = FrameHeader::decode(bytes[..FRAME].try_into().unwrap()).unwrap();
         assert_eq!(header.body(Bytes::from(bytes).slice(FRAME..)), field("length"));
+    }
+}
+
+#[test]
+fn a_record_alone_may_be_followed_by_what_makes_it_whole_blocks() {
+    let framed = |message: &Message| {
+        let bytes = frame(message);
+        (FrameHeader::decode(bytes[..FRAME].try_into().unwrap()).unwrap(), bytes.slice(FRAME..))
+    };
+    let of_len = |body: &Bytes, len: usize| {
+        let mut body = body.to_vec();
+        body.resize(len, 0);
+        Bytes::from(body)
+    };
+    for message in [Message::Record(zstd_record()), Message::Copy(zstd_record())] {
+        let (header, body) = framed(&message);
+        let whole = padded(header.len);
+        assert_eq!((whole > header.len, whole % 4096), (true, 0));
+        assert_eq!(header.body(of_len(&body, whole)), Ok(message));
+        for len in [header.len - 1, header.len + 1, whole - 1, whole + 1, whole + 4096] {
+            assert_eq!(header.body(of_len(&body, len)), Err(FormatError::Short), "{len}");
+        }
+    }
+    let (header, body) = framed(&Message::Begin { from: Lsn(5) });
+    assert_eq!(header.body(of_len(&body, padded(header.len))), Err(FormatError::Short));
+}
+
+#[test]
+fn each_standing_comes_back() {
+    for (name, message) in messages() {
+        let Message::Heartbeat { .. } = message else { continue };
+        for standing in [Standing::None, Standing::Member, Standing::Outdated] {
+            let mut message = message.clone();
+            let Message::Heartbeat { standing: told, .. } = &mut message else { unreachable!() };
+            *told = standing;
+            assert_eq!(back(&message), Ok(message), "{name}");
+        }
     }
 }
 
