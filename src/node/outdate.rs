@@ -36,13 +36,15 @@ impl Run {
     /// An administrator says that a member is lost.
     pub(super) fn outdate(&mut self, id: AdminId, name: &str, fenced: bool, dry_run: bool) {
         let view = self.links.peers.iter().find(|p| p.name == name);
-        let node = view.and_then(|p| p.node);
         let sb = &self.meta.sb;
+        // One that this process has not met has no name here but its id.
+        let unmet = || sb.sync_set.iter().chain(&sb.outdated).copied().find(|n| format!("{n:?}") == name);
+        let node = view.and_then(|p| p.node).or_else(unmet);
         let leaving = self.standings.leaving.as_ref().map(|l| l.change.node);
         let facts = role::OutdateFacts {
             serving: matches!(&self.part, Part::Primary(p) if p.is_serving() && !p.closing),
             busy: self.moving.is_some() || self.is_retiring() || leaving.is_some_and(|n| Some(n) != node),
-            known: view.is_some(),
+            known: view.is_some() || node.is_some(),
             outdated: node.is_some_and(|n| sb.outdated.contains(&n)),
             member: node.is_some_and(|n| sb.sync_set.contains(&n)),
             heard: view
@@ -82,13 +84,27 @@ impl Run {
                 ),
             ),
             (Outdate::NotMember, _) => {
-                (Refusal::Failed, format!("{name} is not in the sync set: nothing waits for it"))
+                let unmet = self.unmet_members();
+                let text = match node.is_some() || unmet.is_empty() {
+                    true => format!("{name} is not in the sync set: nothing waits for it"),
+                    false => format!("{name} was not met since this daemon began: name it by its id{unmet}"),
+                };
+                (Refusal::Failed, text)
             }
             (Outdate::Unknown | Outdate::Allowed, _) => {
-                (Refusal::Failed, format!("no peer is called {name}; there are: {}", names()))
+                let unmet = self.unmet_members();
+                (Refusal::Failed, format!("no peer is called {name}; there are: {}{unmet}", names()))
             }
         };
         self.answer(id, Err(refusal));
+    }
+
+    /// The members that this process has not met, as they can be named.
+    fn unmet_members(&self) -> String {
+        let set = &self.meta.sb.sync_set;
+        let unmet: Vec<_> =
+            set.iter().filter(|n| self.links.view(**n).is_none()).map(|n| format!("{n:?}")).collect();
+        if unmet.is_empty() { String::new() } else { format!("; members not met yet: {}", unmet.join(", ")) }
     }
 
     /// It was heard a moment ago.
@@ -173,7 +189,8 @@ impl Run {
 
     /// What this node, as the primary, counts the shadow at the other end of a link for.
     pub(super) fn standing_of(&self, link: LinkId) -> Standing {
-        let serving = matches!(&self.part, Part::Primary(p) if p.is_serving() && p.raising.is_none());
+        let Part::Primary(p) = &self.part else { return Standing::None };
+        let serving = p.is_serving() && p.raising.is_none();
         let node = self.links.by_id.get(&link).and_then(|l| l.peer());
         let Some(node) = node.filter(|_| serving && !self.is_retiring() && self.fault.is_none()) else {
             return Standing::None;
@@ -183,11 +200,15 @@ impl Run {
         if leaves || sb.outdated.contains(&node) {
             return Standing::Outdated;
         }
-        // All that was in the journal when this run began may have been acknowledged by an earlier one, without it.
+        // All that was in the journal when this run began may have been acknowledged by an earlier one, without it; and
+        // by this one what was committed before it entered.
         let opening = sb.openings.iter().rfind(|o| o.generation == sb.generation).map(|o| o.at.lsn);
+        let acknowledged = opening.map(|lsn| lsn.max(p.announced));
         let fed = self.links.sending_to(node) == Some(link);
-        let whole =
-            self.links.view(node).is_some_and(|v| !v.resyncing && opening.is_some_and(|o| v.durable >= o));
+        let whole = self
+            .links
+            .view(node)
+            .is_some_and(|v| !v.resyncing && acknowledged.is_some_and(|lsn| v.durable >= lsn));
         match sb.sync_set.contains(&node) && fed && whole {
             true => Standing::Member,
             false => Standing::None,

@@ -9,9 +9,10 @@ use crate::plan::Fault;
 use crate::prng::Prng;
 use crate::scenario::Phase;
 use crate::world::{Coming, Outcome, Purpose, World, broken};
+use std::collections::BTreeSet;
 use volrep::disk::File;
 use volrep::format::superblock::{SLOT, Superblock};
-use volrep::node::event::{AdminOp, Promote, Refusal};
+use volrep::node::event::{AdminOp, LinkId, Promote, Refusal};
 use volrep::node::status::Status;
 use volrep::units::{MILLIS, SECONDS};
 
@@ -26,6 +27,8 @@ pub struct Outdating {
     claim: Option<(usize, String)>,
     /// The operator takes it all the same.
     accepts: bool,
+    /// Over these links somebody was told that it holds all that was acknowledged.
+    told: BTreeSet<u64>,
 }
 
 fn standing(s: Option<&Status>) -> Option<&str> {
@@ -131,6 +134,22 @@ impl World {
             }
         }
         Ok(())
+    }
+
+    /// A node is told that it holds all that was acknowledged: so it has said before.
+    pub fn check_member(&mut self, primary: usize, node: usize, link: LinkId) -> Outcome {
+        let promoting = self.scenario.phase() == Phase::Promote || self.scenario.rebase;
+        if primary != self.scenario.primary || promoting || !self.scenario.outdating.told.insert(link.0) {
+            return Ok(());
+        }
+        self.counts.check("I4");
+        self.counts.met("told that it holds everything");
+        let watch = &self.hosts[node].watch;
+        let Some(held) = watch.at(watch.claimed(), self.history.origin) else { return Ok(()) };
+        match self.model.missing(&self.history.image(held), |w| w.flushed) {
+            None => Ok(()),
+            Some(text) => broken("I4", format!("{node} is told that it holds everything: {text}")),
+        }
     }
 
     /// The promotion of a node: as it is, or as its operator accepts it.
