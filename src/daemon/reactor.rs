@@ -316,13 +316,19 @@ impl<M: Machine> Reactor<M> {
                 self.events.push_back(Event::Stage { result });
                 self.now = clock::now();
             }
-            Action::DropStage => self.stage.remove(),
+            Action::DropStage => {
+                self.stage.remove();
+                self.now = clock::now();
+            }
             Action::Salvage(part) => {
                 let result = self.salvage.write(part);
                 self.events.push_back(Event::Salvaged { result });
                 self.now = clock::now();
             }
-            Action::History(event) => self.history.keep(&event),
+            Action::History(event) => {
+                self.history.keep(&event);
+                self.now = clock::now();
+            }
             Action::Complete { id, result } => self.answer(id, result),
             Action::Dial { peer } => {
                 self.links.dial(peer, &mut self.ring, &self.encoders, self.now.mono, &mut self.events);

@@ -136,6 +136,9 @@ impl Disk {
         if s.latched && !matches!(op, DiskOp::Read { .. }) {
             return answers.push((token, Err(IoError::EIO)));
         }
+        if let Some((offset, len)) = range(&op) {
+            s.file.serve_in_units_of(offset | len);
+        }
         let fd = s.file.fd.clone();
         match op {
             DiskOp::Read { offset, len, .. } => {
@@ -268,6 +271,16 @@ impl Disk {
                 answers.push((token, result.map(|()| Bytes::new())));
             }
         }
+    }
+}
+
+/// Where an operation reads or writes, and how much.
+fn range(op: &DiskOp) -> Option<(u64, u64)> {
+    match op {
+        DiskOp::Read { offset, len, .. } => Some((*offset, *len as u64)),
+        DiskOp::Write { offset, data, .. } => Some((*offset, data.len() as u64)),
+        DiskOp::Zero { offset, len } => Some((*offset, *len)),
+        DiskOp::Sync => None,
     }
 }
 

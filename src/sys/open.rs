@@ -6,6 +6,7 @@
 
 use super::uring::Fd;
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::libc;
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -235,6 +236,28 @@ impl OpenFile {
             return Ok(());
         }
         Err(OpenError::Small { path: self.path.clone(), has: self.size, needed })
+    }
+
+    /// What comes next is a multiple of so many bytes only. If O_DIRECT can't do that, it goes on through the page cache:
+    /// another node of the group has smaller sectors. The open file, and so the lock, stays the same.
+    pub fn serve_in_units_of(&mut self, bytes: u64) {
+        if !self.direct || bytes.is_multiple_of(self.block) {
+            return;
+        }
+        let flags = fcntl(&self.fd, FcntlArg::F_GETFL).map(OFlag::from_bits_retain);
+        let set = flags.and_then(|f| fcntl(&self.fd, FcntlArg::F_SETFL(f - OFlag::O_DIRECT)));
+        let path = self.path.display();
+        match set {
+            Ok(_) => {
+                tracing::warn!(
+                    "{path} has units of {} bytes, and less than one is to be read or written: from here on through the page cache",
+                    self.block
+                );
+                (self.direct, self.block) = (false, 512);
+            }
+            // The request itself will fail, and say so.
+            Err(e) => tracing::error!("{path}: O_DIRECT can't be switched off: {e}"),
+        }
     }
 
     /// Refuses a file that can't be read and written in units of `configured` bytes.

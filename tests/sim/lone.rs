@@ -12,11 +12,11 @@ use crate::world::{Host, World};
 use std::collections::VecDeque;
 use volrep::disk::aligned;
 use volrep::format::message::{Cause, Identity, Message, Opening, Role, Standing, Verdict, proof};
-use volrep::format::record::{self, Compressor, Content, EncodeJob, Kind, Record, Stamp, flags};
+use volrep::format::record::{self, Compressor, Content, EncodeJob, Encoded, Kind, Record, Stamp, flags};
 use volrep::node::Node;
-use volrep::node::event::{Action, Actions, AdminId, AdminOp, Answer, Event, LinkId};
+use volrep::node::event::{Action, Actions, AdminId, AdminOp, Answer, Event, LinkId, Promote, Refusal};
 use volrep::node::status::Status;
-use volrep::units::{Address, Extent, Generation, Hash, HistoryPoint, Lsn, MILLIS, SECONDS, Term};
+use volrep::units::{Address, Extent, Generation, Hash, HistoryPoint, Lsn, MILLIS, NodeId, SECONDS, Term};
 
 /// Records that the shadow gets first, and how many of them are in its image.
 const ALL: u64 = 6;
@@ -45,6 +45,8 @@ struct Lone {
     dialling: bool,
     said: Vec<Message>,
     status: Option<Box<Status>>,
+    /// What it answered to a command.
+    told: Option<Result<String, (Refusal, String)>>,
     term: Term,
     /// The primary's history; its run began at the first point.
     records: Vec<Record>,
@@ -76,6 +78,7 @@ impl Lone {
             dialling: false,
             said: Vec::new(),
             status: None,
+            told: None,
             term,
             records: Vec::new(),
             ahead,
@@ -108,6 +111,11 @@ impl Lone {
         buf.resize(record::room(1) + 4096, lsn as u8);
         let extent = Extent::new(Address(0), 4096).expect("whole sectors");
         let job = EncodeJob { extents: vec![(extent, Content::Data)], buf, level: None };
+        let writes = record::encode(job, &mut Compressor::default());
+        self.seal_as(lsn, Kind::Writes, writes, APPLIED.min(lsn - 1))
+    }
+
+    fn seal_as(&self, lsn: u64, kind: Kind, encoded: Encoded, durable: u64) -> Record {
         let stamp = Stamp {
             group: self.host().config.group,
             generation: self.run(),
@@ -116,10 +124,10 @@ impl Lone {
             time: self.wall(),
             flags: if lsn == 1 { flags::OPENS } else { 0 },
             last_write: lsn,
-            durable: Lsn(APPLIED.min(lsn - 1)),
-            kind: Kind::Writes,
+            durable: Lsn(durable),
+            kind,
         };
-        record::seal(record::encode(job, &mut Compressor::default()), stamp)
+        record::seal(encoded, stamp)
     }
 
     /// What the primary's clock says.
@@ -189,6 +197,18 @@ impl Lone {
                         self.status = Some(status);
                         None
                     }
+                    Action::Answer { answer: Answer::Done(text), .. } => {
+                        self.told = Some(Ok(text));
+                        None
+                    }
+                    Action::Answer { answer: Answer::Refused(why, text), .. } => {
+                        self.told = Some(Err((why, text)));
+                        None
+                    }
+                    Action::Encode { token, job } => {
+                        let encoded = record::encode(job, &mut Compressor::default());
+                        Some(Event::Encoded { token, encoded })
+                    }
                     Action::Log { .. } | Action::History(_) | Action::DropStage => None,
                     other => panic!("{other:?}"),
                 };
@@ -218,6 +238,17 @@ impl Lone {
     fn ask(&mut self) -> Box<Status> {
         self.step(Event::Admin { id: AdminId(1), op: AdminOp::Status });
         self.status.take().expect("it is answered at once")
+    }
+
+    fn command(&mut self, op: AdminOp) -> Result<String, (Refusal, String)> {
+        self.step(Event::Admin { id: AdminId(2), op });
+        for _ in 0..100 {
+            if let Some(told) = self.told.take() {
+                return told;
+            }
+            self.rest(10 * MILLIS);
+        }
+        panic!("no answer");
     }
 
     /// The primary as it says it is: its names and its end are those of the history that the shadow has.
@@ -307,6 +338,35 @@ pub fn check() {
     assert_eq!(lone.welcome(Verdict::Compare(beyond)), Heard::Nothing);
     resyncs();
     lags();
+    unmet();
+}
+
+/// A promoted node goes on without a member of the sync set that it has never met, whatever that is called.
+fn unmet() {
+    let mut lone = Lone::new();
+    let (own, other) = (lone.host().id, NodeId(0x77));
+    let members = [own, other].iter().flat_map(|n| n.0.to_le_bytes()).collect::<Vec<_>>();
+    let record = lone.seal_as(ALL + 1, Kind::SyncSet, record::encode_note(&members), ALL);
+    lone.records.push(record.clone());
+    lone.hear(Message::Record(record));
+    lone.hear(Message::Durable { lsn: Lsn(ALL + 1) });
+    lone.rest(200 * MILLIS);
+    lone.step(Event::LinkDown { link: LinkId(lone.link) });
+    lone.command(AdminOp::Promote(Promote { fenced: true, ..Promote::default() })).expect("it is promoted");
+    lone.rest(SECONDS);
+    let id = format!("{other:?}");
+    assert_eq!(lone.ask().sync_set, [id.clone()]);
+    let mut outdate = |member: &str| {
+        let (member, fenced, dry_run) = (member.to_owned(), true, false);
+        lone.command(AdminOp::Outdate { member, fenced, dry_run })
+    };
+    for (name, told) in [("alpha", "not in the sync set"), ("gamma", &*id)] {
+        let (_, text) = outdate(name).expect_err("it is no member's name");
+        assert!(text.contains(told), "{name}: {text}");
+    }
+    outdate(&id).expect("it goes on without that one");
+    assert!(outdate(&id).expect("once more").contains("already"));
+    assert_eq!(lone.ask().ack_level, "local");
 }
 
 /// A resync goes from the newest point that has the same hash on both sides, and is in the image.

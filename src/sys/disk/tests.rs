@@ -148,7 +148,11 @@ struct Loop(String);
 
 impl Loop {
     fn over(path: &Path) -> Option<Loop> {
-        let out = std::process::Command::new("losetup").args(["--find", "--show"]).arg(path).output().ok()?;
+        Loop::in_units_of("512", path)
+    }
+    fn in_units_of(sector: &str, path: &Path) -> Option<Loop> {
+        let args = ["--find", "--show", "--sector-size", sector];
+        let out = std::process::Command::new("losetup").args(args).arg(path).output().ok()?;
         out.status.success().then(|| Loop(String::from_utf8_lossy(&out.stdout).trim().to_owned()))
     }
 }
@@ -184,4 +188,52 @@ fn a_block_device_is_claimed_measured_and_zeroed() {
     bench.perform(File::Backing(0), DiskOp::Zero { offset: 0, len: 4 << 20 }).unwrap();
     let read = bench.perform(File::Backing(0), DiskOp::Read { offset: 0, len: 4 << 20 }).unwrap();
     assert!(read.iter().all(|b| *b == 0));
+}
+
+/// Its primary has sectors of 512 bytes: so have its records.
+#[test]
+fn a_device_of_large_sectors_takes_small_writes_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image");
+    fs::write(&path, vec![0xAA; 4 << 20]).unwrap();
+    let Some(device) = Loop::in_units_of("4096", &path) else {
+        eprintln!("skipped: no loop device can be had here (not root, or no losetup)");
+        return;
+    };
+    let all = DiskOp::Read { offset: 0, len: 64 << 10 };
+    for small in [
+        write(512, 1, 512, true),
+        write(512, 1, 1024, false),
+        write(4096, 1, 512, false),
+        DiskOp::Zero { offset: 1024, len: 3072 },
+        DiskOp::Read { offset: 512, len: 512 },
+    ] {
+        let opened = open(Path::new(&device.0), true, Duration::ZERO).unwrap();
+        assert_eq!((opened.block, opened.direct), (4096, true));
+        let mut bench = Bench::new([(File::Backing(0), opened)]);
+        let mut expected = bench.perform(File::Backing(0), all.clone()).unwrap().to_vec();
+        // Large ones are on their way when the small one comes.
+        let mut answers = Vec::new();
+        for i in 0..8 {
+            bench.start(File::Backing(0), write(8192 + i * 4096, 7, 4096, false), &mut answers);
+        }
+        bench.start(File::Backing(0), small.clone(), &mut answers);
+        bench.start(File::Backing(0), DiskOp::Sync, &mut answers);
+        bench.finish(&mut answers);
+        assert!(answers.len() == 10 && answers.iter().all(|(_, r)| r.is_ok()), "{answers:?}");
+        expected[8192..8192 + 8 * 4096].fill(7);
+        match &small {
+            DiskOp::Write { offset, data, .. } => {
+                expected[*offset as usize..*offset as usize + data.len()].fill(1)
+            }
+            DiskOp::Zero { offset, len } => expected[*offset as usize..(*offset + *len) as usize].fill(0),
+            _ => {}
+        }
+        assert!(bench.perform(File::Backing(0), all.clone()).unwrap() == expected, "{small:?}");
+        drop(bench);
+        // And so it is for whoever reads the device itself.
+        let again = open(Path::new(&device.0), true, Duration::from_secs(10)).unwrap();
+        let mut bench = Bench::new([(File::Backing(0), again)]);
+        assert!(bench.perform(File::Backing(0), all.clone()).unwrap() == expected, "{small:?}");
+    }
 }
