@@ -355,7 +355,7 @@ fn unmet() {
     lone.command(AdminOp::Promote(Promote { fenced: true, ..Promote::default() })).expect("it is promoted");
     lone.rest(SECONDS);
     let id = format!("{other:?}");
-    assert_eq!(lone.ask().sync_set, [id.clone()]);
+    assert_eq!(lone.ask().sync_set, std::slice::from_ref(&id));
     let mut outdate = |member: &str| {
         let (member, fenced, dry_run) = (member.to_owned(), true, false);
         lone.command(AdminOp::Outdate { member, fenced, dry_run })
