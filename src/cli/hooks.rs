@@ -5,6 +5,7 @@
 
 use super::config::Hooks;
 use super::failure::{Exit, Failure};
+use crate::sys::process::as_any_other;
 use nix::sys::signal::{Signal, killpg};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
@@ -68,6 +69,7 @@ impl Hooks {
 /// stdout is the command's own data.
 pub fn run(command: &mut Command, limit: Duration) -> io::Result<Option<ExitStatus>> {
     command.stdin(Stdio::null()).stdout(io::stderr()).process_group(0);
+    as_any_other(command);
     let mut child = command.spawn()?;
     let group = Pid::from_raw(child.id() as i32);
     let deadline = Instant::now().checked_add(limit);

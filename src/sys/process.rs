@@ -13,9 +13,32 @@ use std::process::Command;
 /// Tells the kernel that this thread (and those it starts) serves a block device: memory that it
 /// needs must not be reclaimed by writing to that device. Needs CAP_SYS_RESOURCE; false without it.
 pub fn become_io_flusher() -> bool {
+    set_io_flusher(true)
+}
+
+fn set_io_flusher(flusher: bool) -> bool {
     const PR_SET_IO_FLUSHER: libc::c_int = 57;
     // SAFETY: this prctl takes plain numbers and touches no memory of ours.
-    unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1u64, 0u64, 0u64, 0u64) == 0 }
+    unsafe { libc::prctl(PR_SET_IO_FLUSHER, u64::from(flusher), 0u64, 0u64, 0u64) == 0 }
+}
+
+/// The command that is started is no part of the block device, as this process may be: it waits for its own write-back as
+/// everybody does, and may be the one that is killed when memory runs out. Both would be inherited (prctl(2), proc(5)).
+pub fn as_any_other(command: &mut Command) {
+    let give_up = || {
+        set_io_flusher(false);
+        // SAFETY: `open` reads the path, `write` one byte; both only system calls, and the descriptor is the one that was got.
+        unsafe {
+            let file = libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
+            if file >= 0 {
+                libc::write(file, c"0".as_ptr().cast(), 1);
+                libc::close(file);
+            }
+        }
+        Ok(())
+    };
+    // SAFETY: between fork and exec only system calls are made; nothing is allocated, and no lock is taken.
+    unsafe { command.pre_exec(give_up) };
 }
 
 /// Keeps this process's memory, what it has and what it will have, from being swapped out once it was
@@ -137,6 +160,25 @@ mod tests {
         assert_eq!(parse_uuid("not a uuid"), None);
         assert_eq!(parse_uuid("00112233-4455-6677-8899-aabbccddeeff").unwrap()[15], 0xff);
         assert_ne!(random::<32>(), random::<32>());
+    }
+
+    #[test]
+    fn what_is_started_is_killed_before_a_daemon_is() {
+        let adjusted = |command: &mut Command| {
+            let out = command.args(["-c", "cat /proc/self/oom_score_adj"]).output().unwrap();
+            String::from_utf8(out.stdout).unwrap().trim().to_owned()
+        };
+        let with = |mine: &str| {
+            let mut command = Command::new("sh");
+            let mine = mine.to_owned();
+            // SAFETY: a test; the file is written by the child alone.
+            unsafe { command.pre_exec(move || std::fs::write("/proc/self/oom_score_adj", &mine)) };
+            command
+        };
+        assert_eq!(adjusted(&mut with("700")), "700");
+        let mut command = with("700");
+        as_any_other(&mut command);
+        assert_eq!(adjusted(&mut command), "0");
     }
 
     #[test]
