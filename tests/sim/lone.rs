@@ -338,11 +338,11 @@ pub fn check() {
     assert_eq!(lone.welcome(Verdict::Compare(beyond)), Heard::Nothing);
     resyncs();
     lags();
-    unmet();
+    a_member_that_was_never_met_is_named_by_its_id();
 }
 
 /// A promoted node goes on without a member of the sync set that it has never met, whatever that is called.
-fn unmet() {
+fn a_member_that_was_never_met_is_named_by_its_id() {
     let mut lone = Lone::new();
     let (own, other) = (lone.host().id, NodeId(0x77));
     let members = [own, other].iter().flat_map(|n| n.0.to_le_bytes()).collect::<Vec<_>>();
