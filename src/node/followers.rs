@@ -204,11 +204,6 @@ impl Run {
             return false;
         }
         if let Some(Change { node, lsn, .. }) = self.links.entering {
-            if self.links.sending_to(node).is_none() {
-                // It may never return, and others would wait for it. Its next link begins anew.
-                self.links.entering = None;
-                return true;
-            }
             // Its record has no LSN until it is appended.
             let lsn = lsn.unwrap_or(Lsn(u64::MAX));
             let there = self.links.view(node).map_or(Lsn(0), |v| v.durable);

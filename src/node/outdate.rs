@@ -35,11 +35,13 @@ pub struct Standings {
 impl Run {
     /// An administrator says that a member is lost.
     pub(super) fn outdate(&mut self, id: AdminId, name: &str, fenced: bool, dry_run: bool) {
-        let view = self.links.peers.iter().find(|p| p.name == name);
+        let named = self.links.peers.iter().find(|p| p.name == name);
         let sb = &self.meta.sb;
         // One that this process has not met has no name here but its id.
-        let unmet = || sb.sync_set.iter().chain(&sb.outdated).copied().find(|n| format!("{n:?}") == name);
-        let node = view.and_then(|p| p.node).or_else(unmet);
+        let by_id = || sb.sync_set.iter().chain(&sb.outdated).copied().find(|n| format!("{n:?}") == name);
+        let node = named.and_then(|p| p.node).or_else(by_id);
+        // It may have come meanwhile.
+        let view = named.or_else(|| self.links.view(node?));
         let leaving = self.standings.leaving.as_ref().map(|l| l.change.node);
         let facts = role::OutdateFacts {
             serving: matches!(&self.part, Part::Primary(p) if p.is_serving() && !p.closing),

@@ -62,6 +62,11 @@ struct Slot {
     waiting: Vec<Token>,
     /// The cheapest means that has not been refused.
     means: Means,
+    /// Operations that the kernel has.
+    flights: usize,
+    /// Requests that wait for these: after them the file goes on through the page cache. Before, a page could be read there
+    /// that a direct write makes old.
+    held: Vec<DiskRequest>,
 }
 
 /// The executor.
@@ -104,9 +109,16 @@ impl Disk {
         // A journal's blocks are written once so that later writes need no metadata: never punched.
         let means =
             if matches!(name, File::Backing(_) | File::Stage(_)) { Means::Punch } else { Means::Write };
-        let slot = Slot { file, latched: false, syncing: Vec::new(), waiting: Vec::new(), means };
+        let (flights, held) = (0, Vec::new());
+        let mut slot =
+            Slot { file, latched: false, syncing: Vec::new(), waiting: Vec::new(), means, flights, held };
         match *self.index(name) {
-            Some(at) => self.slots[usize::from(at)] = slot,
+            Some(at) => {
+                // Reads may be in flight, and end here.
+                let old = &mut self.slots[usize::from(at)];
+                (slot.flights, slot.held) = (old.flights, std::mem::take(&mut old.held));
+                *old = slot;
+            }
             None => {
                 *self.index(name) = Some(self.slots.len() as u16);
                 self.slots.push(slot);
@@ -128,27 +140,30 @@ impl Disk {
 
     /// Takes a request. What can be answered at once goes to `answers`.
     pub fn submit<T: From<Tag>>(&mut self, ring: &mut Ring<T>, request: DiskRequest, answers: &mut Answers) {
-        let DiskRequest { token, file, op } = request;
-        let Some(slot) = *self.index(file) else {
-            return answers.push((token, Err(IoError::EINVAL)));
+        let Some(slot) = *self.index(request.file) else {
+            return answers.push((request.token, Err(IoError::EINVAL)));
         };
         let s = &mut self.slots[usize::from(slot)];
+        if !s.held.is_empty() || range(&request.op).is_some_and(|range| !s.file.takes(range)) {
+            s.held.push(request);
+            return self.release(ring, slot, answers);
+        }
+        let DiskRequest { token, op, .. } = request;
         if s.latched && !matches!(op, DiskOp::Read { .. }) {
             return answers.push((token, Err(IoError::EIO)));
-        }
-        if let Some((offset, len)) = range(&op) {
-            s.file.serve_in_units_of(offset | len);
         }
         let fd = s.file.fd.clone();
         match op {
             DiskOp::Read { offset, len, .. } => {
                 let operation = Operation::Read { fd, offset, len, buf: aligned(len) };
+                s.flights += 1;
                 ring.submit(operation, Tag { slot, job: Job::Read(token, len) }.into());
             }
             DiskOp::Write { data, .. } if data.is_empty() => answers.push((token, Ok(Bytes::new()))),
             DiskOp::Write { offset, data, dsync } => {
                 let data = if s.file.direct { aligned_bytes(data) } else { data };
                 let operation = Operation::Write { fd, offset, data, dsync };
+                s.flights += 1;
                 ring.submit(operation, Tag { slot, job: Job::Write(token) }.into());
             }
             DiskOp::Zero { len: 0, .. } => answers.push((token, Ok(Bytes::new()))),
@@ -172,6 +187,7 @@ impl Disk {
         answers: &mut Answers,
     ) {
         let slot = tag.slot;
+        self.slots[usize::from(slot)].flights -= 1;
         match tag.job {
             Job::Read(token, len) => answers.push((token, read_result(done, len))),
             Job::Write(token) => {
@@ -188,6 +204,19 @@ impl Disk {
                 self.sync(ring, slot);
             }
             Job::Zero(token, zeroing) => self.zeroed(ring, slot, token, zeroing, done, answers),
+        }
+        self.release(ring, slot, answers);
+    }
+
+    /// Once nothing is in flight, what is held goes on through the page cache.
+    fn release<T: From<Tag>>(&mut self, ring: &mut Ring<T>, slot: u16, answers: &mut Answers) {
+        let s = &mut self.slots[usize::from(slot)];
+        if s.held.is_empty() || s.flights > 0 {
+            return;
+        }
+        s.file.leave_direct();
+        for request in std::mem::take(&mut s.held) {
+            self.submit(ring, request, answers);
         }
     }
 
@@ -216,12 +245,14 @@ impl Disk {
         let s = &mut self.slots[usize::from(slot)];
         if s.syncing.is_empty() && !s.waiting.is_empty() {
             std::mem::swap(&mut s.syncing, &mut s.waiting);
+            s.flights += 1;
             ring.submit(Operation::Sync { fd: s.file.fd.clone() }, Tag { slot, job: Job::Sync }.into());
         }
     }
 
     fn zero<T: From<Tag>>(&mut self, ring: &mut Ring<T>, slot: u16, token: Token, mut z: Zeroing) {
-        let s = &self.slots[usize::from(slot)];
+        let s = &mut self.slots[usize::from(slot)];
+        s.flights += 1;
         z.means = z.means.max(s.means);
         let fd = s.file.fd.clone();
         let Zeroing { means, offset, end } = z;

@@ -6,7 +6,7 @@
 
 use super::uring::Fd;
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::fcntl::{FcntlArg, OFlag, PosixFadviseAdvice, fcntl, posix_fadvise};
 use nix::libc;
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -238,24 +238,29 @@ impl OpenFile {
         Err(OpenError::Small { path: self.path.clone(), has: self.size, needed })
     }
 
-    /// What comes next is a multiple of so many bytes only. If O_DIRECT can't do that, it goes on through the page cache:
-    /// another node of the group has smaller sectors. The open file, and so the lock, stays the same.
-    pub fn serve_in_units_of(&mut self, bytes: u64) {
-        if !self.direct || bytes.is_multiple_of(self.block) {
-            return;
-        }
+    /// Whether a range (offset and length, bytes) can be read and written as the file is open.
+    pub fn takes(&self, (offset, len): (u64, u64)) -> bool {
+        !self.direct || (offset | len).is_multiple_of(self.block)
+    }
+
+    /// Goes on through the page cache, in units of 512 bytes: another node of the group has smaller sectors than this file's
+    /// device. The open file, and so the lock, stays the same. Nothing may be in flight.
+    pub fn leave_direct(&mut self) {
         let flags = fcntl(&self.fd, FcntlArg::F_GETFL).map(OFlag::from_bits_retain);
         let set = flags.and_then(|f| fcntl(&self.fd, FcntlArg::F_SETFL(f - OFlag::O_DIRECT)));
-        let path = self.path.display();
+        let (path, block) = (self.path.display(), self.block);
+        (self.direct, self.block) = (false, 512);
         match set {
+            // What others have read there may be older than what was written past it.
             Ok(_) => {
+                if let Err(e) = posix_fadvise(&self.fd, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED) {
+                    tracing::warn!("{path}: the page cache is not emptied: {e}");
+                }
                 tracing::warn!(
-                    "{path} has units of {} bytes, and less than one is to be read or written: from here on through the page cache",
-                    self.block
+                    "{path} has units of {block} bytes, and less than one is to be read or written: from here on through the page cache"
                 );
-                (self.direct, self.block) = (false, 512);
             }
-            // The request itself will fail, and say so.
+            // The requests themselves will fail, and say so.
             Err(e) => tracing::error!("{path}: O_DIRECT can't be switched off: {e}"),
         }
     }
