@@ -34,6 +34,10 @@ fn flush_goes_on_once_a_lost_member_is_outdated_and_it_is_a_member_again_by_itse
     client.write(0, &[1; 4096]).unwrap();
     client.flush().unwrap();
     pair.primary.place.run(&FENCED).expect(11, &["alive"]);
+    // By its id it is the same member.
+    let id = pair.shadow.node_id();
+    let by_id = ["outdate", "g", "--member", &id, "--i-fenced-the-member", "--yes"];
+    pair.primary.place.run(&by_id).expect(11, &["alive"]);
     pair.shadow.kill();
     std::thread::scope(|scope| {
         let waits = scope.spawn(|| {

@@ -152,6 +152,12 @@ impl Node {
     pub fn knows(&self, name: &str, address: &str) {
         self.configure(|text| format!("{text}\n[[peer]]\nname = \"{name}\"\naddress = \"{address}\"\n"));
     }
+    /// As its configuration has it.
+    pub fn node_id(&self) -> String {
+        let text = std::fs::read_to_string(self.place.config().join("g.toml")).unwrap();
+        let line = text.lines().find_map(|l| l.strip_prefix("node_id = \"")).unwrap();
+        line.trim_end_matches('"').to_owned()
+    }
     /// Changes its configuration.
     pub fn configure(&self, change: impl FnOnce(String) -> String) {
         let path = self.place.config().join("g.toml");

@@ -11,6 +11,7 @@ use crate::scenario::Phase;
 use crate::world::{Coming, Outcome, Purpose, World, broken};
 use std::collections::BTreeSet;
 use volrep::disk::File;
+use volrep::format::message::Standing;
 use volrep::format::superblock::{SLOT, Superblock};
 use volrep::node::event::{AdminOp, LinkId, Promote, Refusal};
 use volrep::node::status::Status;
@@ -136,16 +137,29 @@ impl World {
         Ok(())
     }
 
-    /// A node is told that it holds all that was acknowledged: so it has said before.
-    pub fn check_member(&mut self, primary: usize, node: usize, link: LinkId) -> Outcome {
+    /// A node is told what it counts for. If that is that it holds all that was acknowledged, it has itself claimed before to
+    /// have that durably.
+    pub fn check_standing(
+        &mut self,
+        primary: usize,
+        node: usize,
+        link: LinkId,
+        standing: Standing,
+    ) -> Outcome {
+        if standing != Standing::Member {
+            self.scenario.outdating.told.remove(&link.0);
+            return Ok(());
+        }
         let promoting = self.scenario.phase() == Phase::Promote || self.scenario.rebase;
         if primary != self.scenario.primary || promoting || !self.scenario.outdating.told.insert(link.0) {
             return Ok(());
         }
+        let watch = &self.hosts[node].watch;
+        let Some(held) = watch.at(watch.claimed(), self.history.origin) else {
+            return broken("I4", format!("{node} is told that it holds everything, and has nothing"));
+        };
         self.counts.check("I4");
         self.counts.met("told that it holds everything");
-        let watch = &self.hosts[node].watch;
-        let Some(held) = watch.at(watch.claimed(), self.history.origin) else { return Ok(()) };
         match self.model.missing(&self.history.image(held), |w| w.flushed) {
             None => Ok(()),
             Some(text) => broken("I4", format!("{node} is told that it holds everything: {text}")),

@@ -10,7 +10,7 @@ use crate::plan::Fault;
 use crate::world::{Coming, Outcome, Purpose, Sabotage, World, broken};
 use bytes::Bytes;
 use volrep::disk::{DiskOp, DiskRequest, File};
-use volrep::format::message::{Message, Standing};
+use volrep::format::message::Message;
 use volrep::format::record::encode;
 use volrep::node::event::{Action, Actions, Answer, Event, Level, LinkId, Refusal};
 
@@ -317,8 +317,8 @@ impl World {
         if mine.node != node || mine.down {
             return Ok(()); // the shell drops what is sent on a link that is gone
         }
-        if let Message::Heartbeat { standing: Standing::Member, .. } = message {
-            self.check_member(node, other, link)?;
+        if let Message::Heartbeat { standing, .. } = message {
+            self.check_standing(node, other, link, *standing)?;
         }
         let parted = self.net.parted(node, other);
         for _ in 0..copies {
