@@ -167,38 +167,6 @@ mod tests {
     }
 
     #[test]
-    fn what_is_started_is_no_part_of_the_block_device() {
-        // PF_MEMALLOC_NOIO of linux/sched.h, in the flags of proc(5), the ninth field.
-        const NO_IO: u64 = 0x80000;
-        let seen = |command: &mut Command| {
-            let out = command.args(["-c", "cat /proc/self/stat /proc/self/oom_score_adj"]).output().ok()?;
-            let text = String::from_utf8(out.stdout).unwrap();
-            let (stat, adjusted) = text.trim().split_once('\n').unwrap();
-            let flags: u64 = stat.rsplit_once(") ").unwrap().1.split(' ').nth(6).unwrap().parse().unwrap();
-            Some((flags & NO_IO != 0, adjusted.to_owned()))
-        };
-        let with = |mine: &'static str| {
-            let mut command = Command::new("sh");
-            let protect = move || {
-                std::fs::write("/proc/self/oom_score_adj", mine)?;
-                if set_io_flusher(true) { Ok(()) } else { Err(io::Error::last_os_error()) }
-            };
-            // SAFETY: a test; only the child is changed.
-            unsafe { command.pre_exec(protect) };
-            command
-        };
-        let Some(inherited) = seen(&mut with("-700")) else {
-            return eprintln!("skipped: to be protected takes CAP_SYS_RESOURCE");
-        };
-        assert_eq!(inherited, (true, "-700".to_owned()), "what would be inherited");
-        for (before, after) in [("-700", "0"), ("700", "700")] {
-            let mut command = with(before);
-            as_any_other(&mut command);
-            assert_eq!(seen(&mut command), Some((false, after.to_owned())));
-        }
-    }
-
-    #[test]
     fn privilege_is_laid_down_and_taken_up_again_by_this_thread_alone() {
         let effective = || {
             let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
