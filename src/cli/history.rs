@@ -15,7 +15,8 @@ use serde_json::{Value, json};
 
 /// Show what has befallen this node: promotions, resyncs, comparisons, marks
 ///
-/// It works without the daemon. The oldest events go when there are many.
+/// It works without the daemon. An event is shown a moment after it, when it is durable. The oldest events go when
+/// there are many.
 #[derive(clap::Args, Clone, Debug)]
 pub struct History {
     /// The group's name

@@ -1,8 +1,10 @@
 //! The file of what has befallen a node: JSON lines, for `volrep history`.
 //!
 //! Owns: the file, its predecessor, and the thread that writes. Invariants: lines are appended in the order of the
-//! node's actions and made durable; a mark is there before it is answered, and that history is given up before it is,
-//! unless the file can't be written, which is told and stops nothing; the two files are bounded, the oldest lines go.
+//! node's actions and made durable; a mark, a promotion, and that a member is outdated, are there before they are
+//! answered, and that history is given up before it is, unless the file can't be written, which is told and stops
+//! nothing; every other line follows what it tells as soon as the disk lets it, and nothing waits for it; the two files
+//! are bounded, the oldest lines go.
 
 use crate::node::history::{Happening, HistoryEvent, Standing, parse};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
@@ -68,7 +70,7 @@ impl HistoryFile {
         }
         let Ok(line) = serde_json::to_string(event) else { return };
         let Some(lines) = &self.lines else { return };
-        if !matches!(event.what, Happening::GivenUp { .. } | Happening::Mark { .. }) {
+        if !is_awaited(&event.what) {
             // The thread ends only with this.
             let _ = lines.send((line, None));
             return;
@@ -78,6 +80,13 @@ impl HistoryFile {
             let _ = told.recv();
         }
     }
+}
+
+/// Nothing goes on before it is durable: marks are believed by what is there, and what an administrator decided about
+/// acknowledged writes has to be found afterwards, whatever happens right after the answer.
+fn is_awaited(what: &Happening) -> bool {
+    use Happening::{GivenUp, Mark, Outdated, Promoted};
+    matches!(what, GivenUp { .. } | Mark { .. } | Promoted { .. } | Outdated { .. })
 }
 
 impl Drop for HistoryFile {
@@ -187,13 +196,20 @@ mod tests {
     }
 
     #[test]
-    fn what_is_given_up_is_durable_when_kept() {
+    fn what_was_decided_is_durable_when_kept() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("history");
         let mut file = HistoryFile::start(path.clone()).unwrap();
         let given_up = event(Happening::GivenUp { after: 2, reason: "r".into() });
-        file.keep(&mark(3, "a"));
-        file.keep(&given_up);
-        assert_eq!(read(&path).unwrap(), [mark(3, "a"), given_up], "before anything else happens");
+        let decided = [
+            mark(3, "a"),
+            given_up,
+            event(Happening::Promoted { cut: None }),
+            event(Happening::Outdated { peer: "db2".into() }),
+        ];
+        for (n, what) in decided.iter().enumerate() {
+            file.keep(what);
+            assert_eq!(read(&path).unwrap(), decided[..=n], "before anything else happens");
+        }
     }
 }

@@ -111,8 +111,8 @@ class Far:
         return json.loads(self.run("status", "epic", "--json"))
 
     def resyncs(self):
-        told = [json.loads(line) for line in self.run("history", "epic", "--json").splitlines()]
-        return [e for e in told if e.get("event") in ("resync", "resync_stopped", "diverged", "rejoining")]
+        told = json.loads(self.run("history", "epic", "--json"))["events"]
+        return [e for e in told if e["event"] in ("resync", "resync_stopped", "diverged", "rejoining")]
 
     def follows(self, writer, scenario):
         """Everything that the writer has now arrives, by its journal alone."""

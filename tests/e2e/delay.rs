@@ -5,6 +5,7 @@ use crate::pair::{Pair, Setup, client, installed};
 use crate::place::until;
 use crate::postgres::{Postgres, impossible, make_cluster, open, sockets};
 use nix::mount::{MntFlags, umount, umount2};
+use serde_json::Value;
 use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -76,10 +77,9 @@ fn an_image_is_held_back_and_nothing_else_is() {
         node.place.run(&["refresh", "g"]).expect(11, &["apply_delay", "--suspend-delay"]);
     }
     pair.primary.place.run(&["verify", "g", "--suspend-delay"]).expect(0, &[]);
-    let history = pair.shadow.place.run(&["history", "g", "--json"]).json();
-    let states: Vec<_> =
-        history["events"].as_array().unwrap().iter().filter_map(|e| e["state"].as_str()).collect();
-    assert_eq!(states, ["Suspended", "Held"]);
+    pair.shadow.place.history("the delay was suspended, and holds again", |events| {
+        events.iter().filter_map(|e| e["state"].as_str()).eq(["Suspended", "Held"])
+    });
     // More than the journal has room for: it is told, and the writer does not wait.
     for i in 0..12 {
         let at = format!("{}k 1M", i % 8 * 1024);
@@ -205,13 +205,12 @@ fn what_was_not_received_is_lag_however_long_the_delay_is() {
 
 /// What the history tells of the promotion: the record that it stopped at.
 fn told(pair: &Pair) -> u64 {
-    let history = pair.shadow.place.run(&["history", "g", "--json"]).expect(0, &[]).json();
-    let events = history["events"].as_array().unwrap();
+    let is_promotion = |e: &Value| e["event"] == "promoted";
+    let events = pair.shadow.place.history("the promotion", |events| events.iter().any(is_promotion));
     let marks: Vec<_> = events.iter().filter(|e| e["event"] == "mark").collect();
     let given_up = |i: usize| (marks[i]["mark"]["text"].as_str().unwrap(), marks[i]["given_up"] == true);
     assert_eq!([given_up(0), given_up(1)], [("before batch", false), ("afterwards", true)]);
-    let promoted = events.iter().find(|e| e["event"] == "promoted").unwrap();
-    promoted["cut"].as_u64().unwrap()
+    events.iter().find(|e| is_promotion(e)).unwrap()["cut"].as_u64().unwrap()
 }
 
 /// One file that holds every record after `cut`.

@@ -122,6 +122,16 @@ impl Place {
         volumes.iter().for_each(|v| args.extend(["--volume", v]));
         self.run(&args)
     }
+    /// The events that `history` shows, once they are what `found` looks for: the file follows what happens by the
+    /// time that it takes to make a line durable.
+    #[track_caller]
+    pub fn history(&self, what: &str, found: impl Fn(&[Value]) -> bool) -> Vec<Value> {
+        until(what, || {
+            let told = self.run(&["history", "g", "--json"]).expect(0, &[]).json();
+            let events = told["events"].as_array().expect("a list").clone();
+            found(&events).then_some(events)
+        })
+    }
     /// Makes a file.
     pub fn file(&self, name: &str, bytes: &[u8]) -> PathBuf {
         let path = self.path().join(name);
