@@ -269,18 +269,41 @@ impl Fronts {
         last.map_or_else(|| self.open(DeviceKind::NbdSocket, read_only), Err)
     }
 
+    /// Remembers the front end and opens it. Of one that can't be opened nothing is left but what was there before.
     fn open(&self, kind: DeviceKind, read_only: bool) -> Result<Front, FrontError> {
-        let end: Box<dyn FrontEnd> = match kind {
+        let before = self.recall();
+        let known = before.as_ref().is_some_and(|m| m.device == kind);
+        let keep = |memory| {
+            self.remember(memory).map_err(|e| {
+                let path = self.memory();
+                FrontError::Failed(format!("can't write {}: {e}; free some space there", path.display()))
+            })
+        };
+        if !known {
+            keep(Memory { device: kind, patient_until: None })?;
+        }
+        let end = match self.open_end(kind, read_only) {
+            Ok(end) => end,
+            Err(e) if known => return Err(e),
+            Err(e) => {
+                before.map_or_else(|| drop(self.forget()), |before| drop(keep(before)));
+                return Err(e);
+            }
+        };
+        if known {
+            // Best effort: what an earlier daemon knew of its users' patience holds, unless they are to wait less now.
+            let _ = self.remember(Memory { device: kind, patient_until: None });
+        }
+        Ok(Front { kind, end })
+    }
+
+    fn open_end(&self, kind: DeviceKind, read_only: bool) -> Result<Box<dyn FrontEnd>, FrontError> {
+        Ok(match kind {
             DeviceKind::Ublk => Box::new(self.open_ublk(read_only)?),
             DeviceKind::Nbd => Box::new(self.open_nbd(read_only)?),
             DeviceKind::Fuse => Box::new(self.open_fuse(read_only)?),
             DeviceKind::NbdSocket | DeviceKind::Auto => Box::new(self.open_socket(read_only)?),
-        };
-        self.remember(Memory { device: kind, patient_until: None }).map_err(|e| {
-            let path = self.memory();
-            FrontError::Failed(format!("can't write {}: {e}; free some space there", path.display()))
-        })?;
-        Ok(Front { kind, end })
+        })
     }
 
     fn remember(&self, memory: Memory) -> io::Result<()> {

@@ -12,6 +12,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// How long a process may keep a device open before it counts as busy: device managers open it
@@ -112,6 +113,17 @@ impl BlockDevice {
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) => Ok(None),
             Err(e) => Err(e),
         }
+    }
+
+    /// Makes durable what the page cache and the driver hold of it, in a process of its own (`sync` of coreutils). Who
+    /// waits for a device can't be killed, and a thread of the process that serves it keeps that one's memory, in it the
+    /// mapping of the ring, and so all that the ring holds: the kernel would take it to be served still.
+    pub fn sync(&self) -> io::Result<()> {
+        let done = Command::new("sync").arg(self.node()).stdin(Stdio::null()).output();
+        let done =
+            done.map_err(|e| io::Error::new(e.kind(), format!("can't run `sync` (coreutils): {e}")))?;
+        let why = || io::Error::other(String::from_utf8_lossy(&done.stderr).trim().to_owned());
+        done.status.success().then_some(()).ok_or_else(why)
     }
 
     /// Waits a moment for those who only look at it, until `attempt` says that it is done. False, at

@@ -77,3 +77,22 @@ fn a_comparison_needs_the_other_side() {
     let ended = pair.shadow.place.run(&["refresh", "g"]);
     ended.expect(12, &["the primary is not connected", "bring it or its link back"]);
 }
+
+#[test]
+fn an_attach_that_fails_leaves_nothing_open_and_nothing_remembered() {
+    let pair = small();
+    let run = pair.primary.place.config().join("run/g");
+    let attach = || pair.primary.place.run(&["attach", "g", "--device", "nbd-socket"]);
+    // In the place of what remembers it, and then of the socket.
+    let (note, socket) = (run.join("attached.new"), pair.primary.socket());
+    std::fs::create_dir(&note).unwrap();
+    attach().expect(1, &["can't write", "attached.json"]);
+    assert!(!socket.exists(), "it is open, and nobody would know of it");
+    std::fs::remove_dir(&note).unwrap();
+    std::fs::create_dir(&socket).unwrap();
+    attach().expect(1, &["can't listen on", "nbd.sock"]);
+    assert!(!run.join("attached.json").exists(), "the next daemon would look for it");
+    std::fs::remove_dir(&socket).unwrap();
+    attach().expect(0, &[]);
+    pair.primary.place.run(&["detach", "g"]).expect(0, &[]);
+}

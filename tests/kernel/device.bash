@@ -93,4 +93,25 @@ for name in $nodes; do
 done
 ok "$kind: detach takes links and devices away and leaves every byte in the backing"
 is "I/O errors" "$(io_errors)" ""
+
+# What can't be attached whole is not attached at all.
+ours() { find /dev/volrep -type l 2>/dev/null || true; ls "$work/c/run/g/attached.json" 2>/dev/null || true; case $kind in
+    ublk) find /sys/block -name 'ublkb*' ;;
+    nbd) grep -ls volrep /sys/block/nbd*/backend || true ;;
+    fuse) losetup --all ;;
+esac; }
+mkdir -p /dev/volrep/g
+touch $wal
+status=0
+volrep attach g --device "$kind" 2>"$work/attach" || status=$?
+is "the status of an attach with a file in place of a link" $status 1
+grep -q "$wal.*move it away" "$work/attach" || fail "attach: $(cat "$work/attach")"
+nothing() { [ -z "$(ours)" ]; }
+within 10 nothing || fail "left of it: $(ours)"
+rm $wal
+is "the devices" "$(volrep attach g --device "$kind")" "$devices"
+udevadm settle
+detach
+within 10 nothing || fail "left after a detach: $(ours)"
+ok "$kind: of an attach that fails half way nothing is left, and the next one succeeds"
 end TERM

@@ -69,6 +69,31 @@ for n in 1 2 3 4; do
 done
 put 7 oflag=direct,dsync || fail "the next daemon does not write"
 ok "$kind: the next daemon has everything that was acknowledged"
+
+# Its own device waits for it: killed in that moment, it may not keep out the one that can answer.
+if [ "$kind" != fuse ]; then
+    stop
+    put 8 oflag=direct
+    killed=$daemon
+    volrep detach g >"$work/detach" 2>&1 & detaching=$!
+    waits() { grep -qx sync /proc/[0-9]*/comm; }
+    within 20 waits || fail "detach does not wait for the disk: $(cat "$work/detach")"
+    kill -KILL "$killed"
+    resume
+    wait $detaching && fail "detach succeeded without a daemon"
+    next() {
+        sleep 0.3
+        volrep serve g 2>"$log" &
+        daemon=$!
+        within 60 is_ready && kill -0 "$daemon" 2>/dev/null
+    }
+    within 1 next || fail "the killed daemon keeps out the next one"
+    wait "$killed" && fail "it was not killed"
+    free() { ! waits; }
+    within 20 free || fail "what waited for the device still waits"
+    is "block 8" "$(dd if="$device" bs=4k skip=8 count=1 iflag=direct status=none | tr -d '\0' | head -1)" 8
+    ok "$kind: a daemon that is killed while it waits for its own device lets the next one in"
+fi
 detach
 end TERM
 umount /mnt/j

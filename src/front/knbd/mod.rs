@@ -82,7 +82,7 @@ pub struct Options {
     pub serve: Arc<dyn Serve>,
 }
 
-/// Devices of the kernel's NBD driver, attached.
+/// Devices of the kernel's NBD driver, attached. Dropping it leaves them to the next daemon.
 pub struct KernelNbd {
     serve: Arc<dyn Serve>,
     attached: Vec<Attached>,
@@ -114,14 +114,15 @@ impl KernelNbd {
         let mut driver = Driver::find().map_err(failed("reach the NBD driver"))?;
         let mut front = KernelNbd { serve: options.serve.clone(), attached: Vec::new() };
         for volume in &options.volumes {
-            if !is_plain(&volume.link) {
-                let why = format!("{} can't be the name of a link", volume.link.display());
-                return Err(FrontError::Failed(why));
+            let attached = front.attach_volume(&mut driver, &options, volume).and_then(|attached| {
+                let (link, node) = (attached.link.clone(), device(attached.index).node());
+                front.attached.push(attached);
+                link.point_to(&node).map_err(failed("name the device"))
+            });
+            if let Err(e) = attached {
+                front.give_up();
+                return Err(e);
             }
-            let attached = front.attach_volume(&mut driver, &options, volume)?;
-            let (link, node) = (attached.link.clone(), device(attached.index).node());
-            front.attached.push(attached);
-            link.point_to(&node).map_err(failed("name the device"))?;
         }
         Ok(front)
     }
@@ -132,6 +133,10 @@ impl KernelNbd {
         options: &Options,
         volume: &Volume,
     ) -> Result<Attached, FrontError> {
+        if !is_plain(&volume.link) {
+            let why = format!("{} can't be the name of a link", volume.link.display());
+            return Err(FrontError::Failed(why));
+        }
         let identity = identity(options.owner, volume.volume);
         let link = DeviceLink::new(&options.dev_dir, &volume.link);
         let left = left(&identity, options.patient).map_err(failed("list the devices of the NBD driver"))?;
@@ -227,9 +232,9 @@ impl FrontEnd for KernelNbd {
             claims.push((claim(&device(attached.index))?, attached.index));
         }
         // Nobody uses any of them from here on, so a failure below is no user's.
-        for (claim, index) in &claims {
-            let node = device(*index).node();
-            claim.sync_all().map_err(failed(&format!("flush {}", node.display())))?;
+        for (_, index) in &claims {
+            let device = device(*index);
+            device.sync().map_err(failed(&format!("flush {}", device.node().display())))?;
         }
         let mut gone = Vec::new();
         let done = self.disconnect_all(&mut driver, &mut gone);
@@ -255,6 +260,19 @@ impl FrontEnd for KernelNbd {
 }
 
 impl KernelNbd {
+    /// After a failure half way: what was made is nobody's yet and goes, and the users of what was taken over wait for
+    /// the next attempt.
+    fn give_up(&mut self) {
+        let (fresh, taken): (Vec<_>, Vec<_>) = self.attached.drain(..).partition(|a| a.fresh);
+        taken.iter().for_each(|a| self.serve.close(a.connection));
+        self.attached = fresh;
+        if !self.attached.is_empty()
+            && let Err(error) = self.detach(true)
+        {
+            tracing::warn!("{error}");
+        }
+    }
+
     fn disconnect_all(&mut self, driver: &mut Driver, gone: &mut Vec<Attached>) -> Result<(), FrontError> {
         while let Some(attached) = self.attached.first() {
             if attached.is_ours() {
@@ -265,21 +283,6 @@ impl KernelNbd {
             gone.push(self.attached.remove(0));
         }
         Ok(())
-    }
-}
-
-impl Drop for KernelNbd {
-    /// Only has something to do when attaching failed half way: what was made is nobody's yet, and the
-    /// users of what was taken over wait for the next attempt.
-    fn drop(&mut self) {
-        let (fresh, taken): (Vec<_>, Vec<_>) = self.attached.drain(..).partition(|a| a.fresh);
-        taken.iter().for_each(|a| self.serve.close(a.connection));
-        self.attached = fresh;
-        if !self.attached.is_empty()
-            && let Err(error) = self.detach(true)
-        {
-            tracing::warn!("{error}");
-        }
     }
 }
 

@@ -170,6 +170,8 @@ pub struct UblkDevices {
 struct Disk {
     id: u32,
     link: DeviceLink,
+    /// It was made here, not taken over.
+    fresh: bool,
 }
 
 impl Disk {
@@ -240,19 +242,46 @@ impl UblkDevices {
             _ => Transfer::best(features),
         };
         for (volume, left) in options.volumes.iter().zip(left) {
-            let id = match left {
-                Some(info) => devices.take_over(&info, volume)?,
-                None => {
-                    let identity = params::identity(options.owner, volume.volume);
-                    devices.create(identity, volume, transfer)?
-                }
-            };
-            let link = DeviceLink::new(&options.dev_dir, &volume.link);
-            let disk = Disk { id, link };
-            disk.link.point_to(&disk.block().node()).map_err(failed(format!("attach {}", volume.name)))?;
-            devices.disks.push(disk);
+            if let Err(e) = devices.attach_volume(&options, volume, left.as_ref(), transfer) {
+                devices.give_up();
+                return Err(e);
+            }
         }
         Ok(devices)
+    }
+
+    fn attach_volume(
+        &mut self,
+        options: &UblkOptions,
+        volume: &Volume,
+        left: Option<&DevInfo>,
+        transfer: Transfer,
+    ) -> Result<(), UblkError> {
+        let id = match left {
+            Some(info) => self.take_over(info, volume)?,
+            None => self.create(params::identity(options.owner, volume.volume), volume, transfer)?,
+        };
+        let link = DeviceLink::new(&options.dev_dir, &volume.link);
+        let disk = Disk { id, link, fresh: left.is_none() };
+        let named = disk.link.point_to(&disk.block().node());
+        self.disks.push(disk);
+        named.map_err(failed(format!("attach {}", volume.name)))
+    }
+
+    /// After a failure half way: what was made is nobody's yet and goes, and the users of what was taken over wait for
+    /// the next attempt.
+    fn give_up(&mut self) {
+        for disk in std::mem::take(&mut self.disks) {
+            if !disk.fresh {
+                self.host.park(QueueId(disk.id));
+                continue;
+            }
+            let node = disk.block().node();
+            match self.take_away(disk.id) {
+                Ok(()) => disk.link.remove(&node),
+                Err(e) => tracing::warn!("{e}"),
+            }
+        }
     }
 
     /// The device of a volume that can be taken over. What can't be, and nobody uses, is deleted.
@@ -339,7 +368,10 @@ impl UblkDevices {
             }
         }
         self.serve(info, volume)?;
-        self.control.end_recovery(id).map_err(failed(format!("go on with {}", node.display())))?;
+        self.control.end_recovery(id).map_err(|e| {
+            self.host.park(QueueId(id));
+            failed(format!("go on with {}", node.display()))(e)
+        })?;
         tracing::info!("{} is taken over for volume {}", node.display(), volume.name);
         Ok(id)
     }
@@ -439,7 +471,7 @@ fn claim(device: &BlockDevice) -> Result<File, UblkError> {
     let file = file.map_err(|by| UblkError::Busy { device: device.node(), by })?;
     // The driver fails what is written while it stops. A node that has failed takes nothing more: who
     // wrote and did not ask whether it was durable has lost it, and the device still has to go.
-    if let Err(e) = file.sync_all() {
+    if let Err(e) = device.sync() {
         tracing::warn!("{} is detached without its last unflushed writes: {e}", device.node().display());
     }
     Ok(file)
