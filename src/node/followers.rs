@@ -61,9 +61,37 @@ impl Run {
         }
         self.meta.save(false);
         self.set_peer(link, if resyncing { "Resyncing" } else { "CatchingUp" }, None);
+        self.drop_former();
         self.update_keep();
         // Until it hears where this node is, it can't say how far it is behind.
         self.send_heartbeat(link, 0);
+    }
+
+    /// A name belongs to the node that is fed here under it: of one that had it before, whose machine was lost and set up
+    /// anew, nothing is known or kept any more, unless it is connected, too, or FLUSH waits for it.
+    pub(super) fn drop_former(&mut self) {
+        let is_fed = |v: &PeerView| v.node.is_some_and(|n| self.links.sending_to(n).is_some());
+        let waited = |n: &NodeId| {
+            let entering = self.links.entering.as_ref().is_some_and(|c| c.node == *n);
+            entering || self.meta.sb.sync_set.contains(n)
+        };
+        let peers = &self.links.peers;
+        let found = peers.iter().enumerate().filter(|(_, v)| is_fed(v)).find_map(|(new, v)| {
+            let alike = |(_, o): &(usize, &PeerView)| o.name == v.name && o.node != v.node;
+            let former = |(at, o): (usize, &PeerView)| {
+                Some((at, o.node.filter(|n| self.links.link_to(*n).is_none() && !waited(n))?))
+            };
+            peers.iter().enumerate().filter(alike).find_map(former).map(|(old, node)| (new, old, node))
+        });
+        let Some((new, old, node)) = found else { return };
+        let text = format!("{} is another node now: nothing is kept for the one before it", peers[new].name);
+        self.log(Level::Warn, text);
+        // It is told of where that one was.
+        self.links.peers.swap(new.min(old), new);
+        self.links.peers.remove(new.max(old));
+        self.meta.sb.peers.retain(|p| p.node != node);
+        self.meta.save(false);
+        self.update_keep();
     }
 
     /// Sends what the window and the journal have.

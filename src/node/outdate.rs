@@ -35,7 +35,10 @@ pub struct Standings {
 impl Run {
     /// An administrator says that a member is lost.
     pub(super) fn outdate(&mut self, id: AdminId, name: &str, fenced: bool, dry_run: bool) {
-        let named = self.links.peers.iter().find(|p| p.name == name);
+        let mut named = self.links.peers.iter().filter(|p| p.name == name);
+        let is_away = |p: &&PeerView| p.node.is_none_or(|n| self.links.link_to(n).is_none());
+        // Of two with one name the one that is lost is meant.
+        let named = named.clone().find(is_away).or_else(|| named.next());
         let sb = &self.meta.sb;
         // One that this process has not met has no name here but its id.
         let by_id = || sb.sync_set.iter().chain(&sb.outdated).copied().find(|n| format!("{n:?}") == name);
@@ -172,6 +175,7 @@ impl Run {
                 );
                 self.log(Level::Warn, text.clone());
                 asked.into_iter().for_each(|id| self.answer(id, Ok(text.clone())));
+                self.drop_former();
                 true
             }
             _ => false,

@@ -70,3 +70,46 @@ fn each_shadow_has_its_own_position_and_gets_what_it_missed() {
         assert_eq!(first_difference(&a, &b), None);
     }
 }
+
+/// Its machine is lost with everything on it, and another one joins in its place.
+fn replace(pair: &mut Pair, sync: bool) {
+    pair.primary.attach("nbd-socket");
+    let mut client = Client::connect(&pair.primary.socket(), "data").unwrap();
+    let writes = AtomicU64::new(0);
+    pour(&mut client, SIZE, 0..10, &writes);
+    current(pair, "db2");
+    pair.shadow.kill();
+    pair.shadow = join(pair, "db2");
+    if sync {
+        // FLUSH waits for the one that is lost, so that one alone can be meant; the other one is connected.
+        until("it is a member, too", || {
+            let peers = pair.primary.status()["peers"].as_array().unwrap().clone();
+            peers.iter().any(|p| p["state"] == "UpToDate" && p["sync"] == true).then_some(())
+        });
+        let words = ["outdate", "g", "--member", "db2", "--i-fenced-the-member", "--yes"];
+        pair.primary.place.run(&words).expect(0, &["would no longer wait for db2"]);
+        pair.primary.place.run(&words).expect(11, &["connected and alive"]);
+    }
+    current(pair, "db2");
+    let peers = pair.primary.status()["peers"].as_array().unwrap().clone();
+    assert_eq!(peers.len(), 1, "the one that is lost is still there: {peers:?}");
+    // More than the journal has room for, if it were held for the one that is lost.
+    pour(&mut client, SIZE, 10..90, &writes);
+    drop(client);
+    current(pair, "db2");
+    pair.finish();
+}
+
+#[test]
+fn a_shadow_that_was_lost_and_set_up_anew_under_its_name_is_not_waited_for_as_the_one_before() {
+    replace(
+        &mut Pair::start(&Setup { volumes: vec![("data", SIZE)], journal: "32M", ..Setup::default() }),
+        false,
+    );
+}
+
+#[test]
+fn so_is_a_member_of_the_sync_set_once_the_one_before_is_outdated() {
+    let setup = Setup { volumes: vec![("data", SIZE)], journal: "32M", sync: true, ..Setup::default() };
+    replace(&mut Pair::start(&setup), true);
+}
