@@ -40,6 +40,8 @@ pub struct Choosing {
     pub(super) id: AdminId,
     purpose: Purpose,
     want: At,
+    /// The newest record when the search began: what comes later is not looked at.
+    upto: Option<Tail>,
     /// The next record to look at, and the last that is not too late.
     next: Lsn,
     found: Option<Tail>,
@@ -62,6 +64,13 @@ enum Step {
     /// The superblock is told that this is the primary, and where its journal ends.
     Naming(Ticket),
     Cutting(Box<Recovery>),
+}
+
+/// What can be chosen: from the image on, to the newest record that is looked at.
+#[derive(Clone, Copy)]
+struct Window {
+    from: Lsn,
+    tail: Tail,
 }
 
 /// Outcome of a look.
@@ -122,8 +131,9 @@ impl Run {
             self.close_links("this node is being promoted");
             self.forget_held();
         }
+        let reader = Reader::default();
         self.admin.choosing =
-            Some(Choosing { id, purpose, want, next, found: None, passed: false, reader: Reader::default() });
+            Some(Choosing { id, purpose, want, upto: None, next, found: None, passed: false, reader });
     }
 
     /// Where the search for a record begins.
@@ -143,6 +153,7 @@ impl Run {
     pub(super) fn look_again(&mut self) {
         let Some(mut choosing) = self.admin.choosing.take() else { return };
         (choosing.next, choosing.found, choosing.passed) = (self.first_look(&choosing.want), None, false);
+        choosing.upto = None;
         choosing.reader.reset();
         self.admin.choosing = Some(choosing);
     }
@@ -211,8 +222,7 @@ impl Run {
         (from, (underway.point.lsn == from && underway.time > 0).then_some(underway.time))
     }
 
-    fn outside(&self, what: &str) -> Look {
-        let (from, tail) = (self.window_start(), self.journal.tail());
+    fn outside(&self, what: &str, Window { from, tail }: Window) -> Look {
         let since = |time| rfc3339(time).map_or_else(String::new, |t| format!(" ({t})"));
         let underway = self.image.underway();
         let begin = if underway.point.lsn == from { since(underway.time) } else { String::new() };
@@ -228,47 +238,76 @@ impl Run {
     }
 
     fn look(&mut self, choosing: &mut Choosing) -> Look {
-        let (from, tail) = (self.window_start(), *self.journal.tail());
-        if !self.journal.is_quiet() {
-            // What is not durable may not stay.
-            self.journal.want(tail.point.lsn);
-            return Look::Wait;
-        }
-        if self.image.applier.is_busy() && choosing.is_binding() {
+        let newest = *self.journal.tail();
+        if choosing.is_binding() && (!self.journal.is_quiet() || self.image.applier.is_busy()) {
+            self.journal.want(newest.point.lsn);
             return Look::Wait;
         }
         if matches!(&self.part, Part::Shadow(s) if s.is_cutting()) {
             // What it is about to lose is not there to choose.
             return Look::Wait;
         }
-        match choosing.want.clone() {
+        let from = self.choice_from(choosing.purpose);
+        let mut tail = *choosing.upto.get_or_insert(newest);
+        if tail.point.lsn < from {
+            // The image has got beyond it meanwhile, or is about to.
+            tail = Some(self.image.underway()).filter(|t| t.point.lsn >= from).unwrap_or(newest);
+            choosing.upto = Some(tail);
+        }
+        if self.journal.durable() < tail.point.lsn || self.awaits_word(&tail, choosing.purpose) {
+            // What is not durable may not stay.
+            self.journal.want(tail.point.lsn);
+            return Look::Wait;
+        }
+        let window = Window { from, tail };
+        let found = match choosing.want.clone() {
             At::Lsn(lsn) if lsn < from || lsn > tail.point.lsn => {
-                self.outside(&format!("LSN {lsn} is not among the records held back here"))
+                self.outside(&format!("LSN {lsn} is not among the records held back here"), window)
             }
-            At::Lsn(lsn) => self.look_at(lsn, choosing),
-            At::Mark(text) => {
-                let known = self.marks.find_all(&text);
-                let inside: Vec<Lsn> =
-                    known.iter().copied().filter(|l| *l >= from && *l <= tail.point.lsn).collect();
-                match (&inside[..], known.last()) {
-                    ([lsn], _) => self.look_at(*lsn, choosing),
-                    ([], Some(lsn)) => self.outside(&format!("the mark is at LSN {lsn}")),
-                    ([], None) => self.outside("no such mark is held here"),
-                    (several, _) => {
-                        let list: Vec<String> = several.iter().map(Lsn::to_string).collect();
-                        let text =
-                            format!("several marks are called so: give the LSN of one ({})", list.join(", "));
-                        Look::Refused(Refusal::Failed, text)
-                    }
-                }
-            }
-            At::Time(time) => self.look_for(time, choosing),
+            At::Lsn(lsn) => self.look_at(lsn, window, choosing),
+            At::Mark(text) => self.look_for_mark(&text, window, choosing),
+            At::Time(time) => self.look_for(time, window, choosing),
+        };
+        match found {
+            Look::Found(at) if at.point.lsn < from => self.outside("that is too early", window),
+            other => other,
         }
     }
 
-    fn look_at(&mut self, lsn: Lsn, choosing: &mut Choosing) -> Look {
-        if lsn == self.journal.tail().point.lsn {
-            return Look::Found(*self.journal.tail());
+    /// What is in the image can't be shown, or be its end, any more. A view does not mind what was in it before a crash.
+    fn choice_from(&self, purpose: Purpose) -> Lsn {
+        match (&self.part, purpose) {
+            (Part::Shadow(s), Purpose::View { .. }) => self.image.underway().point.lsn.max(s.whole_from()),
+            _ => self.window_start(),
+        }
+    }
+
+    /// A view shows what is known to be durable on the primary, which will say so as long as it is heard.
+    fn awaits_word(&self, tail: &Tail, purpose: Purpose) -> bool {
+        let Part::Shadow(s) = &self.part else { return false };
+        let view = matches!(purpose, Purpose::View { .. }) && self.links.receiving().is_some();
+        view && s.vouched() < tail.point.lsn
+    }
+
+    fn look_for_mark(&mut self, text: &str, window: Window, choosing: &mut Choosing) -> Look {
+        let known = self.marks.find_all(text);
+        let within = window.from..=window.tail.point.lsn;
+        let inside: Vec<Lsn> = known.iter().copied().filter(|l| within.contains(l)).collect();
+        match (&inside[..], known.last()) {
+            ([lsn], _) => self.look_at(*lsn, window, choosing),
+            ([], Some(lsn)) => self.outside(&format!("the mark is at LSN {lsn}"), window),
+            ([], None) => self.outside("no such mark is held here", window),
+            (several, _) => {
+                let list: Vec<String> = several.iter().map(Lsn::to_string).collect();
+                let text = format!("several marks are called so: give the LSN of one ({})", list.join(", "));
+                Look::Refused(Refusal::Failed, text)
+            }
+        }
+    }
+
+    fn look_at(&mut self, lsn: Lsn, window: Window, choosing: &mut Choosing) -> Look {
+        if lsn == window.tail.point.lsn {
+            return Look::Found(window.tail);
         }
         if lsn == self.image.applied.point.lsn {
             return Look::Found(self.image.applied);
@@ -281,9 +320,9 @@ impl Run {
     }
 
     /// The record before all that are too late, if it is not too late itself.
-    fn look_before(&mut self, lsn: Lsn, time: u64, choosing: &mut Choosing) -> Look {
-        match self.look_at(lsn, choosing) {
-            Look::Found(at) if at.time > time => self.outside("that is too early"),
+    fn look_before(&mut self, lsn: Lsn, time: u64, window: Window, choosing: &mut Choosing) -> Look {
+        match self.look_at(lsn, window, choosing) {
+            Look::Found(at) if at.time > time => self.outside("that is too early", window),
             other => other,
         }
     }
@@ -294,8 +333,8 @@ impl Run {
     }
 
     /// The last record sealed at or before `time`.
-    fn look_for(&mut self, time: u64, choosing: &mut Choosing) -> Look {
-        let (from_start, tail) = (self.window_start(), *self.journal.tail());
+    fn look_for(&mut self, time: u64, window: Window, choosing: &mut Choosing) -> Look {
+        let Window { from, tail } = window;
         if tail.time <= time && tail.time > 0 {
             return Look::Found(tail);
         }
@@ -315,15 +354,15 @@ impl Run {
         }
         // None of those looked at: it is the one before them, if that is known not to be later.
         let before = choosing.next.prev();
-        if before > self.image.applied.point.lsn && before >= from_start {
-            return self.look_before(before, time, choosing);
+        if before > self.image.applied.point.lsn && before >= from {
+            return self.look_before(before, time, window, choosing);
         }
         let applied = self.image.applied;
-        let known = before == applied.point.lsn && applied.point.lsn >= from_start;
+        let known = before == applied.point.lsn && applied.point.lsn >= from;
         if !known || before == Lsn(0) {
-            return self.outside("that is too early");
+            return self.outside("that is too early", window);
         }
-        if applied.time <= time { Look::Found(applied) } else { self.outside("that is too early") }
+        if applied.time <= time { Look::Found(applied) } else { self.outside("that is too early", window) }
     }
 
     /// Moves the way back on; `true`: it is done with, go on.

@@ -10,11 +10,11 @@
 use crate::prng::Prng;
 use crate::world::{Host, World};
 use std::collections::VecDeque;
-use volrep::disk::aligned;
+use volrep::disk::{Token, aligned};
 use volrep::format::message::{Cause, Identity, Message, Opening, Role, Standing, Verdict, proof};
 use volrep::format::record::{self, Compressor, Content, EncodeJob, Encoded, Kind, Record, Stamp, flags};
 use volrep::node::Node;
-use volrep::node::event::{Action, Actions, AdminId, AdminOp, Answer, Event, LinkId, Promote, Refusal};
+use volrep::node::event::{Action, Actions, AdminId, AdminOp, Answer, At, Event, LinkId, Promote, Refusal};
 use volrep::node::status::Status;
 use volrep::units::{Address, Extent, Generation, Hash, HistoryPoint, Lsn, MILLIS, NodeId, SECONDS, Term};
 
@@ -52,20 +52,23 @@ struct Lone {
     records: Vec<Record>,
     /// Its clock is so far ahead of the shadow's, ns.
     ahead: i64,
+    /// What the disk has begun and not done, if it takes its time.
+    slow: Option<Vec<(u64, Token)>>,
 }
 
 impl Lone {
     /// A shadow that follows the made primary, has all its records, and may not apply the last ones.
     fn new() -> Lone {
-        Lone::of_clock(0)
+        Lone::of(0, 0)
     }
 
-    /// The same of a primary whose clock is so far ahead.
-    fn of_clock(ahead: i64) -> Lone {
+    /// The same of a primary whose clock is so far ahead, and of a shadow that holds its image back for so long.
+    fn of(ahead: i64, delay: u64) -> Lone {
         // While a word of the primary is not missing, no silence makes up for its clock.
         let mut plan = crate::sweep::plain_plan();
         plan.timing.heartbeat = 170 * MILLIS;
-        let world = World::planned(plan, Prng::new(1), false);
+        let mut world = World::planned(plan, Prng::new(1), false);
+        world.hosts[1].config.apply_delay = delay;
         let node = Node::new(world.hosts[1].config.clone(), world.hosts[1].memories());
         let term = Term { counter: 1, node: world.hosts[0].id };
         let mut lone = Lone {
@@ -82,6 +85,7 @@ impl Lone {
             term,
             records: Vec::new(),
             ahead,
+            slow: None,
         };
         let mut actions = Actions::default();
         lone.node.start(lone.host().now(0), &mut actions);
@@ -94,7 +98,10 @@ impl Lone {
         }
         lone.rest(200 * MILLIS);
         let status = lone.ask();
-        assert_eq!((status.tail_lsn, status.durable_lsn, status.applied_lsn), (ALL, ALL, APPLIED));
+        assert_eq!(
+            (status.tail_lsn, status.durable_lsn, status.applied_lsn),
+            (ALL, ALL, if delay > 0 { 0 } else { APPLIED })
+        );
         lone
     }
 
@@ -178,6 +185,10 @@ impl Lone {
                     Action::Disk(request) => {
                         let (token, disk) = (request.token, &mut self.world.hosts[1].disk);
                         let ticket = disk.submit(request).expect("within the disk's rules");
+                        if let Some(slow) = &mut self.slow {
+                            slow.push((ticket, token));
+                            continue;
+                        }
                         Some(Event::Disk { token, result: disk.complete(ticket, None, &mut self.world.rng) })
                     }
                     Action::Send { link, message } => {
@@ -233,6 +244,21 @@ impl Lone {
             self.step(Event::Wake);
         }
         self.now = end;
+    }
+
+    /// What the disk had begun when the next record came is done after that: something is always on its way.
+    fn load(&mut self) {
+        let begun = std::mem::take(self.slow.as_mut().expect("a slow disk"));
+        let lsn = self.records.len() as u64 + 1;
+        let record = self.seal(lsn);
+        self.records.push(record.clone());
+        self.hear(Message::Record(record));
+        self.hear(Message::Durable { lsn: Lsn(lsn) });
+        for (ticket, token) in begun {
+            let result = self.world.hosts[1].disk.complete(ticket, None, &mut self.world.rng);
+            self.step(Event::Disk { token, result });
+        }
+        self.rest(MILLIS);
     }
 
     fn ask(&mut self) -> Box<Status> {
@@ -339,6 +365,22 @@ pub fn check() {
     resyncs();
     lags();
     a_member_that_was_never_met_is_named_by_its_id();
+    a_record_is_found_however_busy_the_journal_is();
+}
+
+/// A view of a time is a view of what there was when it was asked for: records that come later don't put it off.
+fn a_record_is_found_however_busy_the_journal_is() {
+    let mut lone = Lone::of(0, 3600 * SECONDS);
+    lone.slow = Some(Vec::new());
+    (0..10).for_each(|_| lone.load());
+    let (at, asked) = (Some(At::Time(lone.wall())), lone.records.len() as u64);
+    lone.step(Event::Admin { id: AdminId(2), op: AdminOp::View { scratch: false, at } });
+    let answer = (0..50).find_map(|_| {
+        lone.load();
+        lone.told.take()
+    });
+    answer.expect("within fifty records").expect("there is a record of that time");
+    assert_eq!(lone.ask().view.expect("it is open").lsn, Some(asked));
 }
 
 /// A promoted node goes on without a member of the sync set that it has never met, whatever that is called.
@@ -390,7 +432,7 @@ fn resyncs() {
 /// Records that the shadow lacks since it began, by a clock of which it was told nothing yet; and once it was.
 fn lags() {
     for hours in [-2, 0, 2] {
-        let mut lone = Lone::of_clock(hours * 3600 * SECONDS as i64);
+        let mut lone = Lone::of(hours * 3600 * SECONDS as i64, 0);
         let sealed = lone.records[APPLIED as usize].stamp.time.saturating_add_signed(-lone.ahead);
         lone.beat(0);
         lone.rest(20 * MILLIS);
