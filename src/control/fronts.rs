@@ -271,6 +271,13 @@ impl Fronts {
 
     /// Remembers the front end and opens it. Of one that can't be opened nothing is left but what was there before.
     fn open(&self, kind: DeviceKind, read_only: bool) -> Result<Front, FrontError> {
+        // A driver that is not there is not remembered: nothing could take away what it does not have.
+        match kind {
+            DeviceKind::Ublk => ublk::usable()?,
+            DeviceKind::Nbd => knbd::available()
+                .map_err(|why| FrontError::Failed(format!("{why}; or choose another --device")))?,
+            DeviceKind::Fuse | DeviceKind::NbdSocket | DeviceKind::Auto => {}
+        }
         let before = self.recall();
         let known = before.as_ref().is_some_and(|m| m.device == kind);
         let keep = |memory| {

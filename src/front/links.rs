@@ -27,6 +27,18 @@ impl DeviceLink {
         self.dir.join(&self.name)
     }
 
+    /// Whether it can be made: nothing that is not a link is in its place.
+    pub fn check(&self) -> io::Result<()> {
+        let link = self.path();
+        match fs::symlink_metadata(&link).is_ok_and(|m| !m.is_symlink()) {
+            true => Err(io::Error::other(format!(
+                "{}, which is not a link, is in its place: move it away",
+                link.display()
+            ))),
+            false => Ok(()),
+        }
+    }
+
     /// Makes it point to `node`; replaces a link, nothing else.
     pub fn point_to(&self, node: &Path) -> io::Result<()> {
         let link = self.path();
@@ -41,9 +53,7 @@ impl DeviceLink {
         if let Some(parent) = link.parent() {
             fs::create_dir_all(parent)?;
         }
-        if fs::symlink_metadata(link).is_ok_and(|m| !m.is_symlink()) {
-            return Err(io::Error::other("something that is not a link is in its place: move it away"));
-        }
+        self.check()?;
         let mut fresh = link.as_os_str().to_owned();
         fresh.push(".new");
         match fs::remove_file(&fresh) {

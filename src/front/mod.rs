@@ -22,6 +22,7 @@ use crate::disk::IoError;
 use crate::node::event::Op;
 use bytes::Bytes;
 use std::path::PathBuf;
+use std::sync::mpsc;
 
 /// A volume to offer as a block device.
 #[derive(Clone, Debug)]
@@ -79,4 +80,17 @@ pub trait Submit: Send + Sync {
     /// Hands in one request. `done` is called exactly once, on the group's loop thread: it must
     /// not block. A read's answer is its bytes, any other's is empty.
     fn submit(&self, op: Op, done: Box<dyn FnOnce(Result<Bytes, IoError>) + Send>);
+}
+
+/// Everything that was written is durable when this returns, unless the node says why not. Who waits here can be killed:
+/// the kernel, asked for the same by way of a device, has nothing left to wait for.
+pub fn flush(node: &dyn Submit) -> Result<(), IoError> {
+    let (tell, told) = mpsc::channel();
+    let done = move |done: Result<Bytes, IoError>| {
+        // It is waited for.
+        let _ = tell.send(done.map(|_| ()));
+    };
+    node.submit(Op::Flush, Box::new(done));
+    // Without an answer there is no node any more.
+    told.recv().unwrap_or(Err(IoError::EIO))
 }

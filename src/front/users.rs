@@ -115,15 +115,16 @@ impl BlockDevice {
         }
     }
 
-    /// Makes durable what the page cache and the driver hold of it, in a process of its own (`sync` of coreutils). Who
-    /// waits for a device can't be killed, and a thread of the process that serves it keeps that one's memory, in it the
-    /// mapping of the ring, and so all that the ring holds: the kernel would take it to be served still.
-    pub fn sync(&self) -> io::Result<()> {
+    /// Makes durable what the page cache and the driver hold of it, or says why that failed, in a process of its own
+    /// (`sync` of coreutils). Who waits for a device can't be killed, and a thread of the process that serves it keeps
+    /// that one's memory, in it the mapping of the ring, and so all that the ring holds: the kernel would take it to be
+    /// served still.
+    pub fn sync(&self) -> io::Result<Result<(), String>> {
         let done = Command::new("sync").arg(self.node()).stdin(Stdio::null()).output();
         let done =
             done.map_err(|e| io::Error::new(e.kind(), format!("can't run `sync` (coreutils): {e}")))?;
-        let why = || io::Error::other(String::from_utf8_lossy(&done.stderr).trim().to_owned());
-        done.status.success().then_some(()).ok_or_else(why)
+        let why = || format!("{} ({})", String::from_utf8_lossy(&done.stderr).trim(), done.status);
+        Ok(done.status.success().then_some(()).ok_or_else(why))
     }
 
     /// Waits a moment for those who only look at it, until `attempt` says that it is done. False, at

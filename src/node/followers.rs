@@ -12,7 +12,7 @@ use super::feed::Fetched;
 use super::history::Happening;
 use super::links::{LinkState, PeerView};
 use super::run::{Part, Run, fetch};
-use crate::format::message::Message;
+use crate::format::message::{Message, Role};
 use crate::format::record::{Kind, flags};
 use crate::format::superblock::{MAX_PEERS, Peer};
 use crate::link::sender::Sender;
@@ -50,6 +50,7 @@ impl Run {
             self.set_peer(link, "Resync", Some("the journal has no room to hold what it lacks".into()));
             return self.drop_link(link, "the journal is too full for it to catch up");
         }
+        self.drop_former();
         let known = &mut self.meta.sb.peers;
         let at = known.iter().position(|k| k.node == node);
         let verified = at.and_then(|i| known[i].verified);
@@ -61,37 +62,43 @@ impl Run {
         }
         self.meta.save(false);
         self.set_peer(link, if resyncing { "Resyncing" } else { "CatchingUp" }, None);
-        self.drop_former();
         self.update_keep();
         // Until it hears where this node is, it can't say how far it is behind.
         self.send_heartbeat(link, 0);
     }
 
-    /// A name belongs to the node that is fed here under it: of one that had it before, whose machine was lost and set up
-    /// anew, nothing is known or kept any more, unless it is connected, too, or FLUSH waits for it.
+    /// A name belongs to the node that is fed here under it: of those that had it before, whose machine was lost and set
+    /// up anew, nothing is known or kept any more, unless one is connected, too, or FLUSH waits for it.
     pub(super) fn drop_former(&mut self) {
-        let is_fed = |v: &PeerView| v.node.is_some_and(|n| self.links.sending_to(n).is_some());
-        let waited = |n: &NodeId| {
-            let entering = self.links.entering.as_ref().is_some_and(|c| c.node == *n);
-            entering || self.meta.sb.sync_set.contains(n)
-        };
-        let peers = &self.links.peers;
-        let found = peers.iter().enumerate().filter(|(_, v)| is_fed(v)).find_map(|(new, v)| {
-            let alike = |(_, o): &(usize, &PeerView)| o.name == v.name && o.node != v.node;
-            let former = |(at, o): (usize, &PeerView)| {
-                Some((at, o.node.filter(|n| self.links.link_to(*n).is_none() && !waited(n))?))
-            };
-            peers.iter().enumerate().filter(alike).find_map(former).map(|(old, node)| (new, old, node))
-        });
-        let Some((new, old, node)) = found else { return };
-        let text = format!("{} is another node now: nothing is kept for the one before it", peers[new].name);
+        let fed: Vec<(&str, NodeId)> = (self.links.peers.iter())
+            .filter_map(|v| Some((v.name.as_str(), v.node.filter(|n| self.links.sending_to(*n).is_some())?)))
+            .collect();
+        let known = self.meta.sb.peers.iter().map(|p| (p.name.as_str(), p.node));
+        let seen = self.links.peers.iter().filter_map(|v| Some((v.name.as_str(), v.node?)));
+        let had_it = |name: &str, n: NodeId| fed.iter().any(|(of, node)| *of == name && *node != n);
+        let former: Vec<NodeId> = known
+            .chain(seen)
+            .filter(|(name, n)| had_it(name, *n) && !self.counts_on(*n))
+            .map(|(_, n)| n)
+            .collect();
+        let Some(node) = former.first() else { return };
+        let text =
+            format!("{} is another node now: nothing is kept for the one before it", self.name_of(*node));
         self.log(Level::Warn, text);
-        // It is told of where that one was.
-        self.links.peers.swap(new.min(old), new);
-        self.links.peers.remove(new.max(old));
-        self.meta.sb.peers.retain(|p| p.node != node);
+        self.links.peers.retain(|v| v.node.is_none_or(|n| !former.contains(&n)));
+        self.meta.sb.peers.retain(|p| !former.contains(&p.node));
         self.meta.save(false);
         self.update_keep();
+    }
+
+    /// A peer that something here goes by, whoever has its name.
+    fn counts_on(&self, node: NodeId) -> bool {
+        let changes = [self.links.entering.as_ref(), self.leaving()];
+        let above = self.meta.sb.role == Role::Shadow && self.links.above().any(|v| v.node == Some(node));
+        above
+            || self.links.link_to(node).is_some()
+            || self.meta.sb.sync_set.contains(&node)
+            || changes.into_iter().flatten().any(|c| c.node == node)
     }
 
     /// Sends what the window and the journal have.

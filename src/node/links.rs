@@ -667,8 +667,8 @@ impl Run {
         for i in 0..self.links.dials.len() {
             let name = &self.cfg.peers[i].name;
             let node = self.links.peers.iter().find(|p| p.name == *name).and_then(|p| p.node);
-            let linked =
-                self.links.by_id.values().any(|l| l.dialed == Some(i) || (node.is_some() && l.peer == node));
+            let is_it = |n: NodeId| self.links.view(n).is_some_and(|v| v.name == *name);
+            let linked = self.links.by_id.values().any(|l| l.dialed == Some(i) || l.peer.is_some_and(is_it));
             let asked = self.is_asking() && !self.asks(i);
             let content = !self.is_asking() && self.follows_well(node, self.cfg.peers[i].sync);
             let dial = &mut self.links.dials[i];

@@ -35,10 +35,12 @@ pub struct Standings {
 impl Run {
     /// An administrator says that a member is lost.
     pub(super) fn outdate(&mut self, id: AdminId, name: &str, fenced: bool, dry_run: bool) {
-        let mut named = self.links.peers.iter().filter(|p| p.name == name);
-        let is_away = |p: &&PeerView| p.node.is_none_or(|n| self.links.link_to(n).is_none());
-        // Of two with one name the one that is lost is meant.
-        let named = named.clone().find(is_away).or_else(|| named.next());
+        // Of several with one name the one that FLUSH waits for in vain is meant.
+        let waits = |p: &&PeerView| {
+            let member = p.node.is_some_and(|n| self.meta.sb.sync_set.contains(&n));
+            (member, p.node.is_none_or(|n| self.links.link_to(n).is_none()))
+        };
+        let named = self.links.peers.iter().rev().filter(|p| p.name == name).max_by_key(waits);
         let sb = &self.meta.sb;
         // One that this process has not met has no name here but its id.
         let by_id = || sb.sync_set.iter().chain(&sb.outdated).copied().find(|n| format!("{n:?}") == name);

@@ -381,6 +381,7 @@ impl Run {
         if let Part::Shadow(s) = &mut self.part {
             s.begin_anew(point.lsn);
         }
+        self.look_again();
         self.aim();
         self.update_keep();
         let stage = self.meta.sb.resync.as_ref().map(|r| r.stage);

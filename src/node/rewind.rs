@@ -42,6 +42,8 @@ pub struct Choosing {
     want: At,
     /// The newest record when the search began: what comes later is not looked at.
     upto: Option<Tail>,
+    /// So long a view waits for the primary's word that what was found is durable there, by the own monotonic clock, ns.
+    until: u64,
     /// The next record to look at, and the last that is not too late.
     next: Lsn,
     found: Option<Tail>,
@@ -125,20 +127,20 @@ impl Run {
             let text = "a resync is under way: there are no records to choose from until it has ended";
             return self.answer(id, Err((Refusal::Busy, text.into())));
         }
-        let next = self.first_look(&want);
+        let next = self.first_look(&want, purpose);
         if purpose == Purpose::Promotion {
             // What comes now would move the end of the journal.
             self.close_links("this node is being promoted");
             self.forget_held();
         }
-        let reader = Reader::default();
+        let (reader, until) = (Reader::default(), self.now.mono + 2 * self.cfg.timing.heartbeat);
         self.admin.choosing =
-            Some(Choosing { id, purpose, want, upto: None, next, found: None, passed: false, reader });
+            Some(Choosing { id, purpose, want, upto: None, until, next, found: None, passed: false, reader });
     }
 
     /// Where the search for a record begins.
-    fn first_look(&self, want: &At) -> Lsn {
-        let from = self.window_start();
+    fn first_look(&self, want: &At, purpose: Purpose) -> Lsn {
+        let from = self.choice_from(purpose);
         match want {
             // Segments tell the time at which they begin.
             At::Time(time) => {
@@ -152,8 +154,8 @@ impl Run {
     /// The journal was cut: what was looked at may be gone.
     pub(super) fn look_again(&mut self) {
         let Some(mut choosing) = self.admin.choosing.take() else { return };
-        (choosing.next, choosing.found, choosing.passed) = (self.first_look(&choosing.want), None, false);
-        choosing.upto = None;
+        choosing.next = self.first_look(&choosing.want, choosing.purpose);
+        (choosing.found, choosing.passed, choosing.upto) = (None, false, None);
         choosing.reader.reset();
         self.admin.choosing = Some(choosing);
     }
@@ -254,7 +256,7 @@ impl Run {
             tail = Some(self.image.underway()).filter(|t| t.point.lsn >= from).unwrap_or(newest);
             choosing.upto = Some(tail);
         }
-        if self.journal.durable() < tail.point.lsn || self.awaits_word(&tail, choosing.purpose) {
+        if self.journal.durable() < tail.point.lsn {
             // What is not durable may not stay.
             self.journal.want(tail.point.lsn);
             return Look::Wait;
@@ -270,23 +272,28 @@ impl Run {
         };
         match found {
             Look::Found(at) if at.point.lsn < from => self.outside("that is too early", window),
+            Look::Found(at) if self.awaits_word(at.point.lsn, choosing) => Look::Wait,
             other => other,
         }
     }
 
-    /// What is in the image can't be shown, or be its end, any more. A view does not mind what was in it before a crash.
+    /// A view shows what is known to be durable on the primary, which says so within a heartbeat, or can't.
+    fn awaits_word(&mut self, lsn: Lsn, choosing: &Choosing) -> bool {
+        let Part::Shadow(s) = &self.part else { return false };
+        let view = matches!(choosing.purpose, Purpose::View { .. });
+        let awaits = view && s.vouched() < lsn && self.now.mono < choosing.until;
+        if awaits {
+            self.wake_at(choosing.until);
+        }
+        awaits
+    }
+
+    /// What is in the image can't be shown, or be its end, any more. Only the latter minds what may be in it after a crash.
     fn choice_from(&self, purpose: Purpose) -> Lsn {
         match (&self.part, purpose) {
             (Part::Shadow(s), Purpose::View { .. }) => self.image.underway().point.lsn.max(s.whole_from()),
             _ => self.window_start(),
         }
-    }
-
-    /// A view shows what is known to be durable on the primary, which will say so as long as it is heard.
-    fn awaits_word(&self, tail: &Tail, purpose: Purpose) -> bool {
-        let Part::Shadow(s) = &self.part else { return false };
-        let view = matches!(purpose, Purpose::View { .. }) && self.links.receiving().is_some();
-        view && s.vouched() < tail.point.lsn
     }
 
     fn look_for_mark(&mut self, text: &str, window: Window, choosing: &mut Choosing) -> Look {
@@ -346,6 +353,7 @@ impl Run {
                     choosing.next = choosing.next.next();
                 }
                 Fetched::Pending => return Look::Wait,
+                Fetched::Lost if choosing.next <= from => return self.outside("that is too early", window),
                 Fetched::Lost => return self.lost(choosing.next),
             }
         }

@@ -176,7 +176,10 @@ impl Run {
             Event::Compared { token, product } => self.compared(token.id(), product),
             Event::LinkUp { link, dialed, nonce } => self.link_up(link, dialed, nonce),
             Event::Message { link, message } => self.message(link, message),
-            Event::LinkDown { link } => self.link_down(link),
+            Event::LinkDown { link } => {
+                self.link_down(link);
+                self.drop_former();
+            }
             Event::DialFailed { peer } => self.dial_failed(peer),
             Event::Admin { id, op } => self.admin(id, op),
             Event::Wake => {}

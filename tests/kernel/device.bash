@@ -101,14 +101,21 @@ ours() { find /dev/volrep -type l 2>/dev/null || true; ls "$work/c/run/g/attache
     fuse) losetup --all ;;
 esac; }
 mkdir -p /dev/volrep/g
-touch $wal
-status=0
-volrep attach g --device "$kind" 2>"$work/attach" || status=$?
-is "the status of an attach with a file in place of a link" $status 1
-grep -q "$wal.*move it away" "$work/attach" || fail "attach: $(cat "$work/attach")"
 nothing() { [ -z "$(ours)" ]; }
-within 10 nothing || fail "left of it: $(ours)"
+# fails_to_attach WHY
+fails_to_attach() {
+    local status=0
+    volrep attach g --device "$kind" 2>"$work/attach" || status=$?
+    is "the status of an attach without a link" $status 1
+    grep -q -- "$1" "$work/attach" || fail "attach: $(cat "$work/attach")"
+    within 10 nothing || fail "left of it: $(ours)"
+}
+touch $wal
+fails_to_attach "$wal.*move it away"
 rm $wal
+mkdir $wal.new # where the link is made, so this is found when the first device is there
+fails_to_attach "Is a directory"
+rmdir $wal.new
 is "the devices" "$(volrep attach g --device "$kind")" "$devices"
 udevadm settle
 detach

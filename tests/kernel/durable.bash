@@ -76,8 +76,8 @@ if [ "$kind" != fuse ]; then
     put 8 oflag=direct
     killed=$daemon
     volrep detach g >"$work/detach" 2>&1 & detaching=$!
-    waits() { grep -qx sync /proc/[0-9]*/comm; }
-    within 20 waits || fail "detach does not wait for the disk: $(cat "$work/detach")"
+    sleep 3
+    kill -0 $detaching 2>/dev/null || fail "detach does not wait for the disk: $(cat "$work/detach")"
     kill -KILL "$killed"
     resume
     wait $detaching && fail "detach succeeded without a daemon"
@@ -89,8 +89,6 @@ if [ "$kind" != fuse ]; then
     }
     within 1 next || fail "the killed daemon keeps out the next one"
     wait "$killed" && fail "it was not killed"
-    free() { ! waits; }
-    within 20 free || fail "what waited for the device still waits"
     is "block 8" "$(dd if="$device" bs=4k skip=8 count=1 iflag=direct status=none | tr -d '\0' | head -1)" 8
     ok "$kind: a daemon that is killed while it waits for its own device lets the next one in"
 fi

@@ -20,7 +20,7 @@ mod pulse;
 use crate::front::links::{DeviceLink, is_plain};
 use crate::front::nbd::{Export, transmission_flags};
 use crate::front::users::BlockDevice;
-use crate::front::{FrontEnd, FrontError, Volume};
+use crate::front::{FrontEnd, FrontError, Submit, Volume, flush};
 use crate::node::event::MAX_REQUEST;
 use crate::units::{BLOCK, GroupId, NodeId};
 use messages::NewDevice;
@@ -56,7 +56,7 @@ const RETRY: Duration = Duration::from_millis(20);
 const FAREWELL: Duration = Duration::from_secs(5);
 
 /// Serves NBD without negotiation to whoever holds the other end of a socket.
-pub trait Serve: Send + Sync {
+pub trait Serve: Submit {
     /// Begins; returns at once, with a name for the connection.
     fn serve(&self, socket: OwnedFd, export: Export) -> u64;
     /// Stops receiving as soon as nothing is on the way, answers everything that came, and closes the
@@ -110,9 +110,16 @@ impl KernelNbd {
     ///
     /// Not on the group's loop thread.
     pub fn attach(options: Options) -> Result<KernelNbd, FrontError> {
-        available().map_err(|why| FrontError::Failed(format!("{why}; or choose another --device")))?;
         let mut driver = Driver::find().map_err(failed("reach the NBD driver"))?;
         let mut front = KernelNbd { serve: options.serve.clone(), attached: Vec::new() };
+        for volume in &options.volumes {
+            let link = DeviceLink::new(&options.dev_dir, &volume.link);
+            if !is_plain(&volume.link) {
+                let why = format!("{} can't be the name of a link", volume.link.display());
+                return Err(FrontError::Failed(why));
+            }
+            link.check().map_err(failed("name the device"))?;
+        }
         for volume in &options.volumes {
             let attached = front.attach_volume(&mut driver, &options, volume).and_then(|attached| {
                 let (link, node) = (attached.link.clone(), device(attached.index).node());
@@ -133,10 +140,6 @@ impl KernelNbd {
         options: &Options,
         volume: &Volume,
     ) -> Result<Attached, FrontError> {
-        if !is_plain(&volume.link) {
-            let why = format!("{} can't be the name of a link", volume.link.display());
-            return Err(FrontError::Failed(why));
-        }
         let identity = identity(options.owner, volume.volume);
         let link = DeviceLink::new(&options.dev_dir, &volume.link);
         let left = left(&identity, options.patient).map_err(failed("list the devices of the NBD driver"))?;
@@ -232,9 +235,15 @@ impl FrontEnd for KernelNbd {
             claims.push((claim(&device(attached.index))?, attached.index));
         }
         // Nobody uses any of them from here on, so a failure below is no user's.
+        if !claims.is_empty() {
+            flush(&*self.serve)
+                .map_err(|e| FrontError::Failed(format!("make durable what was written: {e}")))?;
+        }
         for (_, index) in &claims {
             let device = device(*index);
-            device.sync().map_err(failed(&format!("flush {}", device.node().display())))?;
+            let flushing = format!("flush {}", device.node().display());
+            let done = device.sync().map_err(failed(&flushing))?;
+            done.map_err(|why| FrontError::Failed(format!("{flushing}: {why}")))?;
         }
         let mut gone = Vec::new();
         let done = self.disconnect_all(&mut driver, &mut gone);

@@ -33,7 +33,7 @@ pub use request::Fault;
 
 use super::links::DeviceLink;
 use super::users::BlockDevice;
-use super::{FrontEnd, FrontError, Volume};
+use super::{FrontEnd, FrontError, Submit, Volume, flush};
 use crate::units::{GroupId, NodeId};
 use abi::DevInfo;
 use control::Control;
@@ -70,7 +70,7 @@ const TRANSFER: &str = "VOLREP_UBLK_TRANSFER";
 pub struct QueueId(pub u32);
 
 /// The loop that serves queues.
-pub trait Host: Send + Sync {
+pub trait Host: Submit {
     /// Serves a queue from now on; answers once every tag waits for a request.
     fn open(&self, id: QueueId, queue: Queue) -> Receiver<io::Result<()>>;
     /// Takes nothing more from it. What it has not answered is left to the next server.
@@ -233,6 +233,10 @@ impl UblkDevices {
         let (control, features) = driver()?;
         let mut devices = UblkDevices { control, host: options.host.clone(), disks: Vec::new() };
         // All that can be refused is refused before anything is changed.
+        for volume in &options.volumes {
+            let link = DeviceLink::new(&options.dev_dir, &volume.link);
+            link.check().map_err(failed(format!("attach {}", volume.name)))?;
+        }
         let mut left = Vec::new();
         for volume in &options.volumes {
             left.push(devices.left(params::identity(options.owner, volume.volume), volume)?);
@@ -268,14 +272,10 @@ impl UblkDevices {
         named.map_err(failed(format!("attach {}", volume.name)))
     }
 
-    /// After a failure half way: what was made is nobody's yet and goes, and the users of what was taken over wait for
-    /// the next attempt.
+    /// After a failure half way: what was made is nobody's yet and goes. What was taken over is served, and its users go on:
+    /// the kernel does not let go of it while this process lives.
     fn give_up(&mut self) {
-        for disk in std::mem::take(&mut self.disks) {
-            if !disk.fresh {
-                self.host.park(QueueId(disk.id));
-                continue;
-            }
+        for disk in std::mem::take(&mut self.disks).into_iter().filter(|d| d.fresh) {
             let node = disk.block().node();
             match self.take_away(disk.id) {
                 Ok(()) => disk.link.remove(&node),
@@ -368,10 +368,7 @@ impl UblkDevices {
             }
         }
         self.serve(info, volume)?;
-        self.control.end_recovery(id).map_err(|e| {
-            self.host.park(QueueId(id));
-            failed(format!("go on with {}", node.display()))(e)
-        })?;
+        self.control.end_recovery(id).map_err(failed(format!("go on with {}", node.display())))?;
         tracing::info!("{} is taken over for volume {}", node.display(), volume.name);
         Ok(id)
     }
@@ -444,7 +441,23 @@ impl FrontEnd for UblkDevices {
         // All of them or none: a group without one of its volumes is of no use to anybody.
         let mut claims = Vec::new();
         for disk in self.disks.iter().filter(|_| !force) {
-            claims.push(claim(&disk.block())?);
+            claims.push((claim(&disk.block())?, disk.block()));
+        }
+        if !claims.is_empty()
+            && let Err(e) = flush(&*self.host)
+        {
+            tracing::warn!("detached without the last unflushed writes: {e}");
+        }
+        for (_, device) in &claims {
+            let syncing = || failed(format!("flush {}", device.node().display()));
+            // The driver fails what is written while it stops. A node that has failed takes nothing more: who
+            // wrote and did not ask whether it was durable has lost it, and the device still has to go.
+            if let Err(e) = device.sync().map_err(syncing())? {
+                tracing::warn!(
+                    "{} is detached without its last unflushed writes: {e}",
+                    device.node().display()
+                );
+            }
         }
         let mut claims = claims.into_iter();
         while let Some(disk) = self.disks.first() {
@@ -464,15 +477,8 @@ impl FrontEnd for UblkDevices {
     }
 }
 
-/// A device that nobody else uses, with what the page cache had of it written.
+/// Keeps a device from being mounted or opened by others, once nobody uses it.
 fn claim(device: &BlockDevice) -> Result<File, UblkError> {
-    let action = || failed(format!("claim {}", device.node().display()));
-    let file = device.claim_unused().map_err(action())?;
-    let file = file.map_err(|by| UblkError::Busy { device: device.node(), by })?;
-    // The driver fails what is written while it stops. A node that has failed takes nothing more: who
-    // wrote and did not ask whether it was durable has lost it, and the device still has to go.
-    if let Err(e) = device.sync() {
-        tracing::warn!("{} is detached without its last unflushed writes: {e}", device.node().display());
-    }
-    Ok(file)
+    let file = device.claim_unused().map_err(failed(format!("claim {}", device.node().display())))?;
+    file.map_err(|by| UblkError::Busy { device: device.node(), by })
 }
