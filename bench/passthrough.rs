@@ -292,7 +292,8 @@ fn offer(host: Arc<Door>, size: u64, mounted: Option<PathBuf>) -> Result<(), Box
         return Ok(device.detach(false)?);
     }
     let (owner, dev_dir) = ((GroupId([0; 16]), NodeId(0)), PathBuf::from("/dev/passthrough"));
-    let mut devices = UblkDevices::attach(UblkOptions { owner, volumes, dev_dir, host })?;
+    let mut devices =
+        UblkDevices::attach(UblkOptions { owner, volumes, dev_dir, host, ending: Arc::default() })?;
     shown(devices.devices().iter().map(PathBuf::from).collect());
     io::stdin().read_to_end(&mut Vec::new())?;
     Ok(devices.detach(false)?)

@@ -22,6 +22,7 @@ use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -53,6 +54,8 @@ pub struct Fronts {
     handle: Handle,
     /// They offer a view.
     view: bool,
+    /// The daemon ends.
+    ending: Arc<AtomicBool>,
     open: Mutex<Option<Front>>,
     last: Mutex<Option<DeviceKind>>,
 }
@@ -76,7 +79,14 @@ struct Memory {
 impl Fronts {
     /// None is open.
     pub fn new(facts: Facts, handle: Handle) -> Fronts {
-        Fronts { facts, handle, view: false, open: Mutex::new(None), last: Mutex::new(None) }
+        Fronts {
+            facts,
+            handle,
+            view: false,
+            ending: Arc::default(),
+            open: Mutex::new(None),
+            last: Mutex::new(None),
+        }
     }
 
     /// Of the view of a shadow; none is open.
@@ -92,6 +102,7 @@ impl Fronts {
             facts,
             handle: handle.for_view(),
             view: true,
+            ending: Arc::default(),
             open: Mutex::new(None),
             last: Mutex::new(None),
         }
@@ -338,6 +349,7 @@ impl Fronts {
             volumes: self.volumes(read_only),
             dev_dir: self.facts.dev.clone(),
             host: Arc::new(self.handle.clone()),
+            ending: self.ending.clone(),
         };
         Ok(UblkDevices::attach(options)?)
     }
@@ -353,6 +365,7 @@ impl Fronts {
                 .and_then(|m| m.patient_until)
                 .is_some_and(|until| clock::now().mono < until),
             serve: Arc::new(self.handle.clone()),
+            ending: self.ending.clone(),
         })
     }
 
@@ -449,6 +462,8 @@ impl Fronts {
 
     /// Lets go of the front end as the daemon ends; the next one opens it again.
     pub fn shut(&self) {
+        // A detach that waits for the node has the lock.
+        self.ending.store(true, Ordering::Relaxed);
         let Some(mut front) = self.lock().take() else { return };
         if self.view {
             // Its users are told now, and the next daemon has nothing to sweep.

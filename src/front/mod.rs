@@ -22,7 +22,9 @@ use crate::disk::IoError;
 use crate::node::event::Op;
 use bytes::Bytes;
 use std::path::PathBuf;
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::Duration;
 
 /// A volume to offer as a block device.
 #[derive(Clone, Debug)]
@@ -75,22 +77,36 @@ pub enum FrontError {
     Failed(String),
 }
 
-/// Where a front end with threads of its own (FUSE) hands in its requests.
+/// Where requests are handed in by whoever is not the group's loop.
 pub trait Submit: Send + Sync {
     /// Hands in one request. `done` is called exactly once, on the group's loop thread: it must
     /// not block. A read's answer is its bytes, any other's is empty.
     fn submit(&self, op: Op, done: Box<dyn FnOnce(Result<Bytes, IoError>) + Send>);
 }
 
-/// Everything that was written is durable when this returns, unless the node says why not. Who waits here can be killed:
-/// the kernel, asked for the same by way of a device, has nothing left to wait for.
-pub fn flush(node: &dyn Submit) -> Result<(), IoError> {
+/// Between two looks whether the daemon ends.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
+/// Everything that was written is durable when this returns, unless the node says why not, or the daemon is `ending`. Who
+/// waits here can be killed: the kernel, asked for the same by way of a device, has nothing left to wait for.
+fn flush(node: &dyn Submit, ending: &AtomicBool) -> Result<(), FrontError> {
     let (tell, told) = mpsc::channel();
     let done = move |done: Result<Bytes, IoError>| {
-        // It is waited for.
+        // Nobody waits for it any more when the daemon ends.
         let _ = tell.send(done.map(|_| ()));
     };
     node.submit(Op::Flush, Box::new(done));
-    // Without an answer there is no node any more.
-    told.recv().unwrap_or(Err(IoError::EIO))
+    let failed = |e: IoError| FrontError::Failed(format!("can't make durable what was written: {e}"));
+    loop {
+        match told.recv_timeout(LOOK_AGAIN) {
+            Ok(done) => return done.map_err(failed),
+            Err(RecvTimeoutError::Disconnected) => return Err(failed(IoError::EIO)),
+            Err(RecvTimeoutError::Timeout) if ending.load(Ordering::Relaxed) => {
+                return Err(FrontError::Busy(
+                    "the daemon ends, and leaves the devices to the next one".into(),
+                ));
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+    }
 }

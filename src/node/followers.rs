@@ -69,33 +69,38 @@ impl Run {
 
     /// A name belongs to the node that is fed here under it: of those that had it before, whose machine was lost and set
     /// up anew, nothing is known or kept any more, unless one is connected, too, or FLUSH waits for it.
-    pub(super) fn drop_former(&mut self) {
+    ///
+    /// Whether anybody was: then more of the journal may go, once all is in place that still holds it.
+    pub(super) fn drop_former(&mut self) -> bool {
         let fed: Vec<(&str, NodeId)> = (self.links.peers.iter())
             .filter_map(|v| Some((v.name.as_str(), v.node.filter(|n| self.links.sending_to(*n).is_some())?)))
             .collect();
         let known = self.meta.sb.peers.iter().map(|p| (p.name.as_str(), p.node));
         let seen = self.links.peers.iter().filter_map(|v| Some((v.name.as_str(), v.node?)));
         let had_it = |name: &str, n: NodeId| fed.iter().any(|(of, node)| *of == name && *node != n);
-        let former: Vec<NodeId> = known
+        let former: Vec<(String, NodeId)> = known
             .chain(seen)
             .filter(|(name, n)| had_it(name, *n) && !self.counts_on(*n))
-            .map(|(_, n)| n)
+            .map(|(name, n)| (name.to_owned(), n))
             .collect();
-        let Some(node) = former.first() else { return };
-        let text =
-            format!("{} is another node now: nothing is kept for the one before it", self.name_of(*node));
+        let Some((name, _)) = former.first() else { return false };
+        let text = format!("{name} is another node now: nothing is kept for the one before it");
         self.log(Level::Warn, text);
-        self.links.peers.retain(|v| v.node.is_none_or(|n| !former.contains(&n)));
-        self.meta.sb.peers.retain(|p| !former.contains(&p.node));
+        let goes = |node: NodeId| former.iter().any(|(_, n)| *n == node);
+        self.links.peers.retain(|v| v.node.is_none_or(|n| !goes(n)));
+        self.meta.sb.peers.retain(|p| !goes(p.node));
         self.meta.save(false);
-        self.update_keep();
+        true
     }
 
     /// A peer that something here goes by, whoever has its name.
     fn counts_on(&self, node: NodeId) -> bool {
         let changes = [self.links.entering.as_ref(), self.leaving()];
-        let above = self.meta.sb.role == Role::Shadow && self.links.above().any(|v| v.node == Some(node));
+        let view = self.links.view(node);
+        let above = self.meta.sb.role == Role::Shadow && view.is_some_and(|v| !v.follows);
+        // What it holds and nobody else does is an administrator's business.
         above
+            || view.is_some_and(|v| v.state == "Diverged")
             || self.links.link_to(node).is_some()
             || self.meta.sb.sync_set.contains(&node)
             || changes.into_iter().flatten().any(|c| c.node == node)

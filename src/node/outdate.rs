@@ -177,7 +177,9 @@ impl Run {
                 );
                 self.log(Level::Warn, text.clone());
                 asked.into_iter().for_each(|id| self.answer(id, Ok(text.clone())));
-                self.drop_former();
+                if self.drop_former() {
+                    self.update_keep();
+                }
                 true
             }
             _ => false,

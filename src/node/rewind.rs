@@ -47,6 +47,8 @@ pub struct Choosing {
     /// The next record to look at, and the last that is not too late.
     next: Lsn,
     found: Option<Tail>,
+    /// What was meant, once it is known.
+    meant: Option<Tail>,
     /// The next one is too late: only the one before it is to be looked at.
     passed: bool,
     /// Of its own: records may go into the image meanwhile.
@@ -134,8 +136,18 @@ impl Run {
             self.forget_held();
         }
         let (reader, until) = (Reader::default(), self.now.mono + 2 * self.cfg.timing.heartbeat);
-        self.admin.choosing =
-            Some(Choosing { id, purpose, want, upto: None, until, next, found: None, passed: false, reader });
+        self.admin.choosing = Some(Choosing {
+            id,
+            purpose,
+            want,
+            upto: None,
+            until,
+            next,
+            found: None,
+            meant: None,
+            passed: false,
+            reader,
+        });
     }
 
     /// Where the search for a record begins.
@@ -155,7 +167,8 @@ impl Run {
     pub(super) fn look_again(&mut self) {
         let Some(mut choosing) = self.admin.choosing.take() else { return };
         choosing.next = self.first_look(&choosing.want, choosing.purpose);
-        (choosing.found, choosing.passed, choosing.upto) = (None, false, None);
+        (choosing.found, choosing.passed) = (None, false);
+        (choosing.upto, choosing.meant) = (None, None);
         choosing.reader.reset();
         self.admin.choosing = Some(choosing);
     }
@@ -262,19 +275,21 @@ impl Run {
             return Look::Wait;
         }
         let window = Window { from, tail };
-        let found = match choosing.want.clone() {
-            At::Lsn(lsn) if lsn < from || lsn > tail.point.lsn => {
+        let found = match (choosing.meant, choosing.want.clone()) {
+            (Some(meant), _) => Look::Found(meant),
+            (None, At::Lsn(lsn)) if lsn < from || lsn > tail.point.lsn => {
                 self.outside(&format!("LSN {lsn} is not among the records held back here"), window)
             }
-            At::Lsn(lsn) => self.look_at(lsn, window, choosing),
-            At::Mark(text) => self.look_for_mark(&text, window, choosing),
-            At::Time(time) => self.look_for(time, window, choosing),
+            (None, At::Lsn(lsn)) => self.look_at(lsn, window, choosing),
+            (None, At::Mark(text)) => self.look_for_mark(&text, window, choosing),
+            (None, At::Time(time)) => self.look_for(time, window, choosing),
         };
-        match found {
-            Look::Found(at) if at.point.lsn < from => self.outside("that is too early", window),
-            Look::Found(at) if self.awaits_word(at.point.lsn, choosing) => Look::Wait,
-            other => other,
+        let Look::Found(at) = found else { return found };
+        choosing.meant = Some(at);
+        if at.point.lsn < from {
+            return self.outside("that is too early", window);
         }
+        if self.awaits_word(at.point.lsn, choosing) { Look::Wait } else { Look::Found(at) }
     }
 
     /// A view shows what is known to be durable on the primary, which says so within a heartbeat, or can't.

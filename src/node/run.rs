@@ -178,7 +178,9 @@ impl Run {
             Event::Message { link, message } => self.message(link, message),
             Event::LinkDown { link } => {
                 self.link_down(link);
-                self.drop_former();
+                if self.drop_former() {
+                    self.update_keep();
+                }
             }
             Event::DialFailed { peer } => self.dial_failed(peer),
             Event::Admin { id, op } => self.admin(id, op),

@@ -356,6 +356,26 @@ def every_tag(program):
     assert longest < 15, "the kernel has waited for its timer of 30 s"
 
 
+def stopped_while_detaching(program):
+    """A detach that waits for a lost member of the sync set keeps no daemon from being stopped: the device stays."""
+    node, shadow = pair(program, "stopped", "--sync", "stopped-shadow")
+    device = node.attach()["data"]
+    until(lambda: "entered the sync set" in node.log(), "the shadow is in the sync set")
+    shadow.kill()
+    run("dd", "if=/dev/urandom", f"of={device}", "bs=4k", "count=1", "oflag=direct", "status=none")
+    detach = subprocess.Popen([program, "--config", node.dir, "detach", node.group], env=node.env,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    time.sleep(3)
+    assert detach.poll() is None, f"it did not wait: {detach.communicate()}"
+    node.stop()
+    told = detach.communicate(timeout=60)[0]
+    assert detach.returncode == 11 and "leaves the devices to the next one" in told, (detach.returncode, told)
+    node.start().ready()
+    assert os.path.exists(device), "the device is gone"
+    shadow.start()
+    node.detach()
+
+
 def partitions(program):
     """They are there when somebody asks for them, over a restart, and a mounted one keeps its device."""
     node = Node(program, "partitions").init()
@@ -474,7 +494,7 @@ def failing(program):
         run("losetup", "--detach", loop, check=False)
 
 
-SCENARIOS = [limits, partitions, strangers, attach_killed, failing, every_tag, kills, kills_with_buffers]
+SCENARIOS = [limits, partitions, strangers, attach_killed, failing, every_tag, stopped_while_detaching, kills, kills_with_buffers]
 
 
 def main():

@@ -33,6 +33,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
@@ -80,11 +81,14 @@ pub struct Options {
     pub patient: bool,
     /// The group.
     pub serve: Arc<dyn Serve>,
+    /// Set when the daemon ends: who waits for the node gives up.
+    pub ending: Arc<AtomicBool>,
 }
 
 /// Devices of the kernel's NBD driver, attached. Dropping it leaves them to the next daemon.
 pub struct KernelNbd {
     serve: Arc<dyn Serve>,
+    ending: Arc<AtomicBool>,
     attached: Vec<Attached>,
 }
 
@@ -111,7 +115,8 @@ impl KernelNbd {
     /// Not on the group's loop thread.
     pub fn attach(options: Options) -> Result<KernelNbd, FrontError> {
         let mut driver = Driver::find().map_err(failed("reach the NBD driver"))?;
-        let mut front = KernelNbd { serve: options.serve.clone(), attached: Vec::new() };
+        let (serve, ending) = (options.serve.clone(), options.ending.clone());
+        let mut front = KernelNbd { serve, ending, attached: Vec::new() };
         for volume in &options.volumes {
             let link = DeviceLink::new(&options.dev_dir, &volume.link);
             if !is_plain(&volume.link) {
@@ -236,8 +241,7 @@ impl FrontEnd for KernelNbd {
         }
         // Nobody uses any of them from here on, so a failure below is no user's.
         if !claims.is_empty() {
-            flush(&*self.serve)
-                .map_err(|e| FrontError::Failed(format!("make durable what was written: {e}")))?;
+            flush(&*self.serve, &self.ending)?;
         }
         for (_, index) in &claims {
             let device = device(*index);

@@ -47,6 +47,7 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 /// How long the kernel may take to take leave of a device's last server. It cancels what that has left
@@ -89,6 +90,8 @@ pub struct UblkOptions {
     pub dev_dir: PathBuf,
     /// Who serves them.
     pub host: Arc<dyn Host>,
+    /// Set when the daemon ends: who waits for the node gives up.
+    pub ending: Arc<AtomicBool>,
 }
 
 /// Why a device could not be attached or detached.
@@ -164,6 +167,7 @@ impl From<UblkError> for FrontError {
 pub struct UblkDevices {
     control: Control,
     host: Arc<dyn Host>,
+    ending: Arc<AtomicBool>,
     disks: Vec<Disk>,
 }
 
@@ -231,7 +235,8 @@ impl UblkDevices {
     /// Not on the host's own thread. The group's locks are held, and its node serves.
     pub fn attach(options: UblkOptions) -> Result<UblkDevices, UblkError> {
         let (control, features) = driver()?;
-        let mut devices = UblkDevices { control, host: options.host.clone(), disks: Vec::new() };
+        let (host, ending) = (options.host.clone(), options.ending.clone());
+        let mut devices = UblkDevices { control, host, ending, disks: Vec::new() };
         // All that can be refused is refused before anything is changed.
         for volume in &options.volumes {
             let link = DeviceLink::new(&options.dev_dir, &volume.link);
@@ -443,10 +448,10 @@ impl FrontEnd for UblkDevices {
         for disk in self.disks.iter().filter(|_| !force) {
             claims.push((claim(&disk.block())?, disk.block()));
         }
-        if !claims.is_empty()
-            && let Err(e) = flush(&*self.host)
-        {
-            tracing::warn!("detached without the last unflushed writes: {e}");
+        match claims.first().map_or(Ok(()), |_| flush(&*self.host, &self.ending)) {
+            // As below.
+            Err(FrontError::Failed(why)) => tracing::warn!("{why}"),
+            done => done?,
         }
         for (_, device) in &claims {
             let syncing = || failed(format!("flush {}", device.node().display()));
