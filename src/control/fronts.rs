@@ -283,11 +283,8 @@ impl Fronts {
     /// Remembers the front end and opens it. Of one that can't be opened nothing is left but what was there before.
     fn open(&self, kind: DeviceKind, read_only: bool) -> Result<Front, FrontError> {
         // A driver that is not there is not remembered: nothing could take away what it does not have.
-        match kind {
-            DeviceKind::Ublk => ublk::usable()?,
-            DeviceKind::Nbd => knbd::available()
-                .map_err(|why| FrontError::Failed(format!("{why}; or choose another --device")))?,
-            DeviceKind::Fuse | DeviceKind::NbdSocket | DeviceKind::Auto => {}
+        if matches!(kind, DeviceKind::Ublk | DeviceKind::Nbd) {
+            usable(kind).map_err(FrontError::Failed)?;
         }
         let before = self.recall();
         let known = before.as_ref().is_some_and(|m| m.device == kind);
@@ -525,7 +522,7 @@ impl FrontEnd for SocketServer {
 fn usable(kind: DeviceKind) -> Result<(), String> {
     match kind {
         DeviceKind::Ublk => ublk::usable().map_err(|e| e.to_string()),
-        DeviceKind::Nbd => knbd::available(),
+        DeviceKind::Nbd => knbd::available().map_err(|why| format!("{why}; or choose another --device")),
         DeviceKind::Fuse => {
             if !nix::unistd::geteuid().is_root() {
                 return Err("a loop device needs root".into());

@@ -63,6 +63,7 @@ impl Run {
         self.meta.save(false);
         self.set_peer(link, if resyncing { "Resyncing" } else { "CatchingUp" }, None);
         self.update_keep();
+        debug_assert!(self.journal.can_hold(from.prev(), u64::MAX), "what it is about to read was let go");
         // Until it hears where this node is, it can't say how far it is behind.
         self.send_heartbeat(link, 0);
     }
@@ -98,9 +99,10 @@ impl Run {
         let changes = [self.links.entering.as_ref(), self.leaving()];
         let view = self.links.view(node);
         let above = self.meta.sb.role == Role::Shadow && view.is_some_and(|v| !v.follows);
-        // What it holds and nobody else does is an administrator's business.
+        // What only it holds is an administrator's business.
+        let diverged = view.is_some_and(|v| v.state == "Diverged");
         above
-            || view.is_some_and(|v| v.state == "Diverged")
+            || diverged
             || self.links.link_to(node).is_some()
             || self.meta.sb.sync_set.contains(&node)
             || changes.into_iter().flatten().any(|c| c.node == node)

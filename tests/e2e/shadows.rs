@@ -125,3 +125,30 @@ fn so_is_a_member_of_the_sync_set_once_the_one_before_is_outdated() {
     let setup = Setup { volumes: vec![("data", SIZE)], journal: "32M", sync: true, ..Setup::default() };
     replace(&mut Pair::start(&setup), true);
 }
+
+/// Two have the name by mistake; the one that was away comes back, from its own records, as the other one is lost.
+#[test]
+fn what_a_shadow_is_about_to_read_is_held_when_the_one_before_it_is_forgotten() {
+    let mut pair = Pair::start(&Setup { volumes: vec![("data", SIZE)], ..Setup::default() });
+    let mut other = join(&pair, "db2");
+    until("both follow", || {
+        let peers = pair.primary.status()["peers"].as_array().unwrap().clone();
+        (peers.len() == 2 && peers.iter().all(|p| p["state"] == "UpToDate")).then_some(())
+    });
+    other.stop();
+    pair.primary.attach("nbd-socket");
+    let mut client = Client::connect(&pair.primary.socket(), "data").unwrap();
+    pour(&mut client, SIZE, 0..10, &AtomicU64::new(0));
+    until("none of it is needed any more", || {
+        let p = pair.primary.status();
+        (p["checkpoint_lsn"] == p["tail_lsn"]).then_some(())
+    });
+    pair.shadow.kill();
+    until("it is missed", || (view(&pair, "db2")["state"] == "Disconnected").then_some(()));
+    other.start();
+    pair.shadow = other;
+    current(&pair, "db2");
+    assert_eq!(pair.primary.status()["peers"].as_array().unwrap().len(), 1);
+    drop(client);
+    pair.finish();
+}

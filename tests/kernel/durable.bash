@@ -76,7 +76,9 @@ if [ "$kind" != fuse ]; then
     put 8 oflag=direct
     killed=$daemon
     volrep detach g >"$work/detach" 2>&1 & detaching=$!
-    sleep 3
+    claimed() { find "/proc/$killed/fd" -lname "$(readlink -f "$device")" 2>/dev/null | grep -q .; }
+    within 20 claimed || fail "detach does not begin: $(cat "$work/detach")"
+    sleep 1 # what does not wait has ended by then
     kill -0 $detaching 2>/dev/null || fail "detach does not wait for the disk: $(cat "$work/detach")"
     kill -KILL "$killed"
     resume

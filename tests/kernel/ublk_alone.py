@@ -365,7 +365,11 @@ def stopped_while_detaching(program):
     run("dd", "if=/dev/urandom", f"of={device}", "bs=4k", "count=1", "oflag=direct", "status=none")
     detach = subprocess.Popen([program, "--config", node.dir, "detach", node.group], env=node.env,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    time.sleep(3)
+
+    def claimed():
+        return run("find", f"/proc/{node.daemon.pid}/fd", "-lname", device, check=False).stdout
+    until(claimed, "the daemon has its own device open")
+    time.sleep(1)  # what does not wait has ended by then
     assert detach.poll() is None, f"it did not wait: {detach.communicate()}"
     node.stop()
     told = detach.communicate(timeout=60)[0]
